@@ -1,0 +1,40 @@
+"""Train a memory transformer; the same command starts a run, resumes it, or finds it finished.
+
+    deepspeed launch/train.py --config configs/base.json --run-dir runs/base
+    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set optimizer.learning_rate=1e-4
+    torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
+    python launch/train.py --config configs/small.json            # one process
+
+Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
+A run is stopped by SIGTERM, SIGINT or SIGUSR1, or by `touch RUN/stop`: it saves a checkpoint and ends with exit code 0.
+"""
+
+import argparse
+from pathlib import Path
+
+from memformer_dist import runtime
+from memformer_dist.config import RunConfig
+from memformer_dist.data.corpus import open_corpora
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a JSON file of configs/")
+    parser.add_argument("--run-dir", type=Path, help="where the run lives (default: runs/NAME of the configuration)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher, which sets LOCAL_RANK too
+    arguments = parser.parse_args()
+    run_dir = arguments.run_dir or Path("runs") / arguments.config.stem
+
+    def program() -> None:
+        config = RunConfig.load(arguments.config, arguments.set, runtime.world_size())
+        corpora = open_corpora(Path(config.data.corpus))
+        from memformer_dist.train import train  # imports deepspeed, which takes seconds: not before the mistakes are told
+
+        train(config, run_dir, *corpora)
+
+    runtime.run_program(program, error_log=run_dir / "errors.log")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""memformer_dist: distributed training of segment-recurrent memory transformers by exact memory replay back-propagation."""
+
+__version__ = "0.1.0"

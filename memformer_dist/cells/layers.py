@@ -1,0 +1,237 @@
+"""What cells are built of: embedding, rotary positions, attention, feed-forward, and stacks of such layers.
+
+Layers are pre-LN with three residual branches, h + f(LN(h)): self-attention, cross-attention to a `source` (memory
+slots, or the output of an encoder), feed-forward. A decoder is a `causal` Stack, an encoder one that is not.
+
+Dimensions: L lanes, T positions of the stream, R positions of the source, d width, H heads, C = d / H. Tensors of
+heads are [L, T, H, C]. Masks are bool, True where a key may be seen, and are passed only where something has to be
+hidden.
+
+Generation keeps every layer's keys and values: `Stack.open` projects the source once, `Stack.extend` appends
+positions. It never drops out.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROTARY_BASE = 10000.0
+
+
+class Linear(nn.Linear):
+    """nn.Linear with weights from N(0, std^2) and biases 0.
+
+    Drawn in reset_parameters, because under ZeRO-3 a parameter is out of reach once its module is built.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, std: float, bias: bool = False):
+        self.std = std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class TokenEmbedding(nn.Module):
+    """One matrix for both ends: tokens int64 [...] -> [..., d]; `as_head`, hidden [..., d] -> logits [..., vocab]."""
+
+    def __init__(self, vocab_size: int, width: int, *, std: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width).normal_(std=std))
+
+    def forward(self, inputs: Tensor, *, as_head: bool = False) -> Tensor:
+        return F.linear(inputs, self.weight) if as_head else F.embedding(inputs, self.weight)
+
+
+def rotary(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """Rotary position embedding (Su et al., arXiv 2104.09864): int64 [...] -> unit complex numbers [..., 1, 1, C / 2].
+
+    Computed when needed, in at least float32, rather than kept in a buffer, which would be rounded with the model.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size
+    angles = positions.to(dtype)[..., None, None, None] * ROTARY_BASE**-exponents
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (0, 1), (2, 3), ... of [L, T, ..., H, C]; in complex numbers, 4x faster than with sines."""
+    pairs = torch.view_as_complex(heads.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(heads.dtype)
+
+
+def within(length: Tensor, size: int) -> Tensor:
+    """Which of `size` positions come before `length` int64 [...]: bool [..., size]."""
+    return torch.arange(size, device=length.device) < length[..., None]
+
+
+def key_mask(length: Tensor, size: int) -> Tensor:
+    """Mask [L, 1, 1, size] that hides padded keys. An empty lane sees one, as a softmax over nothing is NaN."""
+    return within(length.clamp(min=1), size)[:, None, None]
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(C)) V of [L, T, H, C] over [L, R, H, C], heads side by side in the result: [L, T, d]."""
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class LayerSettings(NamedTuple):
+    """What the layers of a cell have in common."""
+
+    width: int
+    heads: int
+    feed_forward: int
+    dropout: float
+    attention_bias: bool
+    init_std: float
+    rotary: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, settings: LayerSettings, output_std: float):
+        super().__init__()
+        width, bias = settings.width, settings.attention_bias
+        self.heads, self.dropout = settings.heads, settings.dropout
+        self.query_key_value = Linear(width, 3 * width, std=settings.init_std, bias=bias)
+        self.output = Linear(width, width, std=output_std, bias=bias)
+
+    def project(self, hidden: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[L, T, d] -> queries, keys, values, each [L, T, H, C]; queries and keys turned to their positions."""
+        projected = self.query_key_value(hidden).unflatten(-1, (3, self.heads, -1))  # [L, T, 3, H, C]
+        queries_keys, values = projected.split((2, 1), dim=2)
+        if rotation is not None:
+            queries_keys = rotate(queries_keys, rotation)
+        return *queries_keys.unbind(2), values.squeeze(2)
+
+    def forward(self, hidden: Tensor, rotation: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+        queries, keys, values = self.project(hidden, rotation)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(queries, keys, values, mask=mask, causal=causal, dropout=dropout))
+
+
+class CrossAttention(nn.Module):
+    """Attention to a source: no positions on either side."""
+
+    def __init__(self, settings: LayerSettings, output_std: float):
+        super().__init__()
+        width, bias = settings.width, settings.attention_bias
+        self.heads, self.dropout = settings.heads, settings.dropout
+        self.query = Linear(width, width, std=settings.init_std, bias=bias)
+        self.key_value = Linear(width, 2 * width, std=settings.init_std, bias=bias)
+        self.output = Linear(width, width, std=output_std, bias=bias)
+
+    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, R, d] -> keys, values, each [L, R, H, C]."""
+        return self.key_value(source).unflatten(-1, (2, self.heads, -1)).unbind(2)
+
+    def read(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+        queries = self.query(hidden).unflatten(-1, (self.heads, -1))
+        return self.output(attend(queries, keys, values, mask=mask, dropout=dropout))
+
+    def forward(self, hidden: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        return self.read(hidden, *self.project(source), mask, self.dropout if self.training else 0.0)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, settings: LayerSettings, output_std: float):
+        super().__init__(
+            Linear(settings.width, settings.feed_forward, std=settings.init_std, bias=True),
+            nn.GELU(),
+            Linear(settings.feed_forward, settings.width, std=output_std, bias=True),
+        )
+
+
+class KeysValues(NamedTuple):
+    """What a stack [L, layers, ..., H, C], or one layer of it [L, ..., H, C], keeps while a segment is generated."""
+
+    keys: Tensor  # [L, layers, S, H, C], room for the whole segment
+    values: Tensor
+    source_keys: Tensor  # [L, layers, R, H, C]
+    source_values: Tensor
+
+
+class Layer(nn.Module):
+    def __init__(self, settings: LayerSettings, output_std: float):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(settings.width)
+        self.self_attention = SelfAttention(settings, output_std)
+        self.cross_norm = nn.LayerNorm(settings.width)
+        self.cross_attention = CrossAttention(settings, output_std)
+        self.feed_forward_norm = nn.LayerNorm(settings.width)
+        self.feed_forward = FeedForward(settings, output_std)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, hidden, source, rotation, mask, source_mask, causal) -> Tensor:
+        hidden = hidden + self.dropout(self.self_attention(self.self_norm(hidden), rotation, mask, causal))
+        hidden = hidden + self.dropout(self.cross_attention(self.cross_norm(hidden), source, source_mask))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+    def extend(self, hidden, positions, rotation, mask, source_mask, past: KeysValues) -> Tensor:
+        """The same for n more positions int64 [L, n] of a causal layer; `past` (of this layer) is written in place."""
+        queries, keys, values = self.self_attention.project(self.self_norm(hidden), rotation)
+        lanes = torch.arange(len(positions), device=positions.device)[:, None]
+        past.keys[lanes, positions] = keys
+        past.values[lanes, positions] = values
+        hidden = hidden + self.self_attention.output(attend(queries, past.keys, past.values, mask=mask))
+        normed = self.cross_norm(hidden)
+        hidden = hidden + self.cross_attention.read(normed, past.source_keys, past.source_values, source_mask)
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+
+
+class Stack(nn.Module):
+    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers)."""
+
+    def __init__(self, layers: int, settings: LayerSettings, *, causal: bool, final_norm: bool):
+        super().__init__()
+        self.settings, self.causal = settings, causal
+        output_std = settings.init_std / (2 * layers) ** 0.5
+        self.layers = nn.ModuleList(Layer(settings, output_std) for _ in range(layers))
+        self.norm = nn.LayerNorm(settings.width) if final_norm else nn.Identity()
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return rotary(positions, self.settings.head_size, dtype) if self.settings.rotary else None
+
+    def forward(
+        self, hidden: Tensor, source: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
+    ) -> Tensor:
+        """hidden [L, T, d], source [L, R, d] -> [L, T, d]. A causal stack needs no mask: padding is at the end."""
+        rotation = self._rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, source, rotation, mask, source_mask, self.causal)
+        return self.norm(hidden)
+
+    def open(self, source: Tensor, size: int) -> KeysValues:
+        """Keys and values of the source, and room for `size` positions of the stream."""
+        projected = [layer.cross_attention.project(source) for layer in self.layers]
+        source_keys, source_values = (torch.stack(tensors, dim=1) for tensors in zip(*projected))
+        lanes, layers, _, heads, head_size = source_keys.shape
+        keys = source_keys.new_zeros(lanes, layers, size, heads, head_size)
+        return KeysValues(keys, torch.zeros_like(keys), source_keys, source_values)
+
+    def extend(self, hidden: Tensor, length: Tensor, source_mask: Tensor | None, past: KeysValues) -> Tensor:
+        """Append [L, n, d] at positions length int64 [L] and following; writes `past` in place. -> [L, n, d]"""
+        positions = length[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+        rotation = self._rotation(positions, hidden.dtype)
+        mask = within(positions + 1, past.keys.shape[2])[:, None]  # [L, 1, n, S]: a token sees those up to itself
+        for number, layer in enumerate(self.layers):
+            of_layer = KeysValues(*(tensor[:, number] for tensor in past))
+            hidden = layer.extend(hidden, positions, rotation, mask, source_mask, of_layer)
+        return self.norm(hidden)

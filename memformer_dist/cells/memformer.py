@@ -1,0 +1,283 @@
+"""Memformer (Wu et al., arXiv 2010.06891v2): memory slots, read in every layer, written once a segment.
+
+    layout "encoder_decoder", the paper's                   layout "decoder", of its Table 3
+
+    memory M_{t-1}  context s_{t-1}                         memory M_{t-1}   segment s_t
+        |   |           |                                       |   |            |
+        |  read --> encoder (bidirectional)                     |  read --> causal layers --> head, loss of s_t
+        |               |   |                                   |                |
+        +---- write ----+  decoder (causal) on s_t              +---- write -----+
+                |           --> head, loss of s_t                       |
+               M_t                                                     M_t
+
+Memory enters the layers by cross-attention, through a LayerNorm of its own. The writer mixes slots with tokens,
+
+    m'_i = A_i [m_i ; x W_V],   A_i = softmax(m_i W_Q [m_i W_K ; x W_K]^T / (sqrt(C) tau))             slot attention
+    m_i <- (m'_i + v_i) / ||m'_i + v_i||,   m_i(0) = v_i / ||v_i||             biased memory normalisation (forgetting)
+
+A slot sees itself and the tokens, never another slot. A slot that keeps to itself loses what is perpendicular to
+v_i by a factor 1 / (1 + ||v_i||) a segment, and so does its gradient: `bmn_init_norm` sets how far back a model learns
+at first.
+
+In the first segment of a document there is no context: the encoder reads a single BOS. Fields of MemformerConfig from
+`memory_norm` on are what the paper leaves open; their defaults are ours.
+"""
+
+import math
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.layers import KeysValues, LayerSettings, Linear, Stack, TokenEmbedding, key_mask, within
+from memformer_dist.segment import IGNORE, Segment
+
+
+class MemformerConfig(BaseModel, extra="forbid", frozen=True):
+    layout: Literal["encoder_decoder", "decoder"] = Field("encoder_decoder", description="see the top of memformer.py")
+    width: PositiveInt = Field(512, description="d, of the hidden states and of a slot")
+    encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")
+    decoder_layers: PositiveInt = Field(16, description="causal layers")
+    heads: PositiveInt = Field(8, description="in every attention and in the writer")
+    feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
+    slots: PositiveInt = Field(512, description="k, memory slots of a lane")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings, attention weights, residual branches")
+    temperature: PositiveFloat = Field(0.25, description="tau of the write attention; below 1 it is sharper")
+    bmn_init_norm: PositiveFloat = Field(0.1, description="initial ||v||; memory decays by 1 / (1 + ||v||)")
+
+    memory_norm: bool = Field(True, description="LayerNorm before it is read: slots have norm 1, tokens sqrt(d)")
+    write_first_segment: bool = Field(True, description="false: m(0) stays until the second; encoder_decoder only")
+    write_projection: bool = Field(False, description="an output projection after the write attention")
+    positions: Literal["rotary", "none"] = Field("rotary", description="in self-attention; slots and sources have none")
+    final_norm: bool = Field(True, description="LayerNorm after the last layer of encoder and decoder")
+    tie_embeddings: bool = Field(True, description="the head is the embedding of encoder and decoder")
+    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
+    init_std: PositiveFloat = Field(0.02, description="of weights; residual outputs / sqrt(2 layers)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.width % self.heads:
+            problems.append(f"width: found {self.width}, expected a multiple of heads ({self.heads})")
+        elif self.positions == "rotary" and self.width // self.heads % 2:
+            found = self.width // self.heads
+            problems.append(f"width / heads: found {found}, expected an even number (rotary positions turn pairs)")
+        if self.layout == "encoder_decoder" and self.encoder_layers == 0:
+            problems.append("encoder_layers: found 0, expected at least 1 in the layout encoder_decoder")
+        if self.layout == "decoder" and self.encoder_layers > 0:
+            problems.append(f"encoder_layers: found {self.encoder_layers}, expected 0 in the layout decoder")
+        if self.layout == "decoder" and not self.write_first_segment:
+            problems.append("write_first_segment: found false, expected true in the layout decoder")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class MemformerState(NamedTuple):
+    """Layout encoder_decoder."""
+
+    memory: Tensor  # [L, slots, d], unit vectors
+    context: Tensor  # int64 [L, S], the segment before
+    context_length: Tensor  # int64 [L], tokens of it that are not padding
+
+
+class DecoderState(NamedTuple):
+    memory: Tensor  # [L, slots, d], unit vectors
+
+
+class MemformerFeatures(NamedTuple):
+    """What the writer and the readout read: the encoded context, or in the layout decoder the segment itself."""
+
+    hidden: Tensor  # [L, S, d], after the final norm
+    length: Tensor  # int64 [L], rows of it that are not padding
+
+
+class MemformerCache(NamedTuple):
+    """A segment under way."""
+
+    memory: Tensor  # encoder_decoder: the next memory, already written; decoder: the one that is being read
+    trail: Tensor  # what close needs of the segment: tokens int64 [L, S]; decoder: its hidden states [L, S, d]
+    length: Tensor  # int64 [L], tokens so far
+    source_length: Tensor  # int64 [L], rows of the source that are not padding
+    past: KeysValues
+
+
+class BiasedMemoryNormalisation(nn.Module):
+    """m_i -> (m_i + v_i) / ||m_i + v_i||, with a learned v_i for each slot. Of zeros it makes the initial memory."""
+
+    def __init__(self, slots: int, width: int, init_norm: float):
+        super().__init__()
+        self.bias = nn.Parameter(init_norm * F.normalize(torch.randn(slots, width), dim=-1))
+
+    def forward(self, memory: Tensor) -> Tensor:
+        """[L, slots, d], in the state's precision, which autocast leaves alone here."""
+        biased = memory + self.bias.to(memory.dtype)
+        return biased / torch.linalg.vector_norm(biased, dim=-1, keepdim=True)
+
+
+class SlotWriter(nn.Module):
+    """Slot attention: from a memory and hidden states to the mixed memory, before normalisation.
+
+    No dropout in here: a slot whose weight on itself is dropped is gone, with all it carried from earlier segments.
+    """
+
+    def __init__(self, config: MemformerConfig):
+        super().__init__()
+        width, std, bias = config.width, config.init_std, config.attention_bias
+        self.heads = config.heads
+        self.scale = 1 / (math.sqrt(width // config.heads) * config.temperature)
+        self.query = Linear(width, width, std=std, bias=bias)
+        self.key = Linear(width, width, std=std, bias=bias)  # of slots and tokens
+        self.value = Linear(width, width, std=std, bias=bias)  # of tokens: a slot's own value is the slot as it is
+        self.output = Linear(width, width, std=std, bias=bias) if config.write_projection else nn.Identity()
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [L, T, d] -> [L, H, T, C]
+
+    def attention(self, memory: Tensor, hidden: Tensor, length: Tensor) -> Tensor:
+        """-> weights [L, H, slots, 1 + S]: of a slot on itself, then on each token. One softmax, so they sum to 1."""
+        slots = memory.to(hidden.dtype)
+        queries, own_keys, token_keys = (self._split(x) for x in (self.query(slots), self.key(slots), self.key(hidden)))
+        own = (queries * own_keys).sum(-1, keepdim=True)  # the diagonal of the [slots, slots] block
+        padding = ~within(length, hidden.shape[1])[:, None, None]
+        tokens = (queries @ token_keys.mT).masked_fill(padding, -math.inf)
+        return (self.scale * torch.cat([own, tokens], dim=-1).to(memory.dtype)).softmax(dim=-1)
+
+    def forward(self, memory: Tensor, hidden: Tensor, length: Tensor) -> Tensor:
+        """memory [L, slots, d], hidden [L, S, d] of which `length` int64 [L] rows are real -> [L, slots, d]."""
+        weights = self.attention(memory, hidden, length)
+        token_values = self._split(self.value(hidden))
+        taken = weights[..., 1:].to(token_values.dtype) @ token_values
+        mixed = weights[..., :1] * self._split(memory) + taken  # in the state's precision: keeping loses nothing
+        return self.output(mixed.transpose(1, 2).flatten(2)).to(memory.dtype)
+
+
+class Memformer(RecurrentCell):
+    def __init__(self, config: MemformerConfig, *, vocab_size: int, bos_id: int, segment_length: int):
+        super().__init__()
+        self.config, self.bos_id = config, bos_id
+        self.vocab_size, self.segment_length = vocab_size, segment_length
+        settings = LayerSettings(
+            width=config.width,
+            heads=config.heads,
+            feed_forward=config.feed_forward,
+            dropout=config.dropout,
+            attention_bias=config.attention_bias,
+            init_std=config.init_std,
+            rotary=config.positions == "rotary",
+        )
+        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
+        self.dropout = nn.Dropout(config.dropout)
+        self.normalise = BiasedMemoryNormalisation(config.slots, config.width, config.bmn_init_norm)
+        self.memory_norm = nn.LayerNorm(config.width) if config.memory_norm else nn.Identity()
+        self.encoder = None
+        if config.layout == "encoder_decoder":
+            self.encoder = Stack(config.encoder_layers, settings, causal=False, final_norm=config.final_norm)
+        self.writer = SlotWriter(config)
+        self.decoder = Stack(config.decoder_layers, settings, causal=True, final_norm=config.final_norm)
+        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
+
+    # ------------------------------------------------------------------------------------------------ the recurrence
+
+    def empty_state(self, lanes: int, device: torch.device | None = None) -> MemformerState | DecoderState:
+        like = next(self.parameters())
+        device = device or like.device
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        memory = torch.zeros(lanes, self.config.slots, self.config.width, dtype=dtype, device=device)
+        if self.encoder is None:
+            return DecoderState(memory)
+        context = torch.zeros(lanes, self.segment_length, dtype=torch.int64, device=device)
+        return MemformerState(memory, context, torch.zeros(lanes, dtype=torch.int64, device=device))
+
+    def advance(self, segment: Segment, state):
+        memory = self._start(state, segment.reset | segment.forget)
+        if self.encoder is None:
+            hidden = self.decoder(self._embed(segment.tokens), self._source(memory))
+            features = MemformerFeatures(hidden, segment.length)
+            return features, DecoderState(self._write(memory, features))
+        features = self._encode(state, memory, segment.reset)
+        written = self._write(memory, features, segment.reset)
+        return features, MemformerState(written, segment.tokens, segment.length)
+
+    def readout(self, segment: Segment, features: MemformerFeatures) -> Tensor:
+        hidden = features.hidden
+        if self.encoder is not None:
+            mask = key_mask(features.length, self.segment_length)
+            hidden = self.decoder(self._embed(segment.tokens), features.hidden, source_mask=mask)
+        logits = self._logits(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits.flatten(0, 1), segment.labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return nll.view_as(segment.labels)
+
+    @torch.no_grad()
+    def diagnose(self, segment: Segment, state) -> dict[str, Tensor]:
+        """Means over lanes, heads, slots of the write attention's entropy in nats and of a slot's weight on itself."""
+        features, _ = self.advance(segment, state)
+        memory = self._start(state, segment.reset | segment.forget)
+        weights = self.writer.attention(memory, *features)
+        return {"slot_entropy": torch.special.entr(weights).sum(-1).mean(), "self_share": weights[..., 0].mean()}
+
+    # ------------------------------------------------------------------------------------------------------- its parts
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.dropout(self.embedding(tokens))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+
+    def _start(self, state, fresh: Tensor) -> Tensor:
+        """The memory that the segment reads: the state's, or m(0) on the lanes bool [L] that start afresh."""
+        initial = self.normalise(torch.zeros_like(state.memory[:1]))
+        return torch.where(fresh[:, None, None], initial, state.memory)
+
+    def _source(self, memory: Tensor) -> Tensor:
+        """The memory as the layers read it, in the precision of the parameters (a bf16 model's state is float32)."""
+        return self.memory_norm(memory.to(next(self.parameters()).dtype))
+
+    def _encode(self, state: MemformerState, memory: Tensor, reset: Tensor) -> MemformerFeatures:
+        context = torch.where(reset[:, None], self.bos_id, state.context)
+        length = torch.where(reset, 1, state.context_length)  # so all but the first BOS are padding
+        mask = key_mask(length, self.segment_length)
+        return MemformerFeatures(self.encoder(self._embed(context), self._source(memory), mask=mask), length)
+
+    def _write(self, memory: Tensor, features: MemformerFeatures, reset: Tensor | None = None) -> Tensor:
+        written = self.normalise(self.writer(memory, *features))
+        if self.config.write_first_segment:
+            return written
+        return torch.where(reset[:, None, None], memory, written)
+
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def open(self, state, reset: Tensor) -> MemformerCache:
+        memory = self._start(state, reset)
+        lanes = len(reset)
+        length = torch.zeros(lanes, dtype=torch.int64, device=reset.device)
+        if self.encoder is None:
+            source = self._source(memory)
+            trail = source.new_zeros(lanes, self.segment_length, self.config.width)
+            past = self.decoder.open(source, self.segment_length)
+            return MemformerCache(memory, trail, length, torch.full_like(length, self.config.slots), past)
+        features = self._encode(state, memory, reset)
+        written = self._write(memory, features, reset)
+        past = self.decoder.open(features.hidden, self.segment_length)
+        return MemformerCache(written, torch.zeros_like(state.context), length, features.length, past)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cache: MemformerCache) -> tuple[Tensor, MemformerCache]:
+        lanes, count = tokens.shape
+        source_mask = key_mask(cache.source_length, cache.past.source_keys.shape[2])
+        hidden = self.decoder.extend(self.embedding(tokens), cache.length, source_mask, cache.past)
+        rows = torch.arange(lanes, device=tokens.device)[:, None]
+        columns = cache.length[:, None] + torch.arange(count, device=tokens.device)
+        cache.trail[rows, columns] = tokens if self.encoder else hidden.to(cache.trail.dtype)
+        return self._logits(hidden), cache._replace(length=cache.length + count)
+
+    @torch.no_grad()
+    def close(self, cache: MemformerCache) -> MemformerState | DecoderState:
+        if self.encoder is None:
+            return DecoderState(self._write(cache.memory, MemformerFeatures(cache.trail, cache.length)))
+        return MemformerState(cache.memory, cache.trail, cache.length)

@@ -1,0 +1,291 @@
+"""Crash-safe, verified, portable checkpoints: safetensors and JSON, the same files at any world size and ZeRO stage.
+
+    RUN/checkpoints/step-00000200/
+        checkpoint.json                position, vocabulary and resolved configuration
+        weights-00000.safetensors      parameter name -> fp32 tensor; further files when these grow over 2 GiB
+        moments-00000.safetensors      "exp_avg.NAME" and "exp_avg_sq.NAME": Adam's moments, whole tensors
+        lanes-00000-00008.safetensors  the cell's state of global lanes 0 ... 7, written by the rank that had them
+        manifest.json                  bytes and sha256 of every file above, written last
+
+A checkpoint is written under another name and renamed when every byte is on the disk, so one that has its name is whole; the
+manifest tells whether it still is. One that fails verification is passed over aloud for the one before. Nothing is unpickled.
+DeepSpeed's own checkpoints unpickle, tie the run to its world size and are not written atomically: they are not used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memformer_dist.cells.memformer import Memformer
+from memformer_dist.config import RunConfig
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.errors import UserError
+from memformer_dist.runtime import Process
+
+VERSION = 1
+FILE_BYTES = 2 << 30  # tensors are gathered and written in files of about this size: rank 0 never holds the whole model
+
+
+class Position(BaseModel, extra="forbid"):
+    """Where a run is. The tick is the whole state of the data, the tokens that of every schedule."""
+
+    step: int = 0  # windows trained on, skipped ones included
+    tick: int = 0  # segments consumed by every lane
+    tokens: int = 0  # labels trained on, over all lanes
+    updates: int = 0  # optimiser steps applied: Adam's own count
+    seconds: float = 0.0  # of training, over all the parts of a resumed run
+
+
+class Vocabulary(BaseModel, extra="forbid", frozen=True):
+    size: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> "Vocabulary":
+        return cls(
+            size=corpus.vocab_size,
+            bos_id=corpus.bos_id,
+            eos_id=corpus.eos_id,
+            tokenizer_sha256=corpus.tokenizer_sha256,
+        )
+
+
+class Contents(BaseModel, extra="forbid"):
+    """checkpoint.json."""
+
+    version: int
+    position: Position
+    corpus: str  # fingerprint of the training corpus
+    anchor: bool  # never removed
+    vocabulary: Vocabulary
+    config: RunConfig
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+class Checkpoint:
+    """A checkpoint on the disk, its contents read; `verify` before trusting its tensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.contents = Contents.model_validate_json((path / "checkpoint.json").read_text())
+            self.manifest = json.loads((path / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise Damaged(f"{path}: {first}")
+
+    def verify(self) -> None:
+        for name, expected in self.manifest.items():
+            try:
+                found = _digest(self.path / name)
+            except OSError as error:
+                raise Damaged(f"{self.path / name}: {error.strerror}")
+            if found != expected:
+                raise Damaged(f"{self.path / name}: found {found}, the manifest says {expected}")
+
+    def files(self, prefix: str) -> list[Path]:
+        return [self.path / name for name in sorted(self.manifest) if name.startswith(prefix)]
+
+    def load_weights(self, cell: nn.Module) -> None:
+        """Copy the weights into a cell. UserError when names or shapes are not the cell's."""
+        weights = TensorFiles(self.files("weights-"))
+        parameters = dict(cell.named_parameters())
+        if missing := parameters.keys() ^ weights.keys():
+            raise UserError(f"{self.path}: its parameters are not this model's: {', '.join(sorted(missing)[:5])} on one side only")
+        for name, parameter in parameters.items():
+            value = weights[name]
+            if value.shape != parameter.shape:
+                raise UserError(f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(parameter.shape)}")
+            parameter.data.copy_(value)
+
+    def moment(self, name: str, key: str) -> Tensor:
+        if not hasattr(self, "_moments"):
+            self._moments = TensorFiles(self.files("moments-"))
+        return self._moments[f"{key}.{name}"]
+
+    def load_lanes(self, lanes: range, empty: NamedTuple) -> NamedTuple:
+        """The state of the given global lanes, shaped and placed as `empty` is."""
+        pieces = []
+        for path in self.files("lanes-"):
+            first, stop = (int(part) for part in path.stem.split("-")[1:])
+            begin, end = max(first, lanes.start), min(stop, lanes.stop)
+            if begin < end:
+                with safe_open(path, "pt") as file:
+                    pieces.append([file.get_slice(field)[begin - first : end - first] for field in empty._fields])
+        return empty._make(torch.cat(column).to(like) for column, like in zip(zip(*pieces), empty))
+
+
+class TensorFiles:
+    """Several safetensors files as one mapping; a tensor is read when asked for."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self.file_of = {}
+        for path in paths:
+            file = safe_open(path, "pt")
+            self.file_of |= dict.fromkeys(file.keys(), file)
+
+    def keys(self):
+        return self.file_of.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file_of[name].get_tensor(name)
+
+
+def save(
+    run_dir: Path,
+    engine,
+    process: Process,
+    *,
+    contents: Contents,
+    lanes: range,
+    state: NamedTuple,
+) -> Path:
+    """Write a checkpoint; a collective call. `state` holds this rank's `lanes`, in order."""
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{contents.position.step:08d}"
+    partial = folder / f"partial-{contents.position.step:08d}"
+    if process.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    save_file(
+        {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()},
+        partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors",
+    )
+    _save_tensors(partial, engine, process)
+    dist.barrier()
+    if process.is_main:
+        (partial / "checkpoint.json").write_text(contents.model_dump_json(indent=2))
+        manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if final.exists():  # the run was resumed from an older one and has come here again
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+        _remove_old(folder, contents.config.checkpoint.keep)
+    dist.barrier()
+    return final
+
+
+def _save_tensors(folder: Path, engine, process: Process) -> None:
+    """Weights and moments in files of bounded size; every rank takes part in the gathering, rank 0 writes."""
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    held = count = 0
+
+    def write() -> None:
+        nonlocal held, count
+        save_file(weights, folder / f"weights-{count:05d}.safetensors")
+        save_file(moments, folder / f"moments-{count:05d}.safetensors")
+        weights.clear()
+        moments.clear()
+        held, count = 0, count + 1
+
+    for name, weight, both in engine.tensors():
+        if not process.is_main:
+            continue
+        weights[name] = weight.detach().cpu().contiguous()
+        moments |= {f"{key}.{name}": moment.cpu().contiguous() for key, moment in both.items()}
+        held += weight.nbytes
+        if held >= FILE_BYTES:
+            write()
+    if weights:
+        write()
+
+
+def newest(run_dir: Path, process: Process, say=lambda text: print(text, file=sys.stderr, flush=True)) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None in a run that has none. A collective call: rank 0 verifies.
+
+    Raises UserError when there are checkpoints and none of them is good: a fresh start would throw the run away.
+    """
+    choice = torch.tensor([-1])  # step; -1: there is none; -2: none is good
+    if process.is_main:
+        candidates = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+        choice[0] = -2 if candidates else -1
+        for path in candidates:
+            try:
+                Checkpoint(path).verify()
+            except Damaged as damage:
+                aside = path.rename(path.with_name(f"damaged-{path.name}"))
+                say(f"checkpoint passed over, it is damaged: {damage}; moved to {aside}")
+                continue
+            choice[0] = int(path.name.removeprefix("step-"))
+            break
+    choice = choice.to(process.device)
+    dist.broadcast(choice, 0)
+    step = int(choice)
+    if step == -2:
+        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; restore one, or start a fresh run elsewhere")
+    return None if step == -1 else Checkpoint(run_dir / "checkpoints" / f"step-{step:08d}")
+
+
+def open_one(path: Path) -> Checkpoint:
+    """A checkpoint given by its own folder or by its run's (then the newest good one). For a single process."""
+    candidates = [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-*"), reverse=True)
+    damages = []
+    for candidate in candidates:
+        try:
+            checkpoint = Checkpoint(candidate)
+            checkpoint.verify()
+            return checkpoint
+        except Damaged as damage:
+            damages.append(f"\n  {damage}")
+    raise UserError(f"{path}: no checkpoint found, expected a run's or a checkpoint's folder" if not damages else f"{path}: damaged{''.join(damages)}")
+
+
+def load_cell(path: Path, device: torch.device) -> tuple[Memformer, RunConfig]:
+    """The trained cell of a run (or of one checkpoint), in evaluation mode, and the run's configuration."""
+    checkpoint = open_one(path)
+    cell = build_cell(checkpoint.contents.config, checkpoint.contents.vocabulary)
+    checkpoint.load_weights(cell)
+    return cell.to(device).eval(), checkpoint.contents.config
+
+
+def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:
+    return Memformer(
+        config.model, vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
+    )
+
+
+def _digest(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+        try:
+            anchor = Checkpoint(path).contents.anchor
+        except Damaged:
+            anchor = False
+        if not anchor:
+            shutil.rmtree(path)
+    for path in folder.glob("partial-*"):  # of a save that was interrupted
+        shutil.rmtree(path)

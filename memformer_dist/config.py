@@ -1,0 +1,257 @@
+"""RunConfig: the one typed configuration of a run, read from one JSON file and `--set section.field=value`.
+
+Unknown keys are rejected and all problems are reported in one error, because a job that waited a night in a queue should
+not die of the second typo. Each section is a model of its own; what relates two sections is checked in `_relations`.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Iterable, Literal
+
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from typing_extensions import Self
+
+from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.errors import UserError
+
+
+class Section(BaseModel, extra="forbid", frozen=True):
+    """A section of the configuration: unknown keys are errors, values do not change."""
+
+
+class DataConfig(Section):
+    corpus: str = Field(description="folder written by tokenizer/shard.py")
+    lanes: PositiveInt = Field(description="G, documents read side by side by all ranks together; the world size divides it")
+    segment_length: PositiveInt = Field(description="S, tokens a segment")
+    seed: int = Field(0, ge=0, description="order of the documents")
+    prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
+
+
+class MrbpConfig(Section):
+    window: PositiveInt = Field(description="N, segments a window: the horizon of back-propagation and the tokens of a step")
+    readout_group: PositiveInt = Field(1, description="C, segments whose readout runs as one batch; activations of C are alive")
+    lanes_per_group: PositiveInt | None = Field(None, description="lanes of a rank worked on at once; null: all of them")
+
+
+class OptimizerConfig(Section):
+    """AdamW; the learning rate rises linearly over warmup_tokens and falls along a cosine until training.tokens."""
+
+    learning_rate: PositiveFloat = 3e-4
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_tokens: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0, description="on the weights of linear layers alone")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the global gradient; 0 does not clip")
+
+
+class TrainingConfig(Section):
+    tokens: PositiveInt = Field(description="labels to train on, over all lanes and epochs: when the run ends")
+    seed: int = Field(0, ge=0, description="initial weights and dropout")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 parameters, fp32 gradients")
+    init_from: str | None = Field(None, description="run directory or checkpoint: its weights alone start a fresh run")
+    evaluate_every_tokens: PositiveInt | None = Field(None, description="null: only at the end")
+    evaluate_ticks: PositiveInt | None = Field(None, description="segments a lane in evaluations on the way; null: all")
+    skipped_steps_limit: PositiveInt = Field(10, description="steps in a row with a non-finite gradient that end the run")
+
+
+class CheckpointConfig(Section):
+    every_tokens: PositiveInt | None = Field(None, description="null: only at the end and when stopped")
+    keep: int = Field(2, ge=2, description="newest checkpoints kept; two, so that a damaged one is survived")
+    anchor_every_tokens: PositiveInt | None = Field(None, description="the first one after each multiple is never removed")
+
+
+class MonitorConfig(Section):
+    log_every_steps: PositiveInt = 10
+    device_peak_tflops: PositiveFloat | None = Field(None, description="for perf/mfu; null: known for some GPUs")
+
+
+# What the section `deepspeed` may not name, and where it is said instead.
+OURS = {
+    "train_batch_size": "data.lanes",
+    "train_micro_batch_size_per_gpu": "data.lanes and mrbp.lanes_per_group",
+    "gradient_accumulation_steps": "mrbp.window and mrbp.lanes_per_group",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "bf16": "training.precision",
+    "bfloat16": "training.precision",
+    "fp16": "training.precision (fp16 itself is refused: loss scaling would multiply the memory's gradient at every segment)",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
+    "managed_gradient_accumulation": "mrbp",
+    "gradient_predivide_factor": "nothing: the loss is normalised over all ranks",
+    "prescale_gradients": "nothing: the loss is normalised over all ranks",
+    "sparse_gradients": "nothing: it does not work under ZeRO",
+}
+
+
+# What a resumed run may change: prefixes of field names. The corpus may move; its fingerprint is compared elsewhere.
+MAY_CHANGE = (
+    "mrbp.",
+    "optimizer.",
+    "checkpoint.",
+    "monitor.",
+    "deepspeed",
+    "data.corpus",
+    "data.prefetch",
+    "training.tokens",
+    "training.evaluate_every_tokens",
+    "training.evaluate_ticks",
+    "training.skipped_steps_limit",
+)
+
+
+class RunConfig(Section):
+    model: MemformerConfig
+    data: DataConfig
+    mrbp: MrbpConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    deepspeed: dict[str, Any] = Field({}, description="handed to DeepSpeed, e.g. zero_optimization")
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    def lanes_per_group(self, world_size: int) -> int:
+        return self.mrbp.lanes_per_group or self.data.lanes // world_size
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = (), world_size: int = 1) -> Self:
+        """Read, override and check. Raises UserError with every problem found."""
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"--config: no file {path}")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not JSON: {error}")
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: found {type(raw).__name__}, expected an object with the sections of a run")
+        problems = _override(raw, overrides)
+        return cls.check(raw, world_size, source=str(path), problems=problems)
+
+    @classmethod
+    def check(cls, raw: dict, world_size: int = 1, *, source: str = "configuration", problems: Iterable[str] = ()) -> Self:
+        problems = list(problems)
+        sections: dict[str, Any] = {}
+        for name in raw.keys() - cls.model_fields.keys():
+            problems.append(f"{name}: unknown section{_nearest(name, cls.model_fields)}")
+        for name, field in cls.model_fields.items():
+            if name == "deepspeed":
+                sections[name] = raw.get(name, {})
+                problems += _deepspeed_problems(sections[name])
+                continue
+            try:
+                sections[name] = field.annotation.model_validate(raw.get(name, {}))
+            except ValidationError as error:
+                problems += [_sentence(name, field.annotation, item) for item in error.errors()]
+        problems += _relations(sections, world_size)
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise UserError(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        return cls(**sections)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    def changes_since(self, saved: Self) -> dict[str, tuple[Any, Any]]:
+        """Fields whose value differs from `saved`, as {name: (saved, now)}.
+
+        Raises UserError naming those that a resumed run may not change.
+        """
+        then, now = _flat(saved.model_dump()), _flat(self.model_dump())
+        changes = {name: (then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)}
+        refused = [name for name in changes if not name.startswith(MAY_CHANGE)]
+        if refused:
+            raise UserError(
+                "this run cannot be resumed with another\n"
+                + "\n".join(f"  {name}: found {changes[name][1]!r}, the run has {changes[name][0]!r}" for name in refused)
+                + "\nset them back, or start a fresh run in another --run-dir (training.init_from takes over the weights)"
+            )
+        return changes
+
+
+def _flat(sections: dict) -> dict[str, Any]:
+    flat = {"deepspeed": sections.pop("deepspeed")}
+    for section, fields in sections.items():
+        flat |= {f"{section}.{name}": value for name, value in fields.items()}
+    return flat
+
+
+def _override(raw: dict, overrides: Iterable[str]) -> list[str]:
+    """Apply `a.b=value` (JSON, or else a string) in place; return what could not be."""
+    problems = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            problems.append(f"--set {override}: expected section.field=value")
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *parents, last = path.split(".")
+        node = raw
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                problems.append(f"--set {override}: {parent} is not a section")
+                break
+        else:
+            node[last] = value
+    return problems
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else f", expected one of {', '.join(known)}"
+
+
+def _sentence(section: str, model: type[BaseModel], error: dict) -> str:
+    """One problem found by pydantic, in words: the field, what was found, what was expected."""
+    field = ".".join([section, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_nearest(str(error['loc'][-1]), model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{field}: missing; {model.model_fields[error['loc'][0]].description or 'required'}"
+    if field == "training.precision" and error["input"] == "fp16":
+        return f"{field}: found 'fp16', expected 'fp32' or 'bf16'; {OURS['fp16'].partition('(')[2].rstrip(')')}"
+    if error["type"] == "value_error":  # a validator of ours: the message says what was found
+        return f"{field}: {error['ctx']['error']}"
+    return f"{field}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _deepspeed_problems(section: Any) -> list[str]:
+    if not isinstance(section, dict):
+        return [f"deepspeed: found {section!r}, expected an object"]
+    problems = [f"deepspeed.{key}: is not set here but by {OURS[key]}" for key in section if key in OURS]
+    zero = section.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
+    return problems
+
+
+def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
+    """Problems that take two sections, or a section and the world, to see; sections with problems of their own are absent."""
+    problems = []
+    data, mrbp = sections.get("data"), sections.get("mrbp")
+    if data is not None:
+        if data.lanes % world_size:
+            nearest = max(world_size, round(data.lanes / world_size) * world_size)
+            problems.append(f"data.lanes: found {data.lanes}, which the world size of {world_size} ranks does not divide; {nearest} would do")
+        elif mrbp is not None and mrbp.lanes_per_group and (data.lanes // world_size) % mrbp.lanes_per_group:
+            problems.append(
+                f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {data.lanes // world_size} lanes"
+                f" of a rank (data.lanes {data.lanes} on {world_size} ranks)"
+            )
+        for split in ("train", "valid"):
+            if not (Path(data.corpus) / split / "corpus.json").exists():
+                problems.append(f"data.corpus: no token shards in {Path(data.corpus) / split}; tokenizer/shard.py writes them")
+    return problems

@@ -1,0 +1,218 @@
+"""The only file that imports DeepSpeed: build its engine, accumulate windows, reduce once, step.
+
+Everything here rests on what DeepSpeed 0.19.8 was measured to do under many backward passes per optimiser step
+(tests/test_engine.py holds the table of right and wrong ways):
+
+- ZeRO 1-3: all backwards of a step run inside one `coalesce_grad_reduction()`, which keeps the gradient local and reduces it
+  once when the block ends. Every parameter must get a gradient at least once inside it (memory replay sees to that).
+- ZeRO 0 does not support that block: the accumulation boundary is held off and the one reduction asked for by hand.
+- bf16 is autocast over fp32 parameters with no module declared safe for lower precision: the other settings that look right
+  accumulate or reduce in bf16, silently.
+- `scale_wrt_gas=False` always; DeepSpeed averages over ranks, so the loss is multiplied by the world size.
+"""
+
+import contextlib
+from typing import Callable, Iterator, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.config import OptimizerConfig
+from memformer_dist.mrbp import memory_replay
+from memformer_dist.runtime import Process, reseed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
+
+
+class Accumulated(NamedTuple):
+    states: list[NamedTuple]  # of this rank's lane groups after the window, detached
+    drift: Tensor  # largest difference between a state recomputed and rolled out, on this rank
+    rollout_s: float
+
+
+class StepResult(NamedTuple):
+    gradient_norm: float  # global, before clipping; inf or nan when the step was skipped
+    applied: bool
+
+
+def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW that decays the weights of linear layers alone: norms, embeddings and the memory's forgetting vectors are scales."""
+    linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
+    groups = [
+        {"params": [p for p in cell.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
+        {"params": [p for p in cell.parameters() if id(p) not in linear], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+
+
+class Engine:
+    """A cell whose parameters, gradients and optimiser state DeepSpeed manages.
+
+    Args:
+        cell: on the CPU or the process's device, the same weights on every rank.
+        optimizer: over the cell's parameters; torch's.
+        settings: the section `deepspeed` of the configuration.
+        precision: "fp32" or "bf16".
+        seed: of the dropout masks.
+    """
+
+    def __init__(
+        self,
+        cell: RecurrentCell,
+        optimizer: torch.optim.Optimizer,
+        process: Process,
+        *,
+        settings: dict,
+        precision: str = "fp32",
+        gradient_clipping: float = 0.0,
+        seed: int = 0,
+    ):
+        self.process, self.seed, self.clipping = process, seed, gradient_clipping
+        # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ours = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": gradient_clipping,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if precision == "bf16":
+            ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        zero = {"overlap_comm": False} | settings.get("zero_optimization", {})
+        cell.to(process.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=cell, optimizer=optimizer, config=settings | {"zero_optimization": zero} | ours, dist_init_required=False
+        )
+        self.zero_stage = self.engine.zero_optimization_stage()
+        self.module: RecurrentCell = self.engine.module
+
+    def __call__(self, part: str, *arguments):
+        """The cell's forward as it is used without gradients (evaluation): the same parts in the same order on every rank."""
+        return self.engine(part, *arguments)
+
+    @contextlib.contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """All backwards inside add up locally; leaving the block averages the gradient over the ranks, once."""
+        if self.zero_stage > 0:
+            with self.engine.coalesce_grad_reduction():
+                yield
+        else:
+            self.engine.set_gradient_accumulation_boundary(False)
+            yield
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+
+    def backward(self, scalar: Tensor) -> None:
+        self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def accumulate(
+        self,
+        windows: list,
+        states: list[NamedTuple],
+        *,
+        valid_tokens: int,
+        readout_group: int = 1,
+        observe: Callable = lambda t, segment, nll: None,
+    ) -> Accumulated:
+        """The gradient of the mean loss over one window of every lane, reduced once.
+
+        Args:
+            windows: this rank's lanes in groups, each a Window (same ticks, equal numbers of lanes on every rank).
+            states: where each group starts.
+            valid_tokens: labels in the window over the lanes of ALL ranks.
+        """
+        # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
+        loss_scale = self.process.world_size / max(1, valid_tokens)
+        device, results = self.process.device, []
+        with self.one_reduction():
+            for group, (window, state) in enumerate(zip(windows, states, strict=True)):
+
+                def call(part: str, t: int, segment, tensors):
+                    reseed(device, self.seed, window.start + t, self.process.rank, group, part == "readout")
+                    return self.engine(part, segment.to(device), tensors)
+
+                results.append(
+                    memory_replay(
+                        call, self.backward, window, state, loss_scale=loss_scale, readout_group=readout_group, observe=observe
+                    )
+                )
+        return Accumulated(
+            [result.state for result in results],
+            torch.stack([result.drift for result in results]).max(),
+            sum(result.rollout_s for result in results),
+        )
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip and apply the accumulated gradient, or drop it where its norm is not finite: on every rank alike."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage > 0:  # decides by the global norm itself
+            self.engine.step()
+            return StepResult(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied())
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
+        if not torch.isfinite(norm):
+            self.engine.zero_grad()
+            return StepResult(float(norm), False)
+        self.engine.step()
+        return StepResult(float(norm), True)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(name, fp32 weight, Adam moments) of every parameter, whole, one at a time. A collective call on all ranks."""
+        self._link_moments()
+        for name, parameter in self.module.named_parameters():
+            if self.zero_stage > 0:
+                weight = safe_get_full_fp32_param(parameter)
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            else:
+                weight, state = parameter.detach(), self.engine.optimizer.state[parameter]
+                moments = {key: state[key] for key in MOMENTS}
+            yield name, weight, moments
+
+    def load_moments(self, steps: int, moment: Callable[[str, str], Tensor]) -> None:
+        """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter. Weights are loaded before."""
+        optimizer = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+        for tensor in self._optimised_tensors():
+            optimizer.state[tensor] = {
+                "step": torch.tensor(float(steps), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+        self._link_moments()
+        for name, parameter in self.module.named_parameters():
+            for key in MOMENTS:
+                value = moment(name, key).to(self.process.device)
+                if self.zero_stage == 0:
+                    optimizer.state[parameter][key].copy_(value)
+                elif self.zero_stage == 3:  # the setter of whole tensors forgets that the last partition is padded
+                    size, rank, world = parameter.ds_tensor.numel(), self.process.rank, self.process.world_size
+                    padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
+                    safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def _link_moments(self) -> None:
+        """At ZeRO 1-2, let each parameter know its piece of the flat moments.
+
+        DeepSpeed does this once, when the first of the parameter groups has taken its first step and the others have no
+        moments yet, and so leaves the others without.
+        """
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimised_tensors(self) -> list[Tensor]:
+        """What the torch optimiser sees: parameters at stage 0, flat partitions of this rank above."""
+        if self.zero_stage == 0:
+            return list(self.module.parameters())
+        if self.zero_stage == 3:
+            return self.engine.optimizer.fp32_partitioned_groups_flat
+        return self.engine.optimizer.single_partition_of_fp32_groups

@@ -1,0 +1,133 @@
+"""Loss on held-out documents, with the memory carried and with it taken away.
+
+    python launch/evaluate.py --run-dir runs/books_cpu
+
+A memory model that ignores its memory is the commonest failure, so an evaluation reads every segment several times, each
+with a state of its own:
+    carried     as in training
+    no_memory   the memory is reset at every segment, the rest of the state (the previous segment's context) is kept
+    no_state    everything is reset at every segment
+    shuffled    lane i reads with the memory of lane i+1: a memory of equal statistics that knows another document
+The gap no_memory - carried is what the memory is worth.
+
+Documents are dealt over lanes and lanes over ranks as in training; per-token losses are summed in float64 and divided once, at
+the end, over all ranks: the result weighs every token alike, whatever the number of ranks.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.windows import WindowReader
+from memformer_dist.runtime import Process
+from memformer_dist.segment import IGNORE, Segment
+
+MODES = ("carried", "no_memory", "no_state", "shuffled")
+AGES = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # segments since the document's start
+
+
+class LossByAge:
+    """Sums of per-token losses and counts of labels by segment age, in float64."""
+
+    def __init__(self, device: torch.device, ages: tuple[str, ...] = AGES):
+        self.sums = torch.zeros(2, len(ages), dtype=torch.float64, device=device)  # [nll | labels, age]
+
+    def add(self, segment: Segment, nll: Tensor) -> None:
+        """nll [L, S] of one segment."""
+        segment_length = nll.shape[1]
+        age = (segment.offset // segment_length).to(nll.device)  # [L]
+        bucket = torch.frexp(age.double()).exponent.clamp(0, self.sums.shape[1] - 1).long()  # 0, 1, 2-3, 4-7 ...
+        labels = (segment.labels != IGNORE).sum(1).to(nll.device)
+        self.sums[0].index_add_(0, bucket, nll.double().sum(1))
+        self.sums[1].index_add_(0, bucket, labels.double())
+
+
+class Losses(NamedTuple):
+    """Of one mode, over all ranks: nats a token."""
+
+    loss: float
+    by_age: dict[str, float]  # AGES that occur
+
+    @classmethod
+    def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
+        nll, labels = sums[: len(ages)], sums[len(ages) :]
+        by_age = {age: n / count for age, n, count in zip(ages, nll, labels) if count}
+        return cls(sum(nll) / max(1.0, sum(labels)), by_age)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluation_lanes(corpus: Corpus, lanes: int, world_size: int) -> int:
+    """No more lanes than documents, but a multiple of the ranks."""
+    return math.ceil(min(lanes, len(corpus.lengths)) / world_size) * world_size
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable,
+    empty_state: Callable,
+    corpus: Corpus,
+    process: Process,
+    *,
+    lanes: int,
+    segment_length: int,
+    ticks: int | None = None,
+    modes: tuple[str, ...] = MODES,
+    advance_bar: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Losses] | None:
+    """Losses by mode over every document once (or the first `ticks` segments of each lane). A collective call.
+
+    Args:
+        forward: forward("advance" | "readout", segment, tensors), in evaluation mode.
+        lanes: at the most; documents are read side by side.
+        stop: asked once a tick on every rank; must answer alike on all of them. A stopped evaluation returns None.
+    """
+    lanes = evaluation_lanes(corpus, lanes, process.world_size)
+    schedule = LaneSchedule(corpus.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1)
+    block = process.block(lanes)
+    reader = WindowReader(corpus, schedule, lanes=block)
+    losses = {mode: LossByAge(process.device) for mode in modes}
+    states = {mode: empty_state(len(block), device=process.device) for mode in modes}
+    for tick in range(min(schedule.ticks, ticks or schedule.ticks)):
+        read = reader.segment(tick).to(process.device)
+        always = torch.ones_like(read.reset)
+        for mode in modes:
+            segment, state = read, states[mode]
+            if mode == "no_memory":
+                segment = read._replace(forget=always)
+            elif mode == "no_state":
+                segment = read._replace(reset=always)
+            elif mode == "shuffled":
+                state = state._replace(memory=_next_lane(state.memory, process))
+            features, states[mode] = forward("advance", segment, state)
+            losses[mode].add(segment, forward("readout", segment, features))
+        advance_bar()
+        if stop():
+            return None
+    return {mode: Losses.of(process.sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}
+
+
+def summary(losses: dict[str, Losses]) -> dict:
+    """The figures of an evaluation under the names that summary.json uses."""
+    figures = {"eval_loss": losses["carried"].loss}
+    for mode in MODES[1:]:
+        figures[f"eval_loss_{mode}"] = losses[mode].loss
+    figures["gap"] = losses["no_memory"].loss - losses["carried"].loss
+    figures["eval_loss_by_segment_age"] = {mode: loss.by_age for mode, loss in losses.items()}
+    return figures
+
+
+def _next_lane(memory: Tensor, process: Process) -> Tensor:
+    """Row i gets what global lane i+1 has; the last lane gets the first's."""
+    everyone = [torch.empty_like(memory) for _ in range(process.world_size)]
+    dist.all_gather(everyone, memory.contiguous())
+    rolled = torch.cat(everyone).roll(-1, 0)
+    return rolled[process.rank * len(memory) :][: len(memory)]

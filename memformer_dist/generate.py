@@ -1,0 +1,192 @@
+"""Generation: documents of a cell's own, several at once, each at its own length.
+
+A document is fed tokens in any portions (a prompt, then what was sampled) and is cut into segments as in training.
+Documents reach the end of a segment at different times; those that do are taken out of the batch (index_select),
+closed, opened anew and put back, so that no lane is ever padded and every document gets the numbers it would get
+alone.
+
+A saved generation is one safetensors file: the cell's cache (the state and the unfinished segment), the logits to
+sample the next token from, the tokens so far and the random state. It goes on exactly where it stopped, with the
+weights it was made by.
+
+A model is never taught to predict a document's first token (there is no BOS in the data), so a document starts with
+a prompt.
+"""
+
+import codecs
+import itertools
+import json
+import os
+import zlib
+from collections import defaultdict
+from pathlib import Path
+from typing import Callable, Iterator, Self, Sequence
+
+import torch
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from memformer_dist.cells.base import Cache, RecurrentCell
+from memformer_dist.errors import UserError
+
+VERSION = 1
+
+
+class Sampling(BaseModel, extra="forbid", frozen=True):
+    temperature: NonNegativeFloat = Field(1.0, description="divides the logits; 0 takes the likeliest token")
+    top_k: PositiveInt | None = Field(None, description="sample among the k likeliest tokens")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """[documents, vocabulary] -> int64 [documents]. top_p applies to what temperature and top_k leave."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        ranked, tokens = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            ranked[:, self.top_k :] = -torch.inf
+        probabilities = ranked.softmax(-1)
+        probabilities[probabilities.cumsum(-1) - probabilities >= self.top_p] = 0  # the token that crosses top_p stays
+        return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+
+
+class Generation:
+    """`history` holds the tokens of each document, `ended` whether it has come to its EOS (which is no token of it)."""
+
+    def __init__(self, cell: RecurrentCell, *, eos_id: int, documents: int = 1, seed: int = 0):
+        self.cell, self.eos_id = cell.eval(), eos_id
+        self.device = next(cell.parameters()).device
+        self.history: list[list[int]] = [[] for _ in range(documents)]
+        self.ended = [False] * documents
+        self.logits = torch.zeros(documents, cell.vocab_size)  # of each document's next token, on the CPU
+        self.generator = torch.Generator().manual_seed(seed)
+        self.used = [0] * documents  # tokens in the open segment: kept here too, so that nothing waits for the device
+        self.cache = cell.open(cell.empty_state(documents), torch.ones(documents, dtype=torch.bool, device=self.device))
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Append to each document its tokens, as many as there are, perhaps none."""
+        pending = [list(queue) for queue in tokens]
+        size = self.cell.segment_length
+        while any(pending):
+            waiting = [document for document, queue in enumerate(pending) if queue]
+            if full := [document for document in waiting if self.used[document] == size]:
+                self._on_lanes(full, self._next_segment)
+                for document in full:
+                    self.used[document] = 0
+            groups = defaultdict(list)
+            for document in waiting:
+                groups[min(len(pending[document]), size - self.used[document])].append(document)
+            for count, documents in groups.items():
+                block = [pending[document][:count] for document in documents]
+                logits = self._on_lanes(documents, self.cell.extend, torch.tensor(block, device=self.device))
+                self.logits[documents] = logits[:, -1].float().cpu()
+                for document, taken in zip(documents, block):
+                    self.history[document] += taken
+                    self.used[document] += count
+                    del pending[document][:count]
+
+    def sample(self, count: int, sampling: Sampling) -> Iterator[list[int | None]]:
+        """Go on by up to `count` tokens. Yields each step's token of every document, None for one that has ended."""
+        if not all(self.history):
+            raise UserError("a document has no tokens, expected at least one: models do not learn how texts begin")
+        for _ in range(count):
+            if all(self.ended):
+                return
+            chosen = sampling.choose(self.logits, self.generator).tolist()
+            self.ended = [ended or token == self.eos_id for ended, token in zip(self.ended, chosen)]
+            self.feed([[] if ended else [token] for ended, token in zip(self.ended, chosen)])
+            yield [None if ended else token for ended, token in zip(self.ended, chosen)]
+
+    def _next_segment(self, cache: Cache) -> tuple[None, Cache]:
+        state = self.cell.close(cache)
+        return None, self.cell.open(state, torch.zeros(len(state[0]), dtype=torch.bool, device=self.device))
+
+    def _on_lanes(self, documents: list[int], function: Callable, *arguments):
+        """Run function(*arguments, cache) -> (result, cache) on the lanes of some documents alone."""
+        if len(documents) == len(self.history):
+            result, self.cache = function(*arguments, self.cache)
+            return result
+        lanes = torch.tensor(documents, device=self.device)
+        result, part = function(*arguments, map_leaves(lambda leaf: leaf.index_select(0, lanes), self.cache))
+        self.cache = map_leaves(lambda leaf, rows: leaf.index_copy(0, lanes, rows), self.cache, part)
+        return result
+
+    def save(self, path: Path) -> None:
+        tensors = {f"cache.{number}": leaf.contiguous() for number, leaf in enumerate(leaves(self.cache))}
+        tensors["logits"] = self.logits
+        tensors["history"] = torch.tensor([token for tokens in self.history for token in tokens], dtype=torch.int64)
+        tensors["random_state"] = self.generator.get_state()
+        about = {
+            "version": VERSION,
+            "model": checksum(self.cell),
+            "lengths": [len(tokens) for tokens in self.history],
+            "used": self.used,
+            "ended": self.ended,
+        }
+        unfinished = path.with_name(path.name + ".unfinished")
+        save_file(tensors, unfinished, metadata={"generation": json.dumps(about)})
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: Path, cell: RecurrentCell, *, eos_id: int) -> Self:
+        """Raises UserError when `path` is no saved generation, or one of other weights."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("generation", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (FileNotFoundError, SafetensorError) as error:
+            raise UserError(f"{path}: found no saved generation: {error}")
+        if about.get("version") != VERSION:
+            raise UserError(f"{path}: found version {about.get('version')}, expected a generation of version {VERSION}")
+        if about["model"] != checksum(cell):
+            raise UserError(f"{path}: found a generation by other weights, expected one by these")
+        generation = cls(cell, eos_id=eos_id, documents=len(about["lengths"]))
+        number = itertools.count()
+        generation.cache = map_leaves(lambda leaf: tensors[f"cache.{next(number)}"].to(leaf.device), generation.cache)
+        generation.logits = tensors["logits"]
+        generation.generator.set_state(tensors["random_state"])
+        generation.history = [tokens.tolist() for tokens in tensors["history"].split(about["lengths"])]
+        generation.used, generation.ended = about["used"], about["ended"]
+        return generation
+
+
+def map_leaves(function: Callable, *caches):
+    """A cache of function(*corresponding tensors); caches are NamedTuples of tensors or of further NamedTuples."""
+    if isinstance(caches[0], Tensor):
+        return function(*caches)
+    return caches[0]._make(map_leaves(function, *parts) for parts in zip(*caches))
+
+
+def leaves(cache: Cache) -> list[Tensor]:
+    found = []
+    map_leaves(found.append, cache)
+    return found
+
+
+def checksum(cell: RecurrentCell) -> int:
+    """Of the weights and the segment length: what a cache means depends on both."""
+    result = cell.segment_length
+    for weight in cell.state_dict().values():
+        result = zlib.crc32(weight.cpu().flatten().view(torch.uint8).numpy(), result)
+    return result
+
+
+class TextStream:
+    """The text of tokens as they come. Characters spelled in bytes come out when their last byte is in."""
+
+    def __init__(self, tokenizer: SentencePieceProcessor):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        piece = self.tokenizer.id_to_piece(token)
+        if self.tokenizer.is_byte(token):
+            return self.decoder.decode(bytes([int(piece[1:-1], 16)]))  # "<0xE2>"
+        if self.tokenizer.is_control(token):
+            return ""
+        return self.decoder.decode(piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode())
+
+    def finish(self) -> str:
+        return self.decoder.decode(b"", final=True)

@@ -1,0 +1,112 @@
+"""What a run tells: TensorBoard, metrics.jsonl and a progress bar, from rank 0.
+
+Every scalar is written twice, against the step and, under `tokens/`, against consumed tokens, which is what runs of different
+batch sizes are compared by. metrics.jsonl has one object a record with "step", "tokens" and "time".
+"""
+
+import json
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from memformer_dist.checkpoint import Position
+from memformer_dist.segment import IGNORE, Segment
+
+PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
+# Dense bf16 tensor-core peaks of the makers' data sheets, in TFLOP/s, for perf/mfu.
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+
+
+class Monitor:
+    """Rank 0's reporting; on other ranks every call does nothing."""
+
+    def __init__(self, run_dir: Path, position: Position, total_tokens: int, *, is_main: bool):
+        self.writer = self.bar = None
+        if not is_main:
+            return
+        # purge_step: curves of a run that is resumed from an older checkpoint go on without the part that is done again.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=position.step + 1 if position.step else None)
+        self.records = _continue(run_dir / "metrics.jsonl", position.step).open("a")
+        self.bar = tqdm(total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train")
+
+    def log(self, position: Position, scalars: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, position.step)
+            self.writer.add_scalar(f"tokens/{name}", value, position.tokens)
+        record = {"step": position.step, "tokens": position.tokens, "time": round(time.time(), 3), **scalars}
+        self.records.write(json.dumps(record) + "\n")
+        self.records.flush()
+
+    def advance(self, position: Position, loss: float, tokens_per_s: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"step {position.step}, loss {loss:.4f}, {tokens_per_s:,.0f} tok/s", refresh=False)
+            self.bar.update(position.tokens - self.bar.n)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.bar.close()
+            self.writer.close()
+            self.records.close()
+
+
+def _continue(path: Path, step: int) -> Path:
+    """Drop the records after `step`, which a resumed run will write again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.rename(path)
+    return path
+
+
+def record_start(run_dir: Path, world_size: int, step: int) -> None:
+    """Append how the run was started to starts.jsonl: command, package versions, git commit, time."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.argv],
+        "step": step,
+        "world_size": world_size,
+        "git": commit.stdout.strip() or None,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def peak_flops(device: torch.device, configured_tflops: float | None) -> float | None:
+    """The device's peak in FLOP/s, or None where nobody has said."""
+    if configured_tflops:
+        return configured_tflops * 1e12
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def training_flops_per_token(build_cell, segment_length: int) -> float:
+    """FLOPs of forward and backward a token, counted by torch on one lane of one segment without computing anything.
+
+    The replay's second advance is not counted: perf/mfu tells what the model needed, not what the method spent.
+    """
+    with torch.device("meta"):
+        cell = build_cell()
+        tokens = torch.zeros(1, segment_length, dtype=torch.long)
+        lane, flag = torch.full((1,), segment_length), torch.zeros(1, dtype=torch.bool)
+        segment = Segment(tokens, torch.full_like(tokens, IGNORE), lane, flag, flag, lane, lane)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            features, _ = cell("advance", segment, cell.empty_state(1, device=torch.device("meta")))
+            cell("readout", segment, features)
+    return 3 * counter.get_total_flops() / segment_length

@@ -1,0 +1,29 @@
+"""Packaging of memformer_dist. `pip install -e . -c constraints.txt` gives the set-up that the tests run on."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="memformer_dist",
+    version="0.1.0",
+    description="Distributed training of segment-recurrent memory transformers by exact memory replay back-propagation",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["memformer_dist", "memformer_dist.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.8",
+        "deepspeed==0.19.8",  # memformer_dist/engine.py leans on its internals; tests/test_engine.py says when to move
+        "webdataset>=1.0",
+        "sentencepiece",
+        "tensorboard",
+        "mpi4py",
+        "pydantic>=2",
+        "safetensors",
+        "tqdm",
+        "numpy",
+    ],
+    extras_require={"test": ["pytest", "hypothesis"]},
+)

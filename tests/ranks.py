@@ -1,0 +1,42 @@
+"""Run a function on several ranks of a gloo group, each a process of its own, as the launchers would start them."""
+
+import os
+import socket
+import traceback
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from memformer_dist import runtime
+
+
+def run_ranks(world_size: int, function, *arguments) -> None:
+    """function(process, *arguments) on every rank; an assertion that fails on one of them fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(
+        _rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method="spawn"
+    )
+
+
+def _rank(rank: int, world_size: int, port: int, function, arguments) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)
+    try:
+        process = runtime.start()
+        function(process, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    os._exit(0)  # gloo's threads abort at random while the interpreter shuts down

@@ -1,0 +1,116 @@
+"""Discovery and reading of documents."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from memformer_dist.data.documents import Part, discover, read_documents
+from memformer_dist.errors import UserError
+
+
+def make(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def names(folder, inputs):
+    return [str(path.relative_to(folder)) for path in discover(inputs).files]
+
+
+def test_discovery(tmp_path):
+    make(tmp_path, b_txt=b"", a__deep__c_py=b"", a__d_TXT=b"", a__e_jsonl_gz=b"", a__f_png=b"", a__g_rs_gz=b"", a__h_zip=b"")
+    assert names(tmp_path, [tmp_path]) == ["a/d.TXT", "a/deep/c.py", "a/e.jsonl.gz", "a/g.rs.gz", "b.txt"]
+    assert discover([tmp_path]).ignored == 2
+    assert names(tmp_path, [tmp_path / "b.txt", tmp_path]) == ["b.txt", "a/d.TXT", "a/deep/c.py", "a/e.jsonl.gz", "a/g.rs.gz"]
+    assert names(tmp_path, [tmp_path / "**" / "*.py"]) == ["a/deep/c.py"]
+    assert names(tmp_path, [tmp_path / "a" / "f.png"]) == ["a/f.png"]  # named by the user
+    assert names(tmp_path, [tmp_path / "*"]) == names(tmp_path, [tmp_path / "a", tmp_path / "b.txt"])
+
+
+def test_the_same_file_is_read_once(tmp_path):
+    make(tmp_path, a_txt=b"")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    assert names(tmp_path, [tmp_path, tmp_path / "a.txt"]) == ["a.txt"]
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "nowhere/*.txt", "pictures"])
+def test_missing_input_is_named(tmp_path, missing):
+    make(tmp_path, pictures__a_png=b"")
+    with pytest.raises(UserError, match=missing.replace("*", r"\*")):
+        discover([tmp_path / missing])
+
+
+def test_text_is_kept_exactly(tmp_path):
+    raw = "\ufeffa\r\nb\rc\n\n\t \0d ".encode()
+    make(tmp_path, a_txt=raw, b_py_gz=gzip.compress(raw))
+    documents = list(read_documents(discover([tmp_path]).files))
+    assert [document.text.encode() for document in documents] == [raw, raw]
+    assert all(document.position == 0 and not document.unreadable for document in documents)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_json_lines(tmp_path, compress):
+    lines = [
+        json.dumps({"text": "one\n", "url": "ignored"}),
+        json.dumps({"parts": [{"text": "ask", "loss": False}, {"text": "answer"}]}),
+        "",
+        json.dumps({"text": ""}),
+    ]
+    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl")
+    path.write_bytes(compress("\n".join(lines).encode()))
+    one, two, empty = read_documents([path])
+    assert (one.text, one.position) == ("one\n", 1)
+    assert list(two.parts) == [Part("ask", False), Part("answer", True)] and two.text == "askanswer"
+    assert (empty.text, empty.position, empty.unreadable) == ("", 4, None)  # empty is readable; the caller decides
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"text": "cut', "JSON"),
+        (b"[1, 2]", "object"),
+        (b'{"text": 3}', "text: .*string"),
+        (b'{"body": "x"}', "either the field text or the field parts"),
+        (b'{"text": "x", "parts": []}', "either"),
+        (b'{"parts": [{"text": "x", "loss": "perhaps"}]}', "parts.0.loss"),
+        (b'{"text": "\\ud800"}', "hex escape"),
+        (b'{"text": "\xff"}', "JSON|UTF-8|unicode"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_bad_line_does_not_stop_the_others(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    before, bad, after = read_documents([path])
+    assert (before.text, after.text) == ("before", "after")
+    assert (bad.source, bad.position, bad.parts) == (str(path), 2, ())
+    assert re.search(reason, bad.unreadable)
+
+
+def test_damaged_files(tmp_path):
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(50_000)))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    make(tmp_path, a_txt=b"\xff", b_txt_gz=b"no gzip", c_txt_gz=whole[:-30], d_jsonl_gz=whole[: len(whole) // 2], f_txt=b"good")
+    (tmp_path / "e.txt.gz").write_bytes(flipped)
+    documents = list(read_documents(discover([tmp_path]).files))
+    bad = [document for document in documents if document.unreadable]
+    assert [Path(document.source).name for document in bad] == "a.txt b.txt.gz c.txt.gz d.jsonl.gz e.txt.gz".split()
+    lines = [document for document in documents if document.source.endswith("d.jsonl.gz")]
+    # The lines before the damage are read; the damage itself is one entry.
+    assert [line.text for line in lines[:-1]] == [str(number) for number in range(len(lines) - 1)] and len(lines) > 100
+    assert lines[-1].unreadable and lines[-1].position == len(lines) - 1
+    assert documents[-1].text == "good"
+
+
+def test_reading_is_lazy(tmp_path):
+    make(tmp_path, a_txt=b"first", b_txt=b"second")
+    reader = read_documents(discover([tmp_path]).files)
+    assert next(reader).text == "first"
+    (tmp_path / "b.txt").unlink()
+    assert "No such file" in next(reader).unreadable

@@ -1,0 +1,145 @@
+"""The lane schedule, against a simulation that goes tick by tick."""
+
+import itertools
+import random
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memformer_dist.data import lanes
+from memformer_dist.data.lanes import LaneSchedule
+
+corpora = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+sizes = dict(lengths=corpora, seed=st.integers(0, 5), lane_count=st.integers(1, 9), segment_length=st.integers(1, 9))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that a few documents fill several blocks."""
+    monkeypatch.setattr(lanes, "DEALS_PER_BLOCK", 5)
+
+
+def permutation(seed, epoch, documents):
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(documents)
+
+
+def simulate(lengths, seed, lane_count, segment_length, ticks, epochs=None):
+    """Rows (document, segment, epoch, reset) by tick and lane."""
+    epochs = itertools.count() if epochs is None else range(epochs)
+    deck = ((int(document), epoch) for epoch in epochs for document in permutation(seed, epoch, len(lengths)))
+    todo = [[] for _ in range(lane_count)]
+    for _ in range(ticks):
+        for lane in range(lane_count):
+            if not todo[lane]:
+                document, epoch = next(deck, (-1, -1))
+                segments = -(-lengths[document] // segment_length) if document >= 0 else 1
+                todo[lane] = [(document, segment, epoch, document >= 0 and segment == 0) for segment in range(segments)]
+        yield [rows.pop(0) for rows in todo]
+
+
+def rows_at(schedule, tick):
+    now = schedule.at(tick)
+    assert all(column.shape == (schedule.lanes,) for column in now)
+    return list(zip(*(column.tolist() for column in (now.document, now.segment, now.epoch, now.reset))))
+
+
+@settings(max_examples=150, deadline=None)
+@given(**sizes, epochs=st.sampled_from([None, 1, 2]))
+def test_schedule_equals_the_simulation(lengths, seed, lane_count, segment_length, epochs):
+    schedule = LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs)
+    expected = list(simulate(lengths, seed, lane_count, segment_length, 60, epochs))
+    assert [rows_at(schedule, tick) for tick in range(60)] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes, ticks=st.lists(st.integers(0, 80), max_size=20))
+def test_a_tick_does_not_depend_on_the_way_there(lengths, seed, lane_count, segment_length, ticks):
+    def new():
+        return LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length)
+
+    wandering = new()
+    wandering.concurrent_copies()
+    for tick in ticks:
+        assert rows_at(wandering, tick) == rows_at(new(), tick)
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes, epochs=st.integers(1, 3))
+def test_each_epoch_deals_every_segment_once_and_documents_in_one_piece(lengths, seed, lane_count, segment_length, epochs):
+    schedule = LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs)
+    table = [rows_at(schedule, tick) for tick in range(schedule.ticks)]
+    live = [row[:3] for rows in table for row in rows if row[0] >= 0]
+    every = [
+        (document, segment, epoch)
+        for epoch in range(epochs)
+        for document, length in enumerate(lengths)
+        for segment in range(-(-length // segment_length))
+    ]
+    assert sorted(live) == sorted(every) and len(every) == epochs * schedule.segments_per_epoch
+    assert any(row[0] >= 0 for row in table[-1])  # `ticks` is not too many
+    for lane in zip(*table):
+        for (document, segment, epoch, _), following in itertools.pairwise(lane):
+            if document >= 0 and (segment + 1) * segment_length < lengths[document]:
+                assert following == (document, segment + 1, epoch, False)
+    dry = rows_at(schedule, schedule.ticks)
+    assert dry == rows_at(schedule, schedule.ticks + 99) == [(-1, 0, -1, False)] * lane_count
+
+
+def test_epochs_are_shuffled_by_the_seed():
+    def first_epochs(seed):
+        schedule = LaneSchedule(np.ones(50, int), seed=seed, lanes=1, segment_length=4)
+        return [[schedule.at(50 * epoch + place).document[0] for place in range(50)] for epoch in range(3)]
+
+    one, other = first_epochs(0), first_epochs(1)
+    orders = [tuple(order) for order in one + other]
+    assert len(set(orders)) == 6 and all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] == tuple(permutation(0, 0, 50))
+
+
+def test_number_of_ticks():
+    schedule = LaneSchedule(np.array([8, 8, 8]), seed=0, lanes=2, segment_length=4, epochs=1)
+    assert schedule.ticks == 4 and schedule.segments_per_epoch == 6
+    with pytest.raises(ValueError, match="endless"):
+        LaneSchedule(np.array([8]), seed=0, lanes=2, segment_length=4).ticks
+
+
+@settings(max_examples=60, deadline=None)
+@given(**sizes)
+def test_concurrent_copies(lengths, seed, lane_count, segment_length):
+    schedule = LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length)
+    epochs = lane_count // len(lengths) + 2
+    most = 0
+    for tick in itertools.count():
+        documents = [row[0] for row in rows_at(schedule, tick) if row[2] < epochs]
+        if not documents:
+            break
+        most = max(most, *(documents.count(document) for document in documents))
+    assert schedule.concurrent_copies() == most
+
+
+def test_concurrent_copies_of_many_and_of_few_documents():
+    assert LaneSchedule(np.full(1000, 8), seed=0, lanes=4, segment_length=4).concurrent_copies() == 1
+    assert LaneSchedule(np.full(2, 8), seed=0, lanes=16, segment_length=4).concurrent_copies() == 8
+
+
+def test_threads_may_share_a_schedule():
+    lengths = np.random.default_rng(0).integers(1, 30, 200)
+    shared = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
+    alone = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
+    expected = [rows_at(alone, tick) for tick in range(300)]
+    wrong = []
+
+    def look():
+        for tick in random.sample(range(300), 300):
+            if rows_at(shared, tick) != expected[tick]:
+                wrong.append(tick)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,592 @@
+"""Memformer against the paper's equations, written out below one lane, one head and one slot at a time, in float64.
+
+`Reference` knows nothing of the cell but the names of its parameters. Every rule it checks can be broken in it by
+name (`mistake`), and the comparison must notice each of them.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+
+from memformer_dist.cells.memformer import (
+    BiasedMemoryNormalisation,
+    DecoderState,
+    Memformer,
+    MemformerConfig,
+    MemformerState,
+)
+from memformer_dist.segment import IGNORE, Segment
+
+VOCABULARY, BOS, SIZE = 11, 1, 5  # SIZE: tokens of a segment
+SMALL = {"width": 8, "decoder_layers": 2, "heads": 2, "feed_forward": 12, "slots": 3, "dropout": 0.0}
+LAYOUTS = {"encoder_decoder": {"encoder_layers": 2}, "decoder": {"layout": "decoder", "encoder_layers": 0}}
+
+
+def make(layout: str = "encoder_decoder", dtype=torch.float64, **fields) -> Memformer:
+    """A small cell with weights large enough that every term matters, norms and biases included."""
+    torch.manual_seed(0)
+    config = MemformerConfig(**{**SMALL, **LAYOUTS[layout], **fields})
+    cell = Memformer(config, vocab_size=VOCABULARY, bos_id=BOS, segment_length=SIZE).to(dtype)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return cell
+
+
+def make_segment(length, reset=None, forget=None, seed=0) -> Segment:
+    """Random text; padded rows hold what the reader writes there, token 0 and label IGNORE."""
+    lanes = len(length)
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.tensor(length)
+    padding = torch.arange(SIZE) >= length[:, None]
+    tokens, labels = (torch.randint(VOCABULARY, (lanes, SIZE), generator=generator) for _ in range(2))
+    flags = [torch.tensor(flag or [False] * lanes) for flag in (reset, forget)]
+    numbers = torch.zeros(lanes, dtype=torch.int64)
+    tokens, labels = tokens.masked_fill(padding, 0), labels.masked_fill(padding, IGNORE)
+    return Segment(tokens, labels, length, *flags, numbers, numbers)
+
+
+def random_state(cell: Memformer, lanes: int):
+    state = cell.empty_state(lanes)
+    memory = F.normalize(torch.randn(state.memory.shape, dtype=state.memory.dtype), dim=-1)
+    if isinstance(state, DecoderState):
+        return DecoderState(memory)
+    return MemformerState(memory, torch.randint(VOCABULARY, (lanes, SIZE)), torch.full((lanes,), SIZE))
+
+
+# Five ticks of three lanes: short segments (one of which goes on, so that its padding is read as context), documents
+# that begin in the middle, a forgotten memory, a lane that runs dry.
+TICKS = [
+    make_segment([5, 3, 5], reset=[True, True, True], seed=1),
+    make_segment([5, 5, 5], reset=[False, True, False], seed=2),
+    make_segment([2, 5, 5], forget=[False, False, True], seed=3),
+    make_segment([5, 5, 0], reset=[False, True, False], seed=4),
+    make_segment([5, 5, 0], seed=5),
+]
+
+
+class Reference:
+    """The model as printed, for one lane. `mistake` names the one rule to break."""
+
+    def __init__(self, cell: Memformer, mistake: str = ""):
+        self.config, self.weights, self.mistake = cell.config, dict(cell.named_parameters()), mistake
+        self.head_size = self.config.width // self.config.heads
+
+    def linear(self, name, x):
+        y = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
+    def norm(self, name, x):
+        if f"{name}.weight" not in self.weights:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+        return scaled * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def heads(self, x):
+        return x.split(self.head_size, dim=-1)
+
+    def rotated(self, x):
+        rows = []
+        for position, row in enumerate(x):
+            if self.config.positions == "none" or self.mistake == "no positions":
+                return x
+            turned = []
+            for pair in range(self.head_size // 2):
+                angle = position / 10000 ** (2 * pair / self.head_size)
+                a, b = row[2 * pair], row[2 * pair + 1]
+                turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+            rows.append(torch.stack(turned))
+        return torch.stack(rows)
+
+    def attention(self, queries, keys, values, seen):
+        """One head; seen[i][j]: query i may see key j."""
+        rows = []
+        for i, query in enumerate(queries):
+            allowed = [j for j in range(len(keys)) if seen(i, j)]
+            weights = torch.stack([torch.exp(query @ keys[j] / math.sqrt(self.head_size)) for j in allowed])
+            rows.append(sum(w * values[j] for w, j in zip(weights / weights.sum(), allowed)))
+        return torch.stack(rows)
+
+    def layer(self, name, x, source, seen, source_seen):
+        normed = self.norm(f"{name}.self_norm", x)
+        q, k, v = self.linear(f"{name}.self_attention.query_key_value", normed).chunk(3, dim=-1)
+        mixed = [
+            self.attention(self.rotated(q), self.rotated(k), v, seen)
+            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v))
+        ]
+        x = x + self.linear(f"{name}.self_attention.output", torch.cat(mixed, dim=-1))
+        q = self.linear(f"{name}.cross_attention.query", self.norm(f"{name}.cross_norm", x))
+        k, v = self.linear(f"{name}.cross_attention.key_value", source).chunk(2, dim=-1)
+        mixed = [self.attention(q, k, v, source_seen) for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v))]
+        x = x + self.linear(f"{name}.cross_attention.output", torch.cat(mixed, dim=-1))
+        inner = self.linear(f"{name}.feed_forward.0", self.norm(f"{name}.feed_forward_norm", x))
+        return x + self.linear(f"{name}.feed_forward.2", 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))))
+
+    def stack(self, name, layers, tokens, source, seen, source_seen):
+        x = torch.stack([self.weights["embedding.weight"][token] for token in tokens])
+        for number in range(layers):
+            x = self.layer(f"{name}.layers.{number}", x, source, seen, source_seen)
+        return self.norm(f"{name}.norm", x)
+
+    def bmn(self, mixed):
+        if self.mistake == "no normalisation":
+            return mixed
+        biased = mixed if self.mistake == "no bias" else mixed + self.weights["normalise.bias"]
+        return torch.stack([row / torch.sqrt((row**2).sum()) for row in biased])
+
+    def initial(self):
+        return torch.stack([v / torch.sqrt((v**2).sum()) for v in self.weights["normalise.bias"]])
+
+    def write(self, memory, x, length):
+        slots = len(memory)
+        tau = 1.0 if self.mistake == "temperature ignored" else self.config.temperature
+        # The mask of the k x (k + S) matrix: the diagonal of the slot block, and the valid tokens.
+        mask = torch.cat([torch.eye(slots, dtype=torch.bool), (torch.arange(SIZE) < length).expand(slots, SIZE)], dim=1)
+        if self.mistake == "slots see each other":
+            mask[:, :slots] = True
+        if self.mistake == "slots do not see themselves":
+            mask[:, :slots] = length == 0
+        if self.mistake == "padding is written":
+            mask[:, slots:] = True
+        q = self.linear("writer.query", memory)
+        k = torch.cat([self.linear("writer.key", memory), self.linear("writer.key", x)])
+        own = self.linear("writer.value", memory) if self.mistake == "self value projected" else memory
+        v = torch.cat([own, self.linear("writer.value", x)])
+        mixed = []
+        for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v)):
+            scores = torch.exp(q @ k.T / (math.sqrt(self.head_size) * tau)) * mask
+            if self.mistake == "two softmaxes":
+                parts = scores.split([slots, SIZE], dim=1)
+                scores = torch.cat([part / part.sum(-1, keepdim=True).clamp(min=1e-300) for part in parts], dim=1)
+            weights = scores / scores.sum(-1, keepdim=True)
+            mixed.append(weights @ v)
+        mixed = torch.cat(mixed, dim=-1)
+        return self.bmn(self.linear("writer.output", mixed) if self.config.write_projection else mixed)
+
+    def read(self, memory):
+        return memory if self.mistake == "memory not normed" else self.norm("memory_norm", memory)
+
+    def tick(self, segment: Segment, lane: int, memory, context: list[int]):
+        """-> (nll [S], next memory, next context)."""
+        tokens = segment.tokens[lane].tolist()
+        length, reset = int(segment.length[lane]), bool(segment.reset[lane])
+        if reset or segment.forget[lane]:
+            memory = self.initial()
+        if reset or (segment.forget[lane] and self.mistake == "forget drops the context"):
+            context = [BOS]
+        causal = lambda i, j: j <= i  # noqa: E731
+        everywhere = lambda i, j: True  # noqa: E731
+        if self.config.layout == "decoder":
+            hidden = self.stack("decoder", self.config.decoder_layers, tokens, self.read(memory), causal, everywhere)
+            written = self.write(memory, hidden, length)
+        else:
+            if self.mistake == "the segment itself is encoded" and not reset:
+                context = tokens[:length]
+            read = len(context)
+            padded = context + [BOS if reset else 0] * (SIZE - read)
+            seen = causal if self.mistake == "causal encoder" else everywhere
+            # An empty lane may compute anything that is finite: here it sees its first padded position.
+            shown = SIZE if self.mistake == "padding is encoded" else max(read, 1)
+            valid = lambda i, j: seen(i, j) and j < shown  # noqa: E731
+            encoded = self.stack("encoder", self.config.encoder_layers, padded, self.read(memory), valid, everywhere)
+            source_length = SIZE if self.mistake == "padding is decoded" else max(read, 1)
+            source = self.read(memory) if self.mistake == "decoder reads the memory" else encoded
+            limit = len(source) if self.mistake == "decoder reads the memory" else source_length
+            hidden = self.stack("decoder", self.config.decoder_layers, tokens, source, causal, lambda i, j: j < limit)
+            written = self.write(memory, encoded, read)
+            if reset and not self.config.write_first_segment:
+                written = memory
+        head = self.weights["embedding.weight" if self.config.tie_embeddings else "head.weight"]
+        nll = [
+            -torch.log(torch.exp(head @ x)[label] / torch.exp(head @ x).sum()) if label != IGNORE else x.new_zeros(())
+            for x, label in zip(hidden, segment.labels[lane].tolist())
+        ]
+        return torch.stack(nll), written, tokens[:length]
+
+    def run(self, ticks: list[Segment]):
+        """-> nll [ticks, L, S], memories [ticks, L, slots, d]."""
+        lanes = []
+        for lane in range(len(ticks[0].length)):
+            memory, context, trace = None, [], []
+            for segment in ticks:
+                nll, memory, context = self.tick(segment, lane, memory, context)
+                trace.append((nll, memory))
+            lanes.append([torch.stack(column) for column in zip(*trace)])
+        return [torch.stack(column, dim=1) for column in zip(*lanes)]
+
+
+def run_cell(cell: Memformer, ticks: list[Segment]):
+    state, trace = cell.empty_state(len(ticks[0].length)), []
+    for segment in ticks:
+        features, state = cell("advance", segment, state)
+        trace.append((cell("readout", segment, features), state.memory))
+    return [torch.stack(column) for column in zip(*trace)]
+
+
+def difference(found, expected) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(found, expected))
+
+
+def gradients(cell: Memformer, outputs) -> list[torch.Tensor]:
+    """Of a fixed random combination of all outputs, with respect to all parameters."""
+    generator = torch.Generator().manual_seed(9)
+    total = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    return torch.autograd.grad(total, list(cell.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------- the equations
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_and_gradients_follow_the_equations(layout):
+    cell = make(layout)
+    found, expected = run_cell(cell, TICKS), Reference(cell).run(TICKS)
+    assert difference(found, expected) < 1e-11
+    assert difference(gradients(cell, found), gradients(cell, expected)) < 1e-8  # of gradients up to some 1e3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positions": "none", "attention_bias": True, "final_norm": False},
+        {"write_first_segment": False, "write_projection": True},
+        {"memory_norm": False, "tie_embeddings": False, "temperature": 1.0, "heads": 1},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_alternatives_follow_the_equations(fields):
+    cell = make(**fields)
+    expected = Reference(cell).run(TICKS)
+    assert difference(run_cell(cell, TICKS), expected) < 1e-11
+    assert difference(run_cell(make(), TICKS), expected) > 1e-3, "the fields change nothing"
+
+
+MISTAKES = {
+    "temperature ignored",
+    "self value projected",
+    "slots see each other",
+    "slots do not see themselves",
+    "two softmaxes",
+    "no normalisation",
+    "no bias",
+    "memory not normed",
+    "no positions",
+    "padding is written",
+}
+ENCODER_MISTAKES = {
+    "causal encoder",
+    "padding is encoded",
+    "padding is decoded",
+    "decoder reads the memory",
+    "the segment itself is encoded",
+    "forget drops the context",
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "mistake"),
+    [("encoder_decoder", mistake) for mistake in sorted(MISTAKES | ENCODER_MISTAKES)]
+    + [("decoder", mistake) for mistake in sorted(MISTAKES)],
+)
+def test_the_comparison_notices(layout, mistake):
+    cell = make(layout)
+    with torch.no_grad():
+        assert difference(run_cell(cell, TICKS), Reference(cell, mistake).run(TICKS)) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------- memory: bias and resets
+
+
+@pytest.mark.parametrize(("norm", "factor"), [(0.1, 0.91), (0.45, 0.69), (1.15, 0.47), (3.2, 0.24)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_slot_that_keeps_to_itself_decays_towards_its_bias(layout, norm, factor):
+    """What is perpendicular to v shrinks by 1 / (1 + ||v||), as does its gradient. A dry lane has only itself."""
+    cell = make(layout)
+    with torch.no_grad():
+        cell.normalise.bias.copy_(norm * F.normalize(cell.normalise.bias, dim=-1))
+    initial = F.normalize(cell.normalise.bias, dim=-1).detach()
+    aside = torch.randn_like(initial)
+    aside = F.normalize(aside - (aside * initial).sum(-1, keepdim=True) * initial, dim=-1)
+    amount = torch.tensor(1e-6, dtype=torch.float64, requires_grad=True)
+    state = cell.empty_state(1)._replace(memory=F.normalize(initial + amount * aside, dim=-1)[None])
+    _, after = cell.advance(make_segment([0]), state)
+    left = (after.memory[0] * aside).sum(-1)
+    assert torch.allclose(left / amount, torch.full_like(left, 1 / (1 + norm)), rtol=1e-6)
+    (slope,) = torch.autograd.grad(left.sum() / len(left), amount)
+    assert float(slope) == pytest.approx(1 / (1 + norm), rel=1e-6) == pytest.approx(factor, abs=0.006)
+
+
+def test_initial_bias_has_the_norm_asked_for():
+    module = BiasedMemoryNormalisation(slots=7, width=16, init_norm=0.45)
+    assert torch.allclose(module.bias.norm(dim=-1), torch.tensor(0.45))
+    assert not torch.allclose(module.bias[0], module.bias[1])
+    assert torch.allclose(module(torch.zeros(1, 7, 16)), module.bias / 0.45)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("flag", ["reset", "forget"])
+def test_a_reset_inside_advance_trains_the_initial_memory(layout, flag):
+    cell = make(layout)
+    for value in (True, False):
+        segment = make_segment([5, 5], **{flag: [value, False]})
+        features, _ = cell.advance(segment, random_state(cell, 2))
+        cell.zero_grad()
+        cell.readout(segment, features).sum().backward()  # no write in this loss: the bias can only enter as m(0)
+        reached = cell.normalise.bias.grad is not None and bool(cell.normalise.bias.grad.abs().sum() > 0)
+        assert reached == value
+
+
+def test_reset_forgets_everything_and_forget_the_memory_alone():
+    cell = make()
+    one, other = random_state(cell, 2), random_state(cell, 2)
+
+    def nll(state, **flags):
+        segment = make_segment([5, 5], **flags)
+        return cell.readout(segment, cell.advance(segment, state)[0])
+
+    assert torch.equal(nll(one, reset=[True, True]), nll(other, reset=[True, True]))
+    assert torch.equal(nll(one, forget=[True, True]), nll(one._replace(memory=other.memory), forget=[True, True]))
+    assert not torch.allclose(nll(one, forget=[True, True]), nll(other, forget=[True, True]))
+    assert not torch.allclose(nll(one), nll(one._replace(memory=other.memory)))
+
+
+def test_the_context_of_a_first_segment_is_one_bos():
+    cell = make()
+    memory = cell.normalise(torch.zeros(1, 3, 8, dtype=torch.float64))
+    by_hand = MemformerState(memory, torch.tensor([[BOS, 9, 8, 7, 6]]), torch.tensor([1]))
+    features, state = cell.advance(make_segment([5]), by_hand)
+    found, found_state = cell.advance(make_segment([5], reset=[True]), random_state(cell, 1))
+    assert torch.equal(found.length, features.length) and torch.allclose(found.hidden[:, 0], features.hidden[:, 0])
+    assert torch.allclose(found_state.memory, state.memory)
+    assert not torch.allclose(found_state.memory, memory)  # the writer writes as always
+
+
+# --------------------------------------------------------------------------------- what may influence what
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=20, deadline=None)
+@given(length=st.lists(st.integers(0, SIZE), min_size=2, max_size=2), seed=st.integers(0, 1000))
+def test_padding_has_no_influence(layout, length, seed):
+    cell = make(layout)
+    clean = make_segment(length, reset=[True, True], seed=seed)
+    padding = torch.arange(SIZE) >= clean.length[:, None]
+    garbage = torch.randint(VOCABULARY, clean.tokens.shape, generator=torch.Generator().manual_seed(seed))
+    dirty = clean._replace(tokens=torch.where(padding, garbage, clean.tokens))
+    following = make_segment([5, 5], seed=seed + 1)
+    with torch.no_grad():
+        nll, memory = run_cell(cell, [clean, following])
+        dirty_nll, dirty_memory = run_cell(cell, [dirty, following])
+    assert nll.isfinite().all() and memory.isfinite().all()
+    assert (nll[0][padding] == 0).all()
+    assert torch.allclose(memory, dirty_memory, atol=1e-13)
+    busy = clean.length > 0  # the text after a dry lane's segment is of no document: its loss means nothing
+    assert torch.allclose(nll[:, busy], dirty_nll[:, busy], atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_that_is_not_padding_has_influence(layout):
+    """The control of the test above: the same garbage in a row that is said to be full."""
+    cell = make(layout)
+    clean = make_segment([5, 5], reset=[True, True])
+    dirty = clean._replace(tokens=torch.cat([clean.tokens[:, :3], (clean.tokens[:, 3:] + 1) % VOCABULARY], dim=1))
+    with torch.no_grad():
+        found, expected = (run_cell(cell, [segment, make_segment([5, 5])])[1][1] for segment in (dirty, clean))
+    assert not torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prediction_depends_on_the_tokens_up_to_it(layout):
+    cell = make(layout)
+    state, segment = random_state(cell, 1), make_segment([5])
+    for position in range(SIZE):
+        tokens = segment.tokens.clone()
+        tokens[0, position] = (tokens[0, position] + 1) % VOCABULARY
+        changed = segment._replace(tokens=tokens)
+        with torch.no_grad():
+            nll, other = (cell.readout(one, cell.advance(one, state)[0])[0] for one in (segment, changed))
+        assert torch.allclose(nll[:position], other[:position], atol=1e-13)
+        assert ((nll[position:] - other[position:]).abs() > 1e-6).all()
+
+
+def test_the_encoder_looks_both_ways():
+    cell = make()
+    state = random_state(cell, 1)
+    last = torch.tensor([0] * (SIZE - 1) + [1])
+    changed = state._replace(context=(state.context + last) % VOCABULARY)
+    hidden, other = (cell.advance(make_segment([5]), one)[0].hidden for one in (state, changed))
+    assert ((hidden - other).abs().amax(-1) > 1e-6).all()
+
+
+def test_lanes_do_not_see_one_another():
+    cell = make()
+    segment, state = make_segment([5, 2, 4], reset=[True, False, False]), random_state(cell, 3)
+    together = cell.readout(segment, cell.advance(segment, state)[0])
+    for lane in range(3):
+        one = slice(lane, lane + 1)
+        alone = segment.rows(one)
+        nll = cell.readout(alone, cell.advance(alone, state._make(x[one] for x in state))[0])
+        assert torch.allclose(nll, together[one], atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------ precision, randomness
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_keeps_states_and_losses_in_float32(layout):
+    cell = make(layout, dtype=torch.float32)
+    with torch.no_grad():
+        nll, memory = run_cell(cell, TICKS)
+        with torch.autocast("cpu", torch.bfloat16):
+            low_nll, low_memory = run_cell(cell, TICKS)
+    assert low_nll.dtype == low_memory.dtype == torch.float32
+    assert float((low_memory.norm(dim=-1) - 1).abs().max()) < 1e-6, "the normalisation was done in bfloat16"
+    assert 1e-4 < float((low_nll - nll).abs().mean()) < 0.1 * float(nll.mean()), "bfloat16 rounds, a little"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bfloat16_model_keeps_its_state_in_float32(layout):
+    cell = make(layout, dtype=torch.bfloat16)
+    with torch.no_grad():
+        nll, memory = run_cell(cell, TICKS)
+    assert nll.dtype == memory.dtype == cell.empty_state(1).memory.dtype == torch.float32
+    assert float((memory.norm(dim=-1) - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_repeats_with_the_seed_and_spares_the_writer(layout):
+    cell = make(layout, dropout=0.3)
+    segment, state = make_segment([5, 5]), random_state(cell, 2)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        features, after = cell.advance(segment, state)
+        return features.hidden, after.memory, cell.readout(segment, features)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(1)))
+    assert not any(torch.allclose(a, b) for a, b in zip(run(1), run(2)))
+    features, _ = cell.advance(segment, state)
+    assert torch.equal(cell.writer(state.memory, *features), cell.writer(state.memory, *features))
+    cell.eval()
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(2)))
+
+
+@pytest.mark.parametrize("dropped", ["embedding", "attention", "residual"])
+def test_every_dropout_drops(dropped):
+    """Each of the three places on its own makes the encoder random."""
+    cell = make(dropout=0.3)
+    cell.dropout.p *= dropped == "embedding"
+    for layer in cell.encoder.layers:
+        layer.self_attention.dropout *= dropped == "attention"
+        layer.cross_attention.dropout *= dropped == "attention"
+        layer.dropout.p *= dropped == "residual"
+    segment, state = make_segment([5]), random_state(cell, 1)
+    first, second = (cell.advance(segment, state)[0].hidden for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+# ------------------------------------------------------------------------------------------- diagnosis, initial weights
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diagnosis_of_an_even_attention(layout):
+    cell = make(layout)
+    segment, state = make_segment([5, 5]), random_state(cell, 2)
+    biased = {name: float(value) for name, value in cell("diagnose", segment, state).items()}
+    nn.init.zeros_(cell.writer.query.weight)
+    even = {name: float(value) for name, value in cell("diagnose", segment, state).items()}
+    assert even == pytest.approx({"slot_entropy": math.log(1 + SIZE), "self_share": 1 / (1 + SIZE)})
+    assert biased["slot_entropy"] < even["slot_entropy"] - 1e-3
+    assert not cell.diagnose(segment, state)["slot_entropy"].requires_grad
+
+
+def test_initial_weights():
+    config = MemformerConfig(width=64, encoder_layers=2, decoder_layers=8, heads=4, feed_forward=128, slots=4)
+    cell = Memformer(config, vocab_size=500, bos_id=BOS, segment_length=SIZE)
+    seen = set()
+    for name, parameter in cell.state_dict().items():
+        if name.endswith("bias") and "normalise" not in name:
+            assert not parameter.any()
+        elif ".output." in name or ".feed_forward.2." in name:
+            layers = config.encoder_layers if name.startswith("encoder") else config.decoder_layers
+            assert float(parameter.std()) == pytest.approx(0.02 / math.sqrt(2 * layers), rel=0.1)
+            seen.add("residual")
+        elif parameter.dim() == 2 and "normalise" not in name:
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.1)
+            seen.add("weight")
+    assert seen == {"residual", "weight"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 10, "heads": 4}, "width: found 10, expected a multiple of heads"),
+        ({"width": 6, "heads": 2}, "found 3, expected an even number"),
+        ({"encoder_layers": 0}, "encoder_layers: found 0, expected at least 1"),
+        ({"layout": "decoder", "encoder_layers": 4}, "encoder_layers: found 4, expected 0 in"),
+        ({"layout": "decoder", "encoder_layers": 0, "write_first_segment": False}, "write_first_segment: found false"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"dropout": 1}, "less than 1"),
+        ({"sluts": 3}, "not permitted"),
+    ],
+)
+def test_settings_that_cannot_be(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        MemformerConfig(**fields)
+
+
+def test_every_setting_says_what_it_is():
+    assert all(field.description for field in MemformerConfig.model_fields.values())
+
+
+# --------------------------------------------------------------------------------------- rules for ZeRO-3 and speed
+
+
+def take_parameters_away(cell: nn.Module) -> None:
+    """As ZeRO-3 does: outside the forward of the module that owns it, a parameter is empty."""
+    for module in cell.modules():
+        owned = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+
+        def bring(module, inputs, owned=owned):
+            for name, value in owned.items():
+                getattr(module, name).data = value
+
+        def take(module, inputs=None, output=None, owned=owned):
+            for name, value in owned.items():
+                getattr(module, name).data = value.new_empty(0)
+
+        if owned:
+            module.register_forward_pre_hook(bring)
+            module.register_forward_hook(take)
+            take(module)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_parameters_are_read_in_the_forward_of_their_owner_alone(layout, tie_embeddings):
+    cell = make(layout, tie_embeddings=tie_embeddings, write_projection=True)
+    with torch.no_grad():
+        expected = run_cell(cell, TICKS)
+        take_parameters_away(cell)
+        assert all(torch.equal(a, b) for a, b in zip(run_cell(cell, TICKS), expected))
+        cell("diagnose", TICKS[0], cell.empty_state(3))
+        with pytest.raises(RuntimeError):  # the control: a parameter read from outside
+            F.linear(torch.zeros(1, 8, dtype=torch.float64), cell.embedding.weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_waits_for_the_device(layout):
+    """On the device `meta` there are no values to wait for: `.item()` and the like raise."""
+    cell = make(layout).to("meta")
+    segment = TICKS[0].to("meta")
+    features, state = cell("advance", segment, cell.empty_state(3))
+    assert cell("readout", segment, features).shape == (3, SIZE)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        state.memory.sum().item()
