@@ -13,16 +13,16 @@ DeepSpeed's own checkpoints unpickle, tie the run to its world size and are not 
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
+from functools import cached_property
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
 class Contents(BaseModel, extra="forbid"):
     """checkpoint.json."""
 
-    version: int
+    version: Literal[1]
     position: Position
     corpus: str  # fingerprint of the training corpus
     anchor: bool  # never removed
@@ -74,21 +74,27 @@ class Contents(BaseModel, extra="forbid"):
     config: RunConfig
 
 
+class FileRecord(BaseModel, extra="forbid"):
+    bytes: int
+    sha256: str
+
+
+MANIFEST = TypeAdapter(dict[str, FileRecord])  # manifest.json, by file name
+
+
 class Damaged(Exception):
     """A checkpoint that is not what was written."""
 
 
 class Checkpoint:
-    """A checkpoint on the disk, its contents read; `verify` before trusting its tensors."""
+    """A checkpoint on the disk; `verify` before trusting what it holds. Both raise Damaged."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.contents = Contents.model_validate_json((path / "checkpoint.json").read_text())
-            self.manifest = json.loads((path / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise Damaged(f"{path}: {first}")
+            self.manifest = MANIFEST.validate_json((path / "manifest.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            raise Damaged(f"{path / 'manifest.json'}: {str(error).splitlines()[0]}")
 
     def verify(self) -> None:
         for name, expected in self.manifest.items():
@@ -98,6 +104,17 @@ class Checkpoint:
                 raise Damaged(f"{self.path / name}: {error.strerror}")
             if found != expected:
                 raise Damaged(f"{self.path / name}: found {found}, the manifest says {expected}")
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Raises UserError where a whole checkpoint is not one that this program can read."""
+        path = self.path / "checkpoint.json"
+        try:
+            return Contents.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{path}: was written by another version of this program; {field}: {first['msg']}")
 
     def files(self, prefix: str) -> list[Path]:
         return [self.path / name for name in sorted(self.manifest) if name.startswith(prefix)]
@@ -114,9 +131,17 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(parameter.shape)}")
             parameter.data.copy_(value)
 
+    def cell(self, device: torch.device) -> Memformer:
+        """The trained cell, in evaluation mode."""
+        cell = build_cell(self.contents.config, self.contents.vocabulary)
+        self.load_weights(cell)
+        return cell.to(device).eval()
+
+    @cached_property
+    def _moments(self) -> "TensorFiles":
+        return TensorFiles(self.files("moments-"))
+
     def moment(self, name: str, key: str) -> Tensor:
-        if not hasattr(self, "_moments"):
-            self._moments = TensorFiles(self.files("moments-"))
         return self._moments[f"{key}.{name}"]
 
     def load_lanes(self, lanes: range, empty: NamedTuple) -> NamedTuple:
@@ -173,7 +198,7 @@ def save(
     if process.is_main:
         (partial / "checkpoint.json").write_text(contents.model_dump_json(indent=2))
         manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        (partial / "manifest.json").write_bytes(MANIFEST.dump_json(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
             _flush(path)
         if final.exists():  # the run was resumed from an older one and has come here again
@@ -219,12 +244,14 @@ def newest(run_dir: Path, process: Process, say=lambda text: print(text, file=sy
     choice = torch.tensor([-1])  # step; -1: there is none; -2: none is good
     if process.is_main:
         candidates = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-        choice[0] = -2 if candidates else -1
+        choice[0] = -2 if candidates or any((run_dir / "checkpoints").glob("damaged-*")) else -1
         for path in candidates:
             try:
                 Checkpoint(path).verify()
             except Damaged as damage:
-                aside = path.rename(path.with_name(f"damaged-{path.name}"))
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # this step was reached, and damaged, once before
+                path.rename(aside)
                 say(f"checkpoint passed over, it is damaged: {damage}; moved to {aside}")
                 continue
             choice[0] = int(path.name.removeprefix("step-"))
@@ -254,9 +281,7 @@ def open_one(path: Path) -> Checkpoint:
 def load_cell(path: Path, device: torch.device) -> tuple[Memformer, RunConfig]:
     """The trained cell of a run (or of one checkpoint), in evaluation mode, and the run's configuration."""
     checkpoint = open_one(path)
-    cell = build_cell(checkpoint.contents.config, checkpoint.contents.vocabulary)
-    checkpoint.load_weights(cell)
-    return cell.to(device).eval(), checkpoint.contents.config
+    return checkpoint.cell(device), checkpoint.contents.config
 
 
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:
@@ -265,12 +290,12 @@ def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:
     )
 
 
-def _digest(path: Path) -> dict:
+def _digest(path: Path) -> FileRecord:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        return FileRecord(bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def _flush(path: Path) -> None:
@@ -283,7 +308,7 @@ def _remove_old(folder: Path, keep: int) -> None:
     for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
         try:
             anchor = Checkpoint(path).contents.anchor
-        except Damaged:
+        except (Damaged, OSError, UserError):  # its removal was interrupted, or it could not be resumed from
             anchor = False
         if not anchor:
             shutil.rmtree(path)

@@ -16,8 +16,8 @@ from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.errors import UserError
 
 
-class Section(BaseModel, extra="forbid", frozen=True):
-    """A section of the configuration: unknown keys are errors, values do not change."""
+class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A section of the configuration: unknown keys are errors, values do not change. JSON has no infinity to save."""
 
 
 class DataConfig(Section):
@@ -127,9 +127,9 @@ class RunConfig(Section):
         """Read, override and check. Raises UserError with every problem found."""
         try:
             raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"--config: no file {path}")
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise UserError(f"--config: cannot read {path}: {error.strerror}")
+        except ValueError as error:  # not UTF-8, or not JSON
             raise UserError(f"{path}: not JSON: {error}")
         if not isinstance(raw, dict):
             raise UserError(f"{path}: found {type(raw).__name__}, expected an object with the sections of a run")
@@ -232,8 +232,9 @@ def _deepspeed_problems(section: Any) -> list[str]:
         return [f"deepspeed: found {section!r}, expected an object"]
     problems = [f"deepspeed.{key}: is not set here but by {OURS[key]}" for key in section if key in OURS]
     zero = section.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (0, 1, 2, 3):
+    if not isinstance(zero, dict):
+        problems.append(f"deepspeed.zero_optimization: found {zero!r}, expected an object with a stage")
+    elif (stage := zero.get("stage", 0)) not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
     return problems
 

@@ -15,7 +15,7 @@ the end, over all ranks: the result weighs every token alike, whatever the numbe
 """
 
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ def evaluate(
     segment_length: int,
     ticks: int | None = None,
     modes: tuple[str, ...] = MODES,
-    advance_bar: Callable[[], None] = lambda: None,
+    show: Callable[[range], Iterable[int]] = lambda ticks: ticks,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Losses] | None:
     """Losses by mode over every document once (or the first `ticks` segments of each lane). A collective call.
@@ -88,6 +88,7 @@ def evaluate(
     Args:
         forward: forward("advance" | "readout", segment, tensors), in evaluation mode.
         lanes: at the most; documents are read side by side.
+        show: given the ticks to come, yields them: tqdm, for example.
         stop: asked once a tick on every rank; must answer alike on all of them. A stopped evaluation returns None.
     """
     lanes = evaluation_lanes(corpus, lanes, process.world_size)
@@ -96,7 +97,7 @@ def evaluate(
     reader = WindowReader(corpus, schedule, lanes=block)
     losses = {mode: LossByAge(process.device) for mode in modes}
     states = {mode: empty_state(len(block), device=process.device) for mode in modes}
-    for tick in range(min(schedule.ticks, ticks or schedule.ticks)):
+    for tick in show(range(min(schedule.ticks, ticks or schedule.ticks))):
         read = reader.segment(tick).to(process.device)
         always = torch.ones_like(read.reset)
         for mode in modes:
@@ -109,7 +110,6 @@ def evaluate(
                 state = state._replace(memory=_next_lane(state.memory, process))
             features, states[mode] = forward("advance", segment, state)
             losses[mode].add(segment, forward("readout", segment, features))
-        advance_bar()
         if stop():
             return None
     return {mode: Losses.of(process.sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}

@@ -10,6 +10,7 @@ these are what a checkpoint holds. So the same command starts a run, resumes it,
 import dataclasses
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -322,6 +323,7 @@ class Trainer:
             return
         data, say = self.config.data, self.monitor.say
         (self.run_dir / "config.json").write_text(self.config.to_json())
+        shutil.copyfile(Path(data.corpus) / "tokenizer.model", self.run_dir / "tokenizer.model")
         monitor.record_start(self.run_dir, self.process.world_size, self.position.step)
         say(
             f"{self.parameters:,} parameters, vocabulary {self.vocabulary.size}; {len(self.train_corpus.lengths):,} documents,"

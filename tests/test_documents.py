@@ -23,10 +23,25 @@ def names(folder, inputs):
 
 
 def test_discovery(tmp_path):
-    make(tmp_path, b_txt=b"", a__deep__c_py=b"", a__d_TXT=b"", a__e_jsonl_gz=b"", a__f_png=b"", a__g_rs_gz=b"", a__h_zip=b"")
+    make(
+        tmp_path,
+        b_txt=b"",
+        a__deep__c_py=b"",
+        a__d_TXT=b"",
+        a__e_jsonl_gz=b"",
+        a__f_png=b"",
+        a__g_rs_gz=b"",
+        a__h_zip=b"",
+    )
     assert names(tmp_path, [tmp_path]) == ["a/d.TXT", "a/deep/c.py", "a/e.jsonl.gz", "a/g.rs.gz", "b.txt"]
     assert discover([tmp_path]).ignored == 2
-    assert names(tmp_path, [tmp_path / "b.txt", tmp_path]) == ["b.txt", "a/d.TXT", "a/deep/c.py", "a/e.jsonl.gz", "a/g.rs.gz"]
+    assert names(tmp_path, [tmp_path / "b.txt", tmp_path]) == [
+        "b.txt",
+        "a/d.TXT",
+        "a/deep/c.py",
+        "a/e.jsonl.gz",
+        "a/g.rs.gz",
+    ]
     assert names(tmp_path, [tmp_path / "**" / "*.py"]) == ["a/deep/c.py"]
     assert names(tmp_path, [tmp_path / "a" / "f.png"]) == ["a/f.png"]  # named by the user
     assert names(tmp_path, [tmp_path / "*"]) == names(tmp_path, [tmp_path / "a", tmp_path / "b.txt"])
@@ -94,13 +109,24 @@ def test_a_bad_line_does_not_stop_the_others(tmp_path, line, reason):
 
 def test_damaged_files(tmp_path):
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(50_000)))
-    flipped = bytearray(whole)
+    flipped, garbled = bytearray(whole), bytearray(whole)
     flipped[len(whole) // 2] ^= 255
-    make(tmp_path, a_txt=b"\xff", b_txt_gz=b"no gzip", c_txt_gz=whole[:-30], d_jsonl_gz=whole[: len(whole) // 2], f_txt=b"good")
+    garbled[1000:2000] = b"\xff" * 1000
+    make(
+        tmp_path,
+        a_txt=b"\xff",
+        b_txt_gz=b"no gzip",
+        c_txt_gz=whole[:-30],
+        d_jsonl_gz=whole[: len(whole) // 2],
+        g_txt=b"good",
+    )
     (tmp_path / "e.txt.gz").write_bytes(flipped)
+    (tmp_path / "f.txt.gz").write_bytes(garbled)
     documents = list(read_documents(discover([tmp_path]).files))
     bad = [document for document in documents if document.unreadable]
-    assert [Path(document.source).name for document in bad] == "a.txt b.txt.gz c.txt.gz d.jsonl.gz e.txt.gz".split()
+    assert [
+        Path(document.source).name for document in bad
+    ] == "a.txt b.txt.gz c.txt.gz d.jsonl.gz e.txt.gz f.txt.gz".split()
     lines = [document for document in documents if document.source.endswith("d.jsonl.gz")]
     # The lines before the damage are read; the damage itself is one entry.
     assert [line.text for line in lines[:-1]] == [str(number) for number in range(len(lines) - 1)] and len(lines) > 100
@@ -114,3 +140,13 @@ def test_reading_is_lazy(tmp_path):
     assert next(reader).text == "first"
     (tmp_path / "b.txt").unlink()
     assert "No such file" in next(reader).unreadable
+
+
+def test_excluded_names_are_passed_over_in_folders(tmp_path):
+    for name in ("kept.py", "left_test.py", "site-packages/left.py", "deep/site-packages/left.py", "deep/kept.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    found = discover([tmp_path], ["site-packages", "*_test.py"])
+    assert [path.name for path in found.files] == ["kept.txt", "kept.py"]
+    assert len(discover([tmp_path]).files) == 5

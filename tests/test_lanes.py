@@ -2,7 +2,8 @@
 
 import itertools
 import random
-import threading
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -49,7 +50,9 @@ def rows_at(schedule, tick):
 @settings(max_examples=150, deadline=None)
 @given(**sizes, epochs=st.sampled_from([None, 1, 2]))
 def test_schedule_equals_the_simulation(lengths, seed, lane_count, segment_length, epochs):
-    schedule = LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs)
+    schedule = LaneSchedule(
+        np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs
+    )
     expected = list(simulate(lengths, seed, lane_count, segment_length, 60, epochs))
     assert [rows_at(schedule, tick) for tick in range(60)] == expected
 
@@ -68,8 +71,12 @@ def test_a_tick_does_not_depend_on_the_way_there(lengths, seed, lane_count, segm
 
 @settings(max_examples=100, deadline=None)
 @given(**sizes, epochs=st.integers(1, 3))
-def test_each_epoch_deals_every_segment_once_and_documents_in_one_piece(lengths, seed, lane_count, segment_length, epochs):
-    schedule = LaneSchedule(np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs)
+def test_each_epoch_deals_every_segment_once_and_documents_in_one_piece(
+    lengths, seed, lane_count, segment_length, epochs
+):
+    schedule = LaneSchedule(
+        np.array(lengths), seed=seed, lanes=lane_count, segment_length=segment_length, epochs=epochs
+    )
     table = [rows_at(schedule, tick) for tick in range(schedule.ticks)]
     live = [row[:3] for rows in table for row in rows if row[0] >= 0]
     every = [
@@ -102,8 +109,9 @@ def test_epochs_are_shuffled_by_the_seed():
 def test_number_of_ticks():
     schedule = LaneSchedule(np.array([8, 8, 8]), seed=0, lanes=2, segment_length=4, epochs=1)
     assert schedule.ticks == 4 and schedule.segments_per_epoch == 6
+    endless = LaneSchedule(np.array([8]), seed=0, lanes=2, segment_length=4)
     with pytest.raises(ValueError, match="endless"):
-        LaneSchedule(np.array([8]), seed=0, lanes=2, segment_length=4).ticks
+        _ = endless.ticks
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,19 +135,16 @@ def test_concurrent_copies_of_many_and_of_few_documents():
 
 def test_threads_may_share_a_schedule():
     lengths = np.random.default_rng(0).integers(1, 30, 200)
-    shared = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
     alone = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
     expected = [rows_at(alone, tick) for tick in range(300)]
-    wrong = []
-
-    def look():
-        for tick in random.sample(range(300), 300):
-            if rows_at(shared, tick) != expected[tick]:
-                wrong.append(tick)
-
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            shared = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
+            ticks = random.sample(range(300), 300) + [*range(300)]
+            with ThreadPoolExecutor(4) as threads:
+                found = list(threads.map(rows_at, itertools.repeat(shared), ticks))
+            assert found[300:] == expected
+    finally:
+        sys.setswitchinterval(interval)

@@ -24,7 +24,9 @@ def make_corpus(path, lengths, masked=False, seed=0):
     generator = np.random.default_rng(seed)
     documents = [generator.integers(4, 1000, length) for length in lengths]
     masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(path, vocab_size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256="", has_mask=masked, shard_tokens=60) as writer:
+    with SplitWriter(
+        path, vocab_size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256="", has_mask=masked, shard_tokens=60
+    ) as writer:
         for document, mask in zip(documents, masks):
             writer.add(document, mask if masked else None)
     return Corpus.open(path), documents, masks
@@ -51,7 +53,11 @@ def test_one_document_by_hand(tmp_path):
     d = document.tolist()
     assert first.tokens.tolist() == [d[:5], [0] * 5] and first.labels.tolist() == [d[1:6], [IGNORE] * 5]
     assert second.tokens[0].tolist() == d[5:] + [0] * 3 and second.labels[0].tolist() == [d[6], EOS] + [IGNORE] * 3
-    assert (first.length.tolist(), first.reset.tolist(), first.forget.tolist()) == ([5, 0], [True, False], [False, False])
+    assert (first.length.tolist(), first.reset.tolist(), first.forget.tolist()) == (
+        [5, 0],
+        [True, False],
+        [False, False],
+    )
     assert (first.document.tolist(), first.offset.tolist()) == ([0, -1], [0, 0])
     assert (second.length.tolist(), second.reset.tolist(), second.offset.tolist()) == ([2, 0], [False, False], [5, 0])
     types = {name: column.dtype for name, column in first._asdict().items()}
@@ -116,7 +122,9 @@ def test_a_schedule_for_each_process_would_fail(corpus):
     """Negative control of the test above: lanes dealt by each process for itself."""
     single = make_reader(corpus, lanes=12)
     ranks = [make_reader(corpus, lanes=6, seed=rank) for rank in range(2)]
-    assert not all(same(single.segment(tick), concatenate([rank.segment(tick) for rank in ranks])) for tick in range(25))
+    assert not all(
+        same(single.segment(tick), concatenate([rank.segment(tick) for rank in ranks])) for tick in range(25)
+    )
 
 
 def test_lane_groups(corpus):

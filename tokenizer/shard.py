@@ -2,12 +2,14 @@
 
     python tokenizer/shard.py --input my_texts/ --tokenizer tokenizer_8k.model --output corpora/my_texts
 
-Inputs are folders, globs and files of text, source code or JSON lines, also gzipped (memformer_dist/data/documents.py says how they
-are read). The files are read twice: first to count the documents and find those that cannot be used, then to tokenise them, a batch
-at a time. The validation documents are a seeded choice of the usable ones, or those of --valid-input.
+Inputs are folders, globs and files of text, source code or JSON lines, also gzipped; memformer_dist/data/documents.py
+says how they are read. The files are read twice: first to count the documents and find those that cannot be used, then
+to tokenise them, a batch at a time. The validation documents are a seeded choice of the usable ones, or those of
+--valid-input.
 
-Documents that cannot be read are listed in quarantine.jsonl. The corpus appears under its name when it is whole. One that is there
-already is kept if it was made of the same files with the same settings (sharding.json), and is an error otherwise.
+Documents that cannot be read are listed in quarantine.jsonl. The corpus appears under its name when it is whole. One
+that is there already is kept if it was made of the same files with the same settings (sharding.json), and is an error
+otherwise.
 """
 
 import argparse
@@ -39,6 +41,7 @@ def shard(
     inputs: Sequence[str],
     valid_inputs: Sequence[str] = (),
     *,
+    exclude: Sequence[str] = (),
     valid_fraction: float = 0.05,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
@@ -49,8 +52,8 @@ def shard(
     if not 0 <= valid_fraction < 1:
         raise UserError(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
     model, model_sha256 = load_tokenizer(tokenizer)
-    files, ignored = discover(inputs)
-    valid_files, valid_ignored = discover(valid_inputs)
+    files, ignored = discover(inputs, exclude)
+    valid_files, valid_ignored = discover(valid_inputs, exclude)
     if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, valid_files)}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
     recipe = {
@@ -74,7 +77,9 @@ def shard(
     valid = found.held_out if valid_files else choose_validation(found.usable, valid_fraction, seed)
     for option, chosen in ("--input", ~found.held_out), ("--valid-input", found.held_out):
         if (option == "--input" or valid_files) and not np.any(found.usable & chosen):
-            raise UserError(f"{option}: no usable document; {found.empty} are empty, {len(found.unreadable)} unreadable")
+            raise UserError(
+                f"{option}: no usable document; {found.empty} are empty, {len(found.unreadable)} unreadable"
+            )
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
@@ -94,7 +99,12 @@ def shard(
                 line = {"file": document.source, "position": document.position, "reason": document.unreadable}
                 file.write(json.dumps(line) + "\n")
         empty = len(found.usable) - len(found.unreadable) - sum(split["documents"] for split in splits.values())
-        report = {"splits": splits, "empty": empty, "unreadable": len(found.unreadable), "ignored": ignored + valid_ignored}
+        report = {
+            "splits": splits,
+            "empty": empty,
+            "unreadable": len(found.unreadable),
+            "ignored": ignored + valid_ignored,
+        }
         (partial / RECORD).write_text(json.dumps(recipe | {"report": report}, indent=1) + "\n")
         if output.exists():
             shutil.rmtree(output)
@@ -119,7 +129,7 @@ def load_tokenizer(path: Path) -> tuple[SentencePieceProcessor, str]:
 
 
 def find_existing(output: Path, recipe: dict) -> dict:
-    """The report of the corpus at `output`. Raises UserError if it was made by another recipe or if files are damaged."""
+    """The report of the corpus at `output`. Raises UserError if it was made by another recipe or is damaged."""
     record = json.loads((output / RECORD).read_text())
     if differing := [name for name in recipe if record[name] != recipe[name]]:
         raise UserError(f"--output: {output} is there, with other {', '.join(differing)}; --overwrite replaces it")
@@ -205,7 +215,7 @@ def write_splits(
 def tokenise(
     documents: Iterable[Document], model: SentencePieceProcessor, threads: int
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
-    """Each document with its tokens int32 [n] and its mask uint8 [n]. The parts of a document are encoded one by one."""
+    """Each document with its tokens int32 [n] and mask uint8 [n]. The parts of a document are encoded one by one."""
     for batch in _batches(documents):
         texts = [part.text for document in batch for part in document.parts]
         encoded = iter(model.encode(texts, out_type="numpy", num_threads=threads))
@@ -243,8 +253,8 @@ def _describe(report: dict) -> str:
         rows.append([split, f"{figures['documents']:,}", f"{figures['tokens']:,}", f"{ratio:.2f}", *padding])
     table = "\n".join("  ".join(f"{cell:>{len(title) or 5}}" for cell, title in zip(row, titles)) for row in rows)
     return (
-        f"{table}\nleft out: {report['empty']:,} empty documents, {report['unreadable']:,} unreadable (quarantine.jsonl), "
-        f"{report['ignored']:,} files in folders that are not text by their suffix"
+        f"{table}\nleft out: {report['empty']:,} empty documents, {report['unreadable']:,} unreadable "
+        f"(quarantine.jsonl), {report['ignored']:,} files in folders that are not text by their suffix"
     )
 
 
@@ -254,11 +264,14 @@ def main() -> None:
     add("--output", type=Path, required=True, metavar="CORPUS", help="the folder to make")
     add("--tokenizer", type=Path, required=True, metavar="MODEL", help="a SentencePiece model, see tokenizer/train.py")
     add("--input", nargs="+", required=True, help="folders, globs and files")
+    add(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to pass over in folders"
+    )
     add("--valid-input", nargs="+", default=[], help="the validation documents, instead of a share of the input")
     add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (0.05)")
     add("--seed", type=int, default=0, help="of the choice of the validation documents")
     add("--shard-tokens", type=int, default=SHARD_TOKENS, help="size of a shard (100 million tokens)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for tokenising (all cores); the result is the same")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="for tokenising (all cores)")
     add("--overwrite", action="store_true", help="replace a corpus made of other files or with other settings")
     options = vars(parser.parse_args())
 

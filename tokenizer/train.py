@@ -4,13 +4,13 @@
 
 The tokenizer is lossless: decode(encode(text)) == text for any text. That takes more than SentencePiece's defaults:
 - no normalisation, no space put before the text, no spaces removed; a run of spaces may be one token;
-- newline and tab are symbols of their own, because the trainer reads lines and keeps tab for itself. They are one token each;
+- newline and tab are symbols of their own, because the trainer reads lines and keeps tab for itself;
 - what is not in the vocabulary is spelt in bytes (256 tokens);
-- SentencePiece writes a space as U+2581, so a U+2581 in the text would come back as a space. The model therefore carries two
-  rewriting rules with their inverse: U+2581 -> U+E000 U+E001 and U+E000 -> U+E000 U+E002.
+- SentencePiece writes a space as U+2581, so a U+2581 in the text would come back as a space. The model therefore
+  carries two rewriting rules with their inverse: U+2581 -> U+E000 U+E001 and U+E000 -> U+E000 U+E002.
 Text that looks like a control token ("<s>") is spelt out; only the ids 0 pad, 1 bos, 2 eos, 3 unk are control tokens.
 
-The same inputs and options give the same bytes, on any machine.
+The same inputs and options give the same bytes, whatever the number of cores.
 """
 
 import argparse
@@ -54,8 +54,9 @@ def train_tokenizer(
 ) -> bytes:
     """The model as bytes (write them to a `.model` file).
 
-    `cap_vocabulary` makes `vocab_size` an upper bound, for texts too small to fill it. `threads` has a fixed default because the
-    rounding of a sum, and so the model, depends on it. Raises UserError if the text and the vocabulary do not fit together.
+    `cap_vocabulary` makes `vocab_size` an upper bound, for texts too small to fill it. `threads` has a fixed default
+    because the rounding of a sum, and so the model, depends on it. Raises UserError if the text and the vocabulary do
+    not fit together.
     """
     if not any(lines):
         raise UserError("there is no text to train on")
@@ -107,18 +108,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="folders, globs and files")
+    add(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to pass over in folders"
+    )
     add("--output", "--model-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
     add("--vocab-size", type=int, default=8192, help="number of tokens (8192)")
     add("--cap-vocabulary", action="store_true", help="fewer tokens where the text does not support so many")
     add("--model-type", choices=["unigram", "bpe"], default="unigram")
-    add("--byte-fallback", action=argparse.BooleanOptionalAction, default=True, help="without it, unknown characters are lost")
-    add("--sample-characters", type=int, default=20_000_000, metavar="N", help="train on about N characters (20 million), 0: on all")
+    add(
+        "--byte-fallback",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="without it, unknown characters are lost",
+    )
+    add(
+        "--sample-characters",
+        type=int,
+        default=5_000_000,
+        metavar="N",
+        help="train on about N (5 million), 0: on all",
+    )
     add("--seed", type=int, default=0, help="of the sample")
-    add("--threads", type=int, default=4, help="part of the result: another number may give another model (4)")
+    add("--threads", type=int, default=4, help="4; another number may give another model")
     options = parser.parse_args()
 
     begin = time.perf_counter()
-    lines = sample_lines(discover(options.input).files, options.sample_characters or None, options.seed)
+    lines = sample_lines(
+        discover(options.input, options.exclude).files, options.sample_characters or None, options.seed
+    )
     characters = sum(map(len, lines))
     print(f"training on {characters:,} characters in {len(lines):,} lines ...", flush=True)
     model = train_tokenizer(

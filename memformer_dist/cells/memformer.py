@@ -214,11 +214,16 @@ class Memformer(RecurrentCell):
 
     @torch.no_grad()
     def diagnose(self, segment: Segment, state) -> dict[str, Tensor]:
-        """Means over lanes, heads, slots of the write attention's entropy in nats and of a slot's weight on itself."""
-        features, _ = self.advance(segment, state)
+        """Means over lanes and slots (and heads): how far a slot moves, the entropy of its write attention in nats, and its
+        weight on itself."""
+        features, written = self.advance(segment, state)
         memory = self._start(state, segment.reset | segment.forget)
         weights = self.writer.attention(memory, *features)
-        return {"slot_entropy": torch.special.entr(weights).sum(-1).mean(), "self_share": weights[..., 0].mean()}
+        return {
+            "write_norm": torch.linalg.vector_norm(written.memory - memory, dim=-1).mean(),
+            "slot_entropy": torch.special.entr(weights).sum(-1).mean(),
+            "self_share": weights[..., 0].mean(),
+        }
 
     # ------------------------------------------------------------------------------------------------------- its parts
 

@@ -3,14 +3,18 @@
 tokenizer/shard.py writes a corpus, a folder of two splits:
 
     CORPUS/tokenizer.model
-    CORPUS/train/, CORPUS/valid/    corpus.json         what the split holds; its hash identifies the split in a checkpoint
-                                    index.safetensors   for every document: shard, byte offset, length, crc32
-                                    shard-000000.tar    one sample a document: 000000042.u16 (token ids), 000000042.mask
+    CORPUS/train/
+        corpus.json         what the split holds; its hash identifies the split in a checkpoint
+        index.safetensors   for every document: shard, byte offset, length, crc32
+        shard-000000.tar    one sample a document: 000000042.u16 (token ids) and, with a loss mask, 000000042.mask
+    CORPUS/valid/           the same
 
-A shard is an ordinary uncompressed webdataset tar, so other tools can read it. Here it is memory-mapped and read through the index,
-because lanes take documents in any order and resume in their middle. Neither BOS nor EOS is stored.
+A shard is an ordinary uncompressed webdataset tar, so other tools can read it. Here it is memory-mapped and read
+through the index, because lanes take documents in any order and resume in their middle. Token ids are little-endian,
+uint16 where the vocabulary allows. Neither BOS nor EOS is stored.
 
-The mask is one byte per token: mask[i] = 1 if label i, the prediction of token i + 1 (of EOS for the last token), counts in the loss.
+The mask is one byte per token: mask[i] = 1 if label i, the prediction of token i + 1 (of EOS for the last token),
+counts in the loss.
 """
 
 import hashlib
@@ -94,7 +98,9 @@ class Corpus:
             manifest = Manifest.model_validate_json(raw)
             index = (path / INDEX).read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: not found; a corpus split (CORPUS/train, CORPUS/valid) holds it") from None
+            raise UserError(
+                f"{error.filename}: not found; a corpus split (CORPUS/train, CORPUS/valid) holds it"
+            ) from None
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))
@@ -106,7 +112,9 @@ class Corpus:
             file = path / shard.name
             size = file.stat().st_size if file.exists() else None
             if size != shard.bytes:
-                raise UserError(f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes")
+                raise UserError(
+                    f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes"
+                )
         return cls(path, manifest, hashlib.sha256(raw).hexdigest(), load_safetensors(index))
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -144,14 +152,17 @@ class Corpus:
 def open_corpora(folder: Path, *, tokenizer: Path | None = None) -> tuple[Corpus, Corpus]:
     """The training and validation split of a corpus.
 
-    Raises UserError where the splits, or `tokenizer` (by default the corpus's own), were made with different tokenizers.
+    Raises UserError where the splits, or `tokenizer` (by default the corpus's own), were made with different
+    tokenizers.
     """
     tokenizer = tokenizer or folder / "tokenizer.model"
     train, valid = Corpus.open(folder / "train"), Corpus.open(folder / "valid")
     try:
         found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     except FileNotFoundError:
-        raise UserError(f"{tokenizer}: not found; the tokenizer that the shards of {folder} were made with is needed") from None
+        raise UserError(
+            f"{tokenizer}: not found; the tokenizer that the shards of {folder} were made with is needed"
+        ) from None
     for split in (train, valid):
         if split.tokenizer_sha256 != found:
             raise UserError(
@@ -164,8 +175,8 @@ def open_corpora(folder: Path, *, tokenizer: Path | None = None) -> tuple[Corpus
 class SplitWriter:
     """Writes one split. Same documents, same bytes.
 
-    Everything goes to `<split>.partial`, which `close` renames: a split that exists is whole. Leaving a `with` block by an
-    exception removes it.
+    Everything goes to `<split>.partial`, which `close` renames: a split that exists is whole. Leaving a `with` block by
+    an exception removes it.
     """
 
     def __init__(
@@ -240,7 +251,9 @@ class SplitWriter:
             raise UserError(f"{self.path}: no document to write")
         self._finish_shard()
         dtypes = {"offset": np.uint64, "mask_offset": np.uint64}
-        index = save_safetensors({name: np.array(column, dtypes.get(name, np.uint32)) for name, column in self._columns.items()})
+        index = save_safetensors(
+            {name: np.array(column, dtypes.get(name, np.uint32)) for name, column in self._columns.items()}
+        )
         (self._partial / INDEX).write_bytes(index)
         manifest = Manifest(
             documents=len(self._columns["length"]),
@@ -272,6 +285,12 @@ class SplitWriter:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self._shards.append(
-            Shard(name=path.name, bytes=path.stat().st_size, sha256=sha256, documents=documents, tokens=self._tokens_in_shard)
+            Shard(
+                name=path.name,
+                bytes=path.stat().st_size,
+                sha256=sha256,
+                documents=documents,
+                tokens=self._tokens_in_shard,
+            )
         )
         self._tar, self._tokens_in_shard = None, 0

@@ -1,14 +1,15 @@
 """Documents from files: what tokenizer/train.py and tokenizer/shard.py read.
 
-An input is a folder (read recursively), a glob or a file. A text or source file is one document; every line of a `.jsonl` file is one,
-with a field `text`, or instead of it `parts`, [{"text": ..., "loss": true|false}, ...], where the parts without loss are read by the
-model but not learnt. Any of them may be compressed (`.gz`). In folders only the suffixes below are read; a file that is named
-directly or by a glob is read whatever its name.
+An input is a folder (read recursively), a glob or a file. A text or source file is one document. So is every line of a
+`.jsonl` file, with a field `text` or instead of it `parts`, [{"text": ..., "loss": true|false}, ...], where parts
+without loss are read by the model but not learnt. Any of them may be compressed (`.gz`). In folders only the suffixes
+below are read; a file that is named directly or by a glob is read whatever its name.
 
-A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports it.
-Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
+A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports
+it. Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
 """
 
+import fnmatch
 import glob
 import gzip
 import os
@@ -22,8 +23,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 from memformer_dist.errors import UserError
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .org .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .kt .scala .js .jsx .ts .tsx .go .rs .rb "
-    ".php .pl .lua .sh .sql .r .jl .swift .cs .hs .ml .lisp .el .clj .f90 .asm .s".split()
+    ".txt .text .md .rst .tex .org .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .kt .scala .js .jsx .ts "
+    ".tsx .go .rs .rb .php .pl .lua .sh .sql .r .jl .swift .cs .hs .ml .lisp .el .clj .f90 .asm .s".split()
 )
 
 
@@ -62,9 +63,10 @@ class Discovery(NamedTuple):
     ignored: int  # files in folders whose suffix is not one of text
 
 
-def discover(inputs: Sequence[str | Path]) -> Discovery:
+def discover(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> Discovery:
     """The files of folders, globs and files, in the order of the inputs, sorted within each, and each file once.
 
+    `exclude`: patterns (site-packages, *_test.py) of the names of files and folders that are passed over in folders.
     Raises UserError naming an input that does not exist or holds nothing to read.
     """
     files: dict[str, Path] = {}  # by real path
@@ -77,6 +79,7 @@ def discover(inputs: Sequence[str | Path]) -> Discovery:
         for match in map(Path, matches):
             if match.is_dir():
                 inside = sorted(path for path in match.rglob("*") if path.is_file())
+                inside = [path for path in inside if not _excluded(path.relative_to(match), exclude)]
                 known = [path for path in inside if _suffix(path) in TEXT_SUFFIXES or _suffix(path) == ".jsonl"]
                 ignored += len(inside) - len(known)
                 readable += known
@@ -90,7 +93,7 @@ def discover(inputs: Sequence[str | Path]) -> Discovery:
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """Every document of the files, in order, one in memory at a time; those that cannot be read come with the reason."""
+    """The documents of the files, in order, one in memory at a time; what cannot be read comes with the reason."""
     for path in files:
         position = 0
         try:
@@ -115,6 +118,10 @@ def _parse(path: Path, position: int, line: bytes) -> Document:
         field = ".".join(map(str, first["loc"]))
         return Document(str(path), position, unreadable=": ".join(filter(None, [field, first["msg"]])))
     return Document(str(path), position, [Part(document.text)] if document.parts is None else document.parts)
+
+
+def _excluded(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(part, pattern) for part in path.parts for pattern in patterns)
 
 
 def _suffix(path: Path) -> str:

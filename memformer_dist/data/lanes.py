@@ -1,16 +1,17 @@
 """The lane schedule: which segment of which document every lane reads at every tick.
 
-G lanes, fixed by the configuration and independent of the number of processes, each read one document after the other, a segment
-of S tokens a tick. Every epoch is a seeded permutation of the documents, dealt like cards: the next document goes to the lane that
-is free first. No lane waits at the end of an epoch, so lanes may be in different epochs.
+G lanes, fixed by the configuration and independent of the number of processes, each read one document after the other,
+a segment of S tokens a tick. Every epoch is a seeded permutation of the documents, dealt like cards: the next document
+goes to the lane that is free first, of several to the lowest. No lane waits at the end of an epoch, so lanes may be in
+different epochs.
 
     tick        0    1    2    3    4    5    6
     lane 0     [document 7  ][2  ][document 5   ...
     lane 1     [4  ][document 0       ][8  ][1   ...
 
-The schedule is a pure function of its arguments. Each process computes all of it and reads its own lanes, so the batches are the same
-on any number of processes, the position of the data is one number (the tick), and the tokens of a window can be counted without
-communication.
+The schedule is a pure function of its arguments. Each process computes all of it and reads its own lanes, so the
+batches are the same on any number of processes, the position of the data is one number (the tick), and the tokens of a
+window can be counted without communication.
 """
 
 import heapq
@@ -43,8 +44,8 @@ class Block(NamedTuple):
 class LaneSchedule:
     """The schedule of documents of `lengths` tokens on `lanes` lanes, endless or of some `epochs`.
 
-    Documents are dealt on demand and kept in blocks; a tick is looked up in its block, so that `at` costs the same wherever it
-    looks and does not depend on what was asked before. Safe to use from several threads.
+    Documents are dealt on demand and kept in blocks; a tick is looked up in its block, so that `at` costs the same
+    wherever it looks and does not depend on what was asked before. Safe to use from several threads.
     """
 
     def __init__(self, lengths: np.ndarray, *, seed: int, lanes: int, segment_length: int, epochs: int | None = None):
@@ -89,17 +90,20 @@ class LaneSchedule:
         return int(self.segments.sum())
 
     def concurrent_copies(self) -> int:
-        """How many lanes at most read the same document at once, in as many epochs as the lanes hold at first and the next.
+        """How many lanes at most read the same document at once, in the first epochs.
 
         More than 1 means that there are many lanes for so few documents, or one very long document.
         """
         documents = len(self.segments)
+        # Those that the lanes hold at first, and the next one.
         epochs = min(self.lanes // documents + 2, self._epochs or 2**62)
         self._deal_documents(epochs * documents)
         deals = np.concatenate([block.deals for block in self._blocks], axis=1)[:, : epochs * documents]
         start = np.empty((epochs, documents), np.int64)
         start[deals[1], deals[0]] = deals[2]
-        return max(int((start[:epoch + 1] + self.segments > start[epoch]).sum(axis=0).max()) for epoch in range(epochs))
+        return max(
+            int((start[: epoch + 1] + self.segments > start[epoch]).sum(axis=0).max()) for epoch in range(epochs)
+        )
 
     def _deal_until(self, tick: int) -> None:
         """Deal all documents that start at `tick` or before."""

@@ -1,7 +1,7 @@
 """Segments for a process: the lanes of the schedule, filled with tokens from the corpus.
 
-A window is N consecutive ticks. Its segments are made when they are asked for, never a window at a time: the training loop visits
-them forwards (rollout), then backwards (replay), and a thread prepares the next few in that order.
+A window is N consecutive ticks. Its segments are made when they are asked for, never a window at a time: the training
+loop visits them forwards (rollout), then backwards (replay), and a thread prepares the next few in that order.
 
     reader = WindowReader(corpus, LaneSchedule(corpus.lengths, seed=0, lanes=16, segment_length=64), lanes=range(0, 8))
     window = reader.window(start_tick=0, segments=8)
@@ -21,7 +21,7 @@ from memformer_dist.segment import IGNORE, Segment
 
 
 class WindowReader:
-    """Reads the global lanes `lanes`; `wait_s` is the time in seconds that callers have waited for segments of windows."""
+    """Reads the global lanes `lanes`. `wait_s`: seconds that callers have waited for segments of windows, in all."""
 
     def __init__(self, corpus: Corpus, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
         assert lanes.step == 1 and 0 <= lanes.start < lanes.stop <= schedule.lanes
@@ -76,7 +76,7 @@ class WindowReader:
         end = int(self.corpus.lengths[document])
         stop = min(start + len(tokens), end)
         length = stop - start
-        text = self.corpus.tokens(document, start, stop + 1)  # one more, for the last label; the document may end before it
+        text = self.corpus.tokens(document, start, stop + 1)  # one more for the last label, unless the document ends
         tokens[:length] = text[:length]
         labels[: len(text) - 1] = text[1:]
         if stop == end:

@@ -1,0 +1,110 @@
+"""Loss of a trained model on held-out documents, with the memory carried and with it taken away.
+
+    python launch/evaluate.py --run-dir runs/small
+    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-ticks 100 --json losses.json
+    torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
+
+memformer_dist/evaluate.py says what the rows of the table are. Plain torch in the precision of the weights, fp32: a run
+trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
+"shuffled" reads; with --max-ticks, which segments of every lane, it also changes which documents are read.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from memformer_dist import runtime
+from memformer_dist.checkpoint import Checkpoint, open_one
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.errors import UserError
+from memformer_dist.evaluate import AGES, Losses, evaluate, summary
+
+NAMES = {
+    "carried": "memory carried",
+    "no_memory": "memory reset",
+    "no_state": "everything reset",
+    "shuffled": "memory shuffled",
+}
+
+
+def open_corpus(saved: Checkpoint, folder: Path, split: str) -> Corpus:
+    """Raises UserError where its shards were made with another tokenizer than the run's."""
+    corpus = Corpus.open(folder / split)
+    expected = saved.contents.vocabulary.tokenizer_sha256
+    if corpus.tokenizer_sha256 != expected:
+        raise UserError(
+            f"--corpus: {corpus.path} was made with another tokenizer than the run: found sha256"
+            f" {corpus.tokenizer_sha256[:16]}, expected {expected[:16]}"
+        )
+    return corpus
+
+
+def table(losses: dict[str, Losses]) -> str:
+    carried = losses["carried"].loss
+    lines = [f"{'':18}{'loss':>9}{'perplexity':>12}{'gap':>9}"]
+    for mode, found in losses.items():
+        gap = "" if mode == "carried" else f"{found.loss - carried:+9.4f}"
+        lines.append(f"{NAMES[mode]:18}{found.loss:9.4f}{found.perplexity:12.2f}{gap:>9}")
+    ages = [age for age in AGES if age in losses["carried"].by_age]
+    lines += ["", f"{'by segment age':18}" + "".join(f"{age:>9}" for age in ages)]
+    for mode, found in losses.items():
+        lines.append(f"{NAMES[mode]:18}" + "".join(f"{found.by_age[age]:9.4f}" for age in ages))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run whose newest checkpoint is evaluated")
+    parser.add_argument("--corpus", type=Path, help="folder written by tokenizer/shard.py (default: the run's)")
+    parser.add_argument("--split", choices=["valid", "train"], default="valid")
+    parser.add_argument("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
+    parser.add_argument("--max-ticks", type=int, help="stop after this many segments of every lane (default: all)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
+    options = parser.parse_args()
+
+    def program() -> None:
+        for option in ("lanes", "max_ticks"):
+            found = getattr(options, option)
+            if found is not None and found < 1:
+                raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
+        if options.json is not None and not options.json.parent.is_dir():
+            raise UserError(f"--json: found no folder {options.json.parent}")
+        saved = open_one(options.run_dir)
+        config, position = saved.contents.config, saved.contents.position
+        corpus = open_corpus(saved, options.corpus or Path(config.data.corpus), options.split)
+        process = runtime.start()
+        cell = saved.cell(process.device)
+        losses = evaluate(
+            cell,
+            cell.empty_state,
+            corpus,
+            process,
+            lanes=options.lanes or config.data.lanes,
+            segment_length=config.data.segment_length,
+            ticks=options.max_ticks,
+            show=lambda ticks: tqdm(ticks, desc="evaluate", unit=" segments", disable=not process.is_main),
+        )
+        if not process.is_main:
+            return
+        print(
+            f"{saved.path}, {position.tokens:,} tokens; {corpus.path}: {len(corpus.lengths):,} documents,"
+            f" {corpus.total_tokens:,} tokens\n\n{table(losses)}"
+        )
+        if options.json is not None:
+            facts = {
+                "checkpoint": str(saved.path),
+                "step": position.step,
+                "tokens": position.tokens,
+                "corpus": str(corpus.path),
+                "max_ticks": options.max_ticks,
+            }
+            options.json.write_text(json.dumps(facts | summary(losses), indent=2) + "\n")
+
+    runtime.run_program(program)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What several tests share: a corpus of real files and a tiny configuration, made once a session, and a run trained on them."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from memformer_dist.runtime import Process
+
+ROOT = Path(__file__).parents[1]
+SEGMENT_LENGTH = 16
+
+
+def run_script(*command, **environment: str) -> subprocess.CompletedProcess:
+    """python COMMAND as a user would start it, in one process on the CPU."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def documents(number: int, seed: int = 0) -> list[str]:
+    """Sentences over a small lexicon; every third document is long, some are a single word."""
+    generator = random.Random(seed)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    lexicon = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(120)]
+    texts = []
+    for document in range(number):
+        words = generator.randint(200, 500) if document % 3 == 0 else generator.randint(1, 25)
+        text = " ".join(generator.choices(lexicon, k=words))
+        texts.append(text.capitalize() + ".\n")
+    return texts
+
+
+def make_corpus(folder: Path, vocabulary: int = 400, seed: int = 0) -> Path:
+    """folder/corpus, written by the functions of tokenizer/."""
+    from tokenizer.shard import shard
+    from tokenizer.train import train_tokenizer
+
+    texts, model = folder / "texts", folder / "small.model"
+    texts.mkdir()
+    for number, text in enumerate(documents(40, seed)):
+        (texts / f"{number:02d}.txt").write_text(text)
+    lines = [path.read_text() for path in sorted(texts.iterdir())]
+    model.write_bytes(train_tokenizer(lines, vocab_size=vocabulary))
+    shard(folder / "corpus", model, [str(texts)], valid_fraction=0.25)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    """A CORPUS folder: 30 + 10 documents of 1 to 60 segments, a vocabulary of 400. Not to be written to."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def _config(corpus_dir) -> dict:
+    return {
+        "model": {
+            "width": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "heads": 2,
+            "feed_forward": 32,
+            "slots": 4,
+            "dropout": 0.0,
+        },
+        "data": {"corpus": str(corpus_dir), "lanes": 4, "segment_length": SEGMENT_LENGTH},
+        "mrbp": {"window": 2},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"tokens": 600},
+        "checkpoint": {"every_tokens": 250},
+        "monitor": {"log_every_steps": 1},
+    }
+
+
+@pytest.fixture
+def config(_config) -> dict:
+    """A run of seconds, as it stands in a configuration file; the test may change it."""
+    return copy.deepcopy(_config)
+
+
+@pytest.fixture(scope="session")
+def trained_run(_config, tmp_path_factory) -> Path:
+    """The run directory of that configuration, trained to the end. Copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.json").write_text(json.dumps(_config))
+    done = run_script("launch/train.py", "--config", folder / "tiny.json", "--run-dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def process() -> Process:
+    """A process group of this process alone, for what is collective. The environment stays as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Process(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
