@@ -25,7 +25,7 @@ from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.runtime import Process
-from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.segment import IGNORE, Segment, concatenate
 
 MODES = ("carried", "no_memory", "no_state", "shuffled")
 AGES = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # segments since the document's start
@@ -99,17 +99,29 @@ def evaluate(
     states = {mode: empty_state(len(block), device=process.device) for mode in modes}
     for tick in show(range(min(schedule.ticks, ticks or schedule.ticks))):
         read = reader.segment(tick).to(process.device)
-        always = torch.ones_like(read.reset)
+        # Lanes that have run dry are left out. Where all have, one goes through the model, which every rank must do
+        # equally often (ZeRO-3), and leaves its state as it was.
+        live = torch.nonzero(read.length).flatten()
+        rows = live if len(live) else live.new_zeros(1)
+        text = Segment(*(column[rows] for column in read))
+        always = torch.ones_like(text.reset)
+        segments, starts = [], []
         for mode in modes:
-            segment, state = read, states[mode]
-            if mode == "no_memory":
-                segment = read._replace(forget=always)
-            elif mode == "no_state":
-                segment = read._replace(reset=always)
-            elif mode == "shuffled":
+            state = states[mode]
+            if mode == "shuffled":
                 state = state._replace(memory=_next_lane(state.memory, process))
-            features, states[mode] = forward("advance", segment, state)
-            losses[mode].add(segment, forward("readout", segment, features))
+            starts.append(state._make(x[rows] for x in state))
+            flags = {"no_memory": {"forget": always}, "no_state": {"reset": always}}.get(mode, {})
+            segments.append(text._replace(**flags))
+        # The modes go through the model side by side, as more lanes.
+        together = concatenate(segments)
+        start = starts[0]._make(torch.cat(column) for column in zip(*starts))
+        features, after = forward("advance", together, start)
+        nll = forward("readout", together, features)
+        for mode, segment, mode_nll, *mode_after in zip(modes, segments, *(x.split(len(rows)) for x in (nll, *after))):
+            losses[mode].add(segment, mode_nll)
+            for held, new in zip(states[mode], mode_after):
+                held[live] = new[: len(live)]
         if stop():
             return None
     return {mode: Losses.of(process.sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}

