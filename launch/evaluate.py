@@ -1,7 +1,7 @@
 """Loss of a trained model on held-out documents, with the memory carried and with it taken away.
 
     python launch/evaluate.py --run-dir runs/small
-    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-ticks 100 --json losses.json
+    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-ticks 100 --json it.json
     torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
 
 memformer_dist/evaluate.py says what the rows of the table are. Plain torch in the precision of the weights, fp32: a run
@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="the run whose newest checkpoint is evaluated")
     parser.add_argument("--corpus", type=Path, help="folder written by tokenizer/shard.py (default: the run's)")
     parser.add_argument("--split", choices=["valid", "train"], default="valid")
-    parser.add_argument("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
+    parser.add_argument(
+        "--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)"
+    )
     parser.add_argument("--max-ticks", type=int, help="stop after this many segments of every lane (default: all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher

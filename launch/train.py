@@ -29,9 +29,10 @@ def main() -> None:
     def program() -> None:
         config = RunConfig.load(arguments.config, arguments.set, runtime.world_size())
         corpora = open_corpora(Path(config.data.corpus))
-        from memformer_dist.train import train  # imports deepspeed, which takes seconds: not before the mistakes are told
+        process = runtime.start()
+        from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
-        train(config, run_dir, *corpora)
+        train(config, run_dir, corpora, process)
 
     runtime.run_program(program, error_log=run_dir / "errors.log")
 

@@ -265,7 +265,7 @@ def newest(run_dir: Path, process: Process, say=lambda text: print(text, file=sy
 
 
 def open_one(path: Path) -> Checkpoint:
-    """A checkpoint given by its own folder or by its run's (then the newest good one). For a single process."""
+    """A checkpoint given by its own folder or by its run's (then the newest good one). Not collective."""
     candidates = [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-*"), reverse=True)
     damages = []
     for candidate in candidates:

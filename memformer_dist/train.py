@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from memformer_dist import checkpoint, evaluate, monitor, runtime
+from memformer_dist import checkpoint, evaluate, monitor
 from memformer_dist.checkpoint import Contents, Position, Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
 from memformer_dist.data.corpus import Corpus
@@ -26,6 +26,7 @@ from memformer_dist.data.windows import WindowReader
 from memformer_dist.engine import Accumulated, Engine, StepResult, adamw
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
+from memformer_dist.runtime import Process, StopRequest, reseed
 
 LOGGED_AGES = AGES[:4] + ("8+",)
 
@@ -69,11 +70,10 @@ class Step(NamedTuple):
 class Trainer:
     """A run on one rank. Collective throughout: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, train_corpus: Corpus, valid_corpus: Corpus):
-        self.config, self.run_dir = config, run_dir
-        self.train_corpus, self.valid_corpus = train_corpus, valid_corpus
-        self.stop = runtime.StopRequest(run_dir)
-        self.process = process = runtime.start()
+    def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], process: Process):
+        self.config, self.run_dir, self.process = config, run_dir, process
+        self.train_corpus, self.valid_corpus = train_corpus, _ = corpora
+        self.stop = StopRequest(run_dir)
 
         data = config.data
         self.schedule = LaneSchedule(
@@ -88,7 +88,7 @@ class Trainer:
         self.position = self.resumed.contents.position if self.resumed else Position()
         self.changes = self._check_resumption()
         self.vocabulary = Vocabulary.of(train_corpus)
-        runtime.reseed(torch.device("cpu"), config.training.seed)  # initial weights are drawn on the CPU: the same on every rank
+        reseed(torch.device("cpu"), config.training.seed)  # initial weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         if self.resumed:
@@ -199,7 +199,7 @@ class Trainer:
     def _finite_lanes(self, state: NamedTuple) -> NamedTuple:
         """After a window whose gradient was not finite: lanes whose state is not finite start again from the empty one."""
         empty = self.engine.module.empty_state(len(state[0]), device=self.process.device)
-        finite = torch.stack([torch.isfinite(x).flatten(1).all(1) for x in state]).all(0)  # [lanes]
+        finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state]).all(0)  # [lanes]
         return state._make(
             torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, fresh) for x, fresh in zip(state, empty)
         )
@@ -243,6 +243,11 @@ class Trainer:
     def finish(self) -> dict | None:
         """Evaluate on every held-out document and write summary.json; None when stopped on the way."""
         began = time.perf_counter()
+        path = self.run_dir / "summary.json"
+        if path.exists() and (summary := json.loads(path.read_text()))["steps"] == self.position.step:
+            self.monitor.say(f"this run is finished: {path} is its summary; a larger training.tokens would continue it")
+            self.monitor.close()
+            return summary
         losses = self._evaluate(None)
         self.monitor.close()
         if losses is None:
@@ -257,7 +262,7 @@ class Trainer:
             "parameters": self.parameters,
         }
         if self.process.is_main:
-            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            path.write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
     # ---- what a run leaves ------------------------------------------------------------------------------------------------
@@ -343,10 +348,14 @@ class Trainer:
             )
 
 
-def train(config: RunConfig, run_dir: Path, train_corpus: Corpus, valid_corpus: Corpus) -> dict | None:
-    """Start, resume or finish the run in `run_dir`. Returns its summary, or None when it was stopped before the end."""
+def train(config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], process: Process) -> dict | None:
+    """Start, resume or finish the run in `run_dir`. Returns its summary, or None when it was stopped before the end.
+
+    Args:
+        corpora: the training and the validation split.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, run_dir, train_corpus, valid_corpus)
+    trainer = Trainer(config, run_dir, corpora, process)
     reason = trainer.fit()
     if reason is None:
         summary = trainer.finish()

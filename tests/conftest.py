@@ -1,4 +1,4 @@
-"""What several tests share: a corpus of real files and a tiny configuration, made once a session, and a run trained on them."""
+"""What several tests share: a corpus and a tiny configuration, made once a session, and a run trained with them."""
 
 import copy
 import json
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from memformer_dist.runtime import Process
+from tokenizer.shard import shard
+from tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SEGMENT_LENGTH = 16
@@ -32,29 +34,24 @@ def run_script(*command, **environment: str) -> subprocess.CompletedProcess:
 
 
 def documents(number: int, seed: int = 0) -> list[str]:
-    """Sentences over a small lexicon; every third document is long, some are a single word."""
+    """Words of a small lexicon; every third document is long, some are a word or two."""
     generator = random.Random(seed)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     lexicon = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(120)]
-    texts = []
-    for document in range(number):
-        words = generator.randint(200, 500) if document % 3 == 0 else generator.randint(1, 25)
-        text = " ".join(generator.choices(lexicon, k=words))
-        texts.append(text.capitalize() + ".\n")
-    return texts
+    sizes = [
+        generator.randint(200, 500) if document % 3 == 0 else generator.randint(1, 25) for document in range(number)
+    ]
+    return [" ".join(generator.choices(lexicon, k=words)).capitalize() + ".\n" for words in sizes]
 
 
 def make_corpus(folder: Path, vocabulary: int = 400, seed: int = 0) -> Path:
     """folder/corpus, written by the functions of tokenizer/."""
-    from tokenizer.shard import shard
-    from tokenizer.train import train_tokenizer
-
     texts, model = folder / "texts", folder / "small.model"
     texts.mkdir()
-    for number, text in enumerate(documents(40, seed)):
+    written = documents(40, seed)
+    for number, text in enumerate(written):
         (texts / f"{number:02d}.txt").write_text(text)
-    lines = [path.read_text() for path in sorted(texts.iterdir())]
-    model.write_bytes(train_tokenizer(lines, vocab_size=vocabulary))
+    model.write_bytes(train_tokenizer(written, vocab_size=vocabulary))
     shard(folder / "corpus", model, [str(texts)], valid_fraction=0.25)
     return folder / "corpus"
 

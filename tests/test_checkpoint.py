@@ -48,7 +48,12 @@ def contents(step: int, *, keep: int = 2, anchor: bool = False, model: dict = MO
     vocabulary = Vocabulary(size=11, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
     position = Position(step=step, tick=2 * step, tokens=7 * step, updates=step, seconds=0.1 * step)
     return Contents(
-        version=checkpoint.VERSION, position=position, corpus="f" * 64, anchor=anchor, vocabulary=vocabulary, config=config
+        version=checkpoint.VERSION,
+        position=position,
+        corpus="f" * 64,
+        anchor=anchor,
+        vocabulary=vocabulary,
+        config=config,
     )
 
 
@@ -87,7 +92,7 @@ def names(run_dir) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-# ---- out and in ----------------------------------------------------------------------------------------------------------
+# ---- out and in ------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_loaded(tmp_path, process):
@@ -136,7 +141,7 @@ def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, process):
     assert state.memory.dtype == torch.float64 and state.seen.dtype == torch.int64
 
 
-# ---- killed while saving -------------------------------------------------------------------------------------------------
+# ---- killed while saving ---------------------------------------------------------------------------------------------
 
 
 def save_for_ever(run_dir):
@@ -224,7 +229,7 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, proc
     assert crash > 12 and names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-# ---- damage --------------------------------------------------------------------------------------------------------------
+# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 def flip(path, place: int = -1) -> None:
@@ -318,7 +323,7 @@ def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, p
     assert names(tmp_path) == ["step-00000001"]
 
 
-# ---- which are kept ------------------------------------------------------------------------------------------------------
+# ---- which are kept --------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_and_the_anchors_are_kept(tmp_path, process):
@@ -338,7 +343,7 @@ def test_an_interrupted_removal_is_completed(tmp_path, process, lost):
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-# ---- the cell ------------------------------------------------------------------------------------------------------------
+# ---- the cell --------------------------------------------------------------------------------------------------------
 
 
 def memformer(model: dict = MODEL):
@@ -386,7 +391,7 @@ def test_weights_of_another_model_are_refused(tmp_path, process, model, message)
         checkpoint.open_one(tmp_path).load_weights(memformer(MODEL | model))
 
 
-# ---- no pickle -----------------------------------------------------------------------------------------------------------
+# ---- no pickle -------------------------------------------------------------------------------------------------------
 
 
 def unpicklers(source: str) -> set[str]:
@@ -401,7 +406,9 @@ def unpicklers(source: str) -> set[str]:
             found.add(f"{node.value.id}.{node.attr}")
         elif isinstance(node, ast.keyword):
             found.add(str(node.arg))
-    forbidden = r"c?pickle|dill|cloudpickle|joblib|shelve|marshal|torch\.(load|save)|\w+\.(load|save)_checkpoint|allow_pickle"
+    forbidden = (
+        r"c?pickle|dill|cloudpickle|joblib|shelve|marshal|torch\.(load|save)|\w+\.(load|save)_checkpoint|allow_pickle"
+    )
     return {name for name in found if re.fullmatch(forbidden, name)}
 
 

@@ -30,7 +30,7 @@ def test_the_configuration_of_the_other_tests_is_good(config):
     assert RunConfig.check(config).data.lanes == 4
 
 
-# ---- single problems -----------------------------------------------------------------------------------------------------
+# ---- single problems -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,25 @@ def test_the_configuration_of_the_other_tests_is_good(config):
         ("training.tokens", None, "training.tokens: found None; input should be a valid integer"),
         ("training.precision", "fp8", "training.precision: found 'fp8'; input should be 'fp32' or 'bf16'"),
         ("optimizer.betas", [0.9], "optimizer.betas.1: missing"),
-        ("optimizer.gradient_clipping", float("inf"), "optimizer.gradient_clipping: found inf; input should be a finite"),
+        (
+            "optimizer.gradient_clipping",
+            float("inf"),
+            "optimizer.gradient_clipping: found inf; input should be a finite",
+        ),
         ("checkpoint.keep", 1, "checkpoint.keep: found 1; input should be greater than or equal to 2"),
         ("model.heads", 3, "model: width: found 16, expected a multiple of heads (3)"),
         ("deepspeed", 3, "deepspeed: found 3, expected an object"),
         ("deepspeed.zero_optimization", 2, "deepspeed.zero_optimization: found 2, expected an object"),
-        ("deepspeed.zero_optimization", {"stage": 4}, "deepspeed.zero_optimization.stage: found 4, expected 0, 1, 2 or 3"),
-        ("deepspeed.zero_optimization", {"stage": "2"}, "deepspeed.zero_optimization.stage: found '2', expected 0, 1, 2 or"),
+        (
+            "deepspeed.zero_optimization",
+            {"stage": 4},
+            "deepspeed.zero_optimization.stage: found 4, expected 0, 1, 2 or 3",
+        ),
+        (
+            "deepspeed.zero_optimization",
+            {"stage": "2"},
+            "deepspeed.zero_optimization.stage: found '2', expected 0, 1, 2 or",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_what_was_found_and_expected(config, name, value, expected):
@@ -104,7 +116,7 @@ def test_every_zero_stage_is_taken(config, stage):
     assert RunConfig.check(config).zero_stage == stage
 
 
-# ---- relations -----------------------------------------------------------------------------------------------------------
+# ---- relations -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lanes, world_size, would_do", [(8, 3, 9), (7, 3, 6), (2, 5, 5), (30, 4, 32)])
@@ -129,11 +141,12 @@ def test_lanes_per_group_must_divide_the_lanes_of_a_rank(config):
 def test_a_corpus_without_shards(config, tmp_path):
     config["data"]["corpus"] = str(tmp_path)
     assert problems(config) == [
-        f"data.corpus: no token shards in {tmp_path / split}; tokenizer/shard.py writes them" for split in ("train", "valid")
+        f"data.corpus: no token shards in {tmp_path / split}; tokenizer/shard.py writes them"
+        for split in ("train", "valid")
     ]
 
 
-# ---- several at once -----------------------------------------------------------------------------------------------------
+# ---- several at once -------------------------------------------------------------------------------------------------
 
 
 def test_all_problems_come_in_one_message(config, tmp_path):
@@ -168,7 +181,7 @@ def test_all_problems_come_in_one_message(config, tmp_path):
     assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts)] == starts
 
 
-# ---- the file and --set --------------------------------------------------------------------------------------------------
+# ---- the file and --set ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -229,7 +242,7 @@ def test_the_configurations_of_the_repository(path, corpus_dir):
     RunConfig.load(path, [f"data.corpus={corpus_dir}"])
 
 
-# ---- saved and resumed ---------------------------------------------------------------------------------------------------
+# ---- saved and resumed -----------------------------------------------------------------------------------------------
 
 
 def test_round_trip(config):

@@ -1,4 +1,4 @@
-"""A user's mistakes at the command line: exit code 2, one message that names the thing, no traceback, a copy in the run's log."""
+"""A user's mistakes at the command line: exit code 2, one message naming the thing, no traceback, a copy in the log."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from tests.conftest import SEGMENT_LENGTH, make_corpus, run_script
+
 
 @pytest.fixture
 def copy_of_corpus(corpus_dir, tmp_path, config) -> Path:
@@ -37,7 +38,7 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
     return message.removeprefix("error: ").rstrip("\n")
 
 
-# ---- before the process group --------------------------------------------------------------------------------------------
+# ---- before the process group ----------------------------------------------------------------------------------------
 
 
 def test_the_configuration_is_not_there(tmp_path):
@@ -98,11 +99,11 @@ def test_the_tokenizer_is_another(config, copy_of_corpus, tmp_path):
     message = message_of(train(config, tmp_path / "run"), tmp_path / "run")
     shards = copy_of_corpus / "train"
     assert message.startswith(
-        f"{copy_of_corpus / 'tokenizer.model'}: is not the tokenizer that the shards in {shards} were made with: sha256 "
+        f"{copy_of_corpus / 'tokenizer.model'}: is not the tokenizer that the shards in {shards} were made with: sha256"
     )
 
 
-# ---- while training ------------------------------------------------------------------------------------------------------
+# ---- while training --------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_byte_stops_the_run_and_is_named(config, copy_of_corpus, tmp_path):
@@ -146,7 +147,8 @@ def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path)
     message = message_of(train(config, copy_of_run), copy_of_run)
     found, expected = (Corpus.open(folder / "train").fingerprint[:12] for folder in (other, corpus_dir))
     assert message.startswith(
-        f"data.corpus: {other} is not the corpus that this run was trained on (fingerprint {found}, the run has {expected})"
+        f"data.corpus: {other} is not the corpus that this run was trained on"
+        f" (fingerprint {found}, the run has {expected})"
     )
 
 
@@ -159,7 +161,7 @@ def test_every_checkpoint_is_damaged(config, copy_of_run):
 
 
 def test_a_run_that_is_whole_goes_on(config, copy_of_run):
-    """What the refusals above are measured by: the same command with a larger budget trains, and nothing is logged as an error."""
+    """What the refusals above are measured by: with nothing but a larger budget the same command trains."""
     config["training"]["tokens"] = 900
     done = train(config, copy_of_run)
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,7 @@ def run(cell, corpus, process, *, lanes=4, **options):
     return evaluate(cell, cell.empty_state, corpus, process, lanes=lanes, segment_length=LENGTH, **options)
 
 
-# ---- the reference -------------------------------------------------------------------------------------------------------
+# ---- the reference ---------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -153,7 +153,7 @@ def assert_equal(found: Losses, rows: list[Row]) -> None:
     assert found.by_age == pytest.approx(by_age(rows), rel=EXACT)
 
 
-# ---- exact losses --------------------------------------------------------------------------------------------------------
+# ---- exact losses ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
@@ -206,7 +206,7 @@ def test_of_some_ticks_the_first_segments_of_every_lane(corpus, process):
 
 
 def test_the_buckets_hold_the_ages_that_they_name():
-    """A loss of (age + 1) nats for the only label of a segment of each age: the mean tells which ages are in a bucket."""
+    """A segment of each age has one label, with a loss of age + 1 nats: the mean tells which ages are in a bucket."""
     ages = torch.arange(200)
     rows = [Row(0, age, age + 1.0, 1) for age in ages.tolist()]
     losses = LossByAge(torch.device("cpu"))
@@ -224,7 +224,7 @@ def test_the_buckets_hold_the_ages_that_they_name():
     assert found.by_age == {"0": 1.0, "1": 2.0, "2+": pytest.approx(mean(rows[2:]), rel=EXACT)}
 
 
-# ---- the memory of another document --------------------------------------------------------------------------------------
+# ---- the memory of another document ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
@@ -245,7 +245,7 @@ def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, process):
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
 
 
-# ---- what an evaluation leaves behind ------------------------------------------------------------------------------------
+# ---- what an evaluation leaves behind --------------------------------------------------------------------------------
 
 
 def test_nothing_is_left_behind(corpus, process):
@@ -286,7 +286,7 @@ def test_summary_names_every_figure(corpus, process):
     assert figures["eval_loss_by_segment_age"]["no_state"] == found["no_state"].by_age
 
 
-# ---- launch/evaluate.py --------------------------------------------------------------------------------------------------
+# ---- launch/evaluate.py ----------------------------------------------------------------------------------------------
 
 
 def figures_in(table: str) -> dict[str, list[float]]:
@@ -337,13 +337,19 @@ def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):
     done = run_script("launch/evaluate.py", "--run-dir", trained_run, "--corpus", other)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     found, expected = (Corpus.open(folder / "valid").tokenizer_sha256[:16] for folder in (other, corpus_dir))
-    assert f"{other / 'valid'} was made with another tokenizer than the run: found sha256 {found}, expected {expected}" in done.stderr
+    assert (
+        f"{other / 'valid'} was made with another tokenizer than the run: found sha256 {found}, expected {expected}"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--run-dir", ROOT / "tests"), f"{ROOT / 'tests'}: no checkpoint found, expected a run's or a checkpoint's folder"),
+        (
+            ("--run-dir", ROOT / "tests"),
+            f"{ROOT / 'tests'}: no checkpoint found, expected a run's or a checkpoint's folder",
+        ),
         (("--run-dir", ROOT, "--lanes", "0"), "--lanes: found 0, expected at least 1"),
         (("--run-dir", ROOT, "--json", ROOT / "gone" / "x.json"), f"--json: found no folder {ROOT / 'gone'}"),
     ],

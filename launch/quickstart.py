@@ -1,0 +1,150 @@
+"""The whole path on one machine: tokenizer, token shards, training under DeepSpeed, evaluation, a sample.
+
+    bash launch/quickstart.sh [PATH]            # makes the environment, then runs this
+
+Each step is a command of its own, printed before it runs; take them from here to your own data. Everything lies in
+runs/quickstart (or runs/quickstart-NAME for a folder NAME). Run again after an interruption, it goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from memformer_dist.data.corpus import open_corpora
+from memformer_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart.json"
+CPU_RANKS = 2
+EPOCHS = 40  # at the most, on a folder so small that the configuration's tokens would be more than these
+PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Run one step as a user would; a step that fails ends the quickstart with its exit code."""
+    shown = " ".join(shlex.quote(os.path.relpath(part) if isinstance(part, Path) else part) for part in command)
+    print(f"\n$ {shown}", flush=True)
+    code = subprocess.run(command, env=os.environ | environment).returncode
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def prepare(inputs: list[str], folder: Path) -> Path:
+    """Tokenizer and shards; a second run finds them there."""
+    model, corpus = folder / "spm.model", folder / "corpus"
+    if not model.exists():
+        run(
+            *(sys.executable, ROOT / "tokenizer/train.py", "--input", *inputs, "--output", model),
+            *("--vocab-size", "2048", "--cap-vocabulary", "--sample-characters", "3000000"),
+        )
+    run(
+        *(sys.executable, ROOT / "tokenizer/shard.py", "--input", *inputs, "--tokenizer", model, "--output", corpus),
+        *("--valid-fraction", "0.01"),
+    )
+    return corpus
+
+
+def train(corpus: Path, folder: Path) -> dict:
+    """On every GPU of this machine, or on two CPU ranks; returns the figures of summary.json."""
+    ranks, environment = torch.cuda.device_count(), {}
+    if ranks == 0:
+        ranks = CPU_RANKS
+        environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    config = json.loads(CONFIG.read_text())
+    lanes = math.ceil(config["data"]["lanes"] / ranks) * ranks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run(
+        *("deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)),
+        *(ROOT / "launch/train.py", "--config", CONFIG, "--run-dir", folder),
+        *("--set", f"data.corpus={corpus}", "--set", f"data.lanes={lanes}"),
+        *("--set", f"training.tokens={budget(corpus, config)}"),
+        **environment,
+    )
+    summary = folder / "summary.json"
+    if not summary.exists():
+        print("\nstopped before the end; run the same command again to go on")
+        sys.exit(1)
+    return json.loads(summary.read_text())
+
+
+def budget(corpus: Path, config: dict) -> int:
+    """Tokens to train on: the configuration's, less where short documents leave segments half empty or the corpus is tiny."""
+    lengths = open_corpora(corpus)[0].lengths
+    segment_length = config["data"]["segment_length"]
+    filled = lengths.sum() / (-(-lengths // segment_length) * segment_length).sum()
+    return max(1, int(min(config["training"]["tokens"] * filled, EPOCHS * lengths.sum())))
+
+
+def sample(corpus: Path, folder: Path) -> None:
+    """Continue the beginning of a held-out document."""
+    valid = open_corpora(corpus)[1]
+    document = int(valid.lengths.argmax())
+    beginning = valid.tokens(document, 0, min(PROMPT_TOKENS, int(valid.lengths[document]) // 2 + 1)).tolist()
+    prompt = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).decode(beginning)
+    prompt_file = folder / "prompt.txt"
+    prompt_file.write_text(prompt)
+    print("\nThe beginning of a held-out document, and how the model goes on:")
+    run(
+        *(sys.executable, ROOT / "launch/generate.py", "--run-dir", folder, "--prompt-file", prompt_file),
+        *("--tokens", str(SAMPLE_TOKENS)),
+    )
+
+
+def table(summary: dict, folder: Path) -> str:
+    rows = [
+        ("memory carried", "eval_loss"),
+        ("memory reset at every segment", "eval_loss_no_memory"),
+        ("everything reset at every segment", "eval_loss_no_state"),
+    ]
+    lines = [f"{'held-out documents':36}{'loss':>8}{'perplexity':>12}{'gap':>9}"]
+    for name, key in rows:
+        gap = "" if key == "eval_loss" else f"{summary[key] - summary['eval_loss']:+9.4f}"
+        lines.append(f"{name:36}{summary[key]:8.4f}{math.exp(min(summary[key], 700)):12.2f}{gap}")
+    lines += [
+        f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
+        f" on {summary['world_size']} ranks",
+        f"the run: {os.path.relpath(folder)}   its figures: {os.path.relpath(folder / 'summary.json')}",
+        f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')} --logdir {os.path.relpath(folder / 'tensorboard')}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", type=Path, help="a folder of text (default: the standard library's source code)")
+    options = parser.parse_args()
+    if options.path is None:
+        folder = ROOT / "runs" / "quickstart"
+        inputs = [sysconfig.get_path("stdlib"), "--exclude", "site-packages", "dist-packages", "__pycache__"]
+    else:
+        folder = ROOT / "runs" / f"quickstart-{options.path.resolve().name}"
+        inputs = [str(options.path.resolve())]
+        if not options.path.exists():
+            raise UserError(f"found nothing at {options.path}, expected a folder of text")
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = prepare(inputs, folder)
+    summary = train(corpus, folder)
+    sample(corpus, folder)
+    print("\n" + table(summary, folder))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
