@@ -17,10 +17,12 @@ setup(
         "torch>=2.8",
         "deepspeed==0.19.8",  # memformer_dist/engine.py leans on its internals; tests/test_engine.py says when to move
         "webdataset>=1.0",
-        "sentencepiece",
+        "sentencepiece>=0.2.1",
+        "protobuf",  # sentencepiece's description of its models
         "tensorboard",
         "mpi4py",
         "pydantic>=2",
+        "typing_extensions",
         "safetensors",
         "tqdm",
         "numpy",

@@ -123,7 +123,9 @@ def table(summary: dict, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="?", type=Path, help="a folder of text (default: the standard library's source code)")
+    parser.add_argument(
+        "path", nargs="?", type=Path, help="a folder of text (default: the standard library's source code)"
+    )
     options = parser.parse_args()
     if options.path is None:
         folder = ROOT / "runs" / "quickstart"

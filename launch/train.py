@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="a JSON file of configs/")
     parser.add_argument("--run-dir", type=Path, help="where the run lives (default: runs/NAME of the configuration)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher, which sets LOCAL_RANK too
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # given by DeepSpeed's launcher, which sets LOCAL_RANK too
     arguments = parser.parse_args()
     run_dir = arguments.run_dir or Path("runs") / arguments.config.stem
 

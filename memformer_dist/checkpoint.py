@@ -124,11 +124,15 @@ class Checkpoint:
         weights = TensorFiles(self.files("weights-"))
         parameters = dict(cell.named_parameters())
         if missing := parameters.keys() ^ weights.keys():
-            raise UserError(f"{self.path}: its parameters are not this model's: {', '.join(sorted(missing)[:5])} on one side only")
+            raise UserError(
+                f"{self.path}: its parameters are not this model's: {', '.join(sorted(missing)[:5])} on one side only"
+            )
         for name, parameter in parameters.items():
             value = weights[name]
             if value.shape != parameter.shape:
-                raise UserError(f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(parameter.shape)}")
+                raise UserError(
+                    f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(parameter.shape)}"
+                )
             parameter.data.copy_(value)
 
     def cell(self, device: torch.device) -> Memformer:
@@ -236,7 +240,9 @@ def _save_tensors(folder: Path, engine, process: Process) -> None:
         write()
 
 
-def newest(run_dir: Path, process: Process, say=lambda text: print(text, file=sys.stderr, flush=True)) -> Checkpoint | None:
+def newest(
+    run_dir: Path, process: Process, say=lambda text: print(text, file=sys.stderr, flush=True)
+) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None in a run that has none. A collective call: rank 0 verifies.
 
     Raises UserError when there are checkpoints and none of them is good: a fresh start would throw the run away.
@@ -260,13 +266,17 @@ def newest(run_dir: Path, process: Process, say=lambda text: print(text, file=sy
     dist.broadcast(choice, 0)
     step = int(choice)
     if step == -2:
-        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; restore one, or start a fresh run elsewhere")
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: every checkpoint is damaged; restore one, or start a fresh run elsewhere"
+        )
     return None if step == -1 else Checkpoint(run_dir / "checkpoints" / f"step-{step:08d}")
 
 
 def open_one(path: Path) -> Checkpoint:
     """A checkpoint given by its own folder or by its run's (then the newest good one). Not collective."""
-    candidates = [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-*"), reverse=True)
+    candidates = (
+        [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-*"), reverse=True)
+    )
     damages = []
     for candidate in candidates:
         try:
@@ -275,7 +285,11 @@ def open_one(path: Path) -> Checkpoint:
             return checkpoint
         except Damaged as damage:
             damages.append(f"\n  {damage}")
-    raise UserError(f"{path}: no checkpoint found, expected a run's or a checkpoint's folder" if not damages else f"{path}: damaged{''.join(damages)}")
+    raise UserError(
+        f"{path}: no checkpoint found, expected a run's or a checkpoint's folder"
+        if not damages
+        else f"{path}: damaged{''.join(damages)}"
+    )
 
 
 def load_cell(path: Path, device: torch.device) -> tuple[Memformer, RunConfig]:

@@ -22,16 +22,24 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
 class DataConfig(Section):
     corpus: str = Field(description="folder written by tokenizer/shard.py")
-    lanes: PositiveInt = Field(description="G, documents read side by side by all ranks together; the world size divides it")
+    lanes: PositiveInt = Field(
+        description="G, documents read side by side by all ranks together; the world size divides it"
+    )
     segment_length: PositiveInt = Field(description="S, tokens a segment")
     seed: int = Field(0, ge=0, description="order of the documents")
     prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
 
 
 class MrbpConfig(Section):
-    window: PositiveInt = Field(description="N, segments a window: the horizon of back-propagation and the tokens of a step")
-    readout_group: PositiveInt = Field(1, description="C, segments whose readout runs as one batch; activations of C are alive")
-    lanes_per_group: PositiveInt | None = Field(None, description="lanes of a rank worked on at once; null: all of them")
+    window: PositiveInt = Field(
+        description="N, segments a window: the horizon of back-propagation and the tokens of a step"
+    )
+    readout_group: PositiveInt = Field(
+        1, description="C, segments whose readout runs as one batch; activations of C are alive"
+    )
+    lanes_per_group: PositiveInt | None = Field(
+        None, description="lanes of a rank worked on at once; null: all of them"
+    )
 
 
 class OptimizerConfig(Section):
@@ -49,17 +57,23 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     tokens: PositiveInt = Field(description="labels to train on, over all lanes and epochs: when the run ends")
     seed: int = Field(0, ge=0, description="initial weights and dropout")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 parameters, fp32 gradients")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast over fp32 parameters, fp32 gradients"
+    )
     init_from: str | None = Field(None, description="run directory or checkpoint: its weights alone start a fresh run")
     evaluate_every_tokens: PositiveInt | None = Field(None, description="null: only at the end")
     evaluate_ticks: PositiveInt | None = Field(None, description="segments a lane in evaluations on the way; null: all")
-    skipped_steps_limit: PositiveInt = Field(10, description="steps in a row with a non-finite gradient that end the run")
+    skipped_steps_limit: PositiveInt = Field(
+        10, description="steps in a row with a non-finite gradient that end the run"
+    )
 
 
 class CheckpointConfig(Section):
     every_tokens: PositiveInt | None = Field(None, description="null: only at the end and when stopped")
     keep: int = Field(2, ge=2, description="newest checkpoints kept; two, so that a damaged one is survived")
-    anchor_every_tokens: PositiveInt | None = Field(None, description="the first one after each multiple is never removed")
+    anchor_every_tokens: PositiveInt | None = Field(
+        None, description="the first one after each multiple is never removed"
+    )
 
 
 class MonitorConfig(Section):
@@ -86,8 +100,22 @@ OURS = {
     "gradient_predivide_factor": "nothing: the loss is normalised over all ranks",
     "prescale_gradients": "nothing: the loss is normalised over all ranks",
     "sparse_gradients": "nothing: it does not work under ZeRO",
+    "zero_allow_untested_optimizer": "the engine",
+    "zero_force_ds_cpu_optimizer": "the engine",
 }
-
+# What it may name. DeepSpeed itself passes over a misspelt key in silence.
+THEIRS = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+)
 
 # What a resumed run may change: prefixes of field names. The corpus may move; its fingerprint is compared elsewhere.
 MAY_CHANGE = (
@@ -137,7 +165,9 @@ class RunConfig(Section):
         return cls.check(raw, world_size, source=str(path), problems=problems)
 
     @classmethod
-    def check(cls, raw: dict, world_size: int = 1, *, source: str = "configuration", problems: Iterable[str] = ()) -> Self:
+    def check(
+        cls, raw: dict, world_size: int = 1, *, source: str = "configuration", problems: Iterable[str] = ()
+    ) -> Self:
         problems = list(problems)
         sections: dict[str, Any] = {}
         for name in raw.keys() - cls.model_fields.keys():
@@ -149,9 +179,11 @@ class RunConfig(Section):
                 continue
             try:
                 sections[name] = field.annotation.model_validate(raw.get(name, {}))
+                if name not in raw and field.is_required():  # and all of its fields have defaults
+                    problems.append(f"{name}: missing section")
             except ValidationError as error:
                 problems += [_sentence(name, field.annotation, item) for item in error.errors()]
-        problems += _relations(sections, world_size)
+        problems += _relations(sections, world_size) + _missing_shards(raw)
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise UserError(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -171,7 +203,9 @@ class RunConfig(Section):
         if refused:
             raise UserError(
                 "this run cannot be resumed with another\n"
-                + "\n".join(f"  {name}: found {changes[name][1]!r}, the run has {changes[name][0]!r}" for name in refused)
+                + "\n".join(
+                    f"  {name}: found {changes[name][1]!r}, the run has {changes[name][0]!r}" for name in refused
+                )
                 + "\nset them back, or start a fresh run in another --run-dir (training.init_from takes over the weights)"
             )
         return changes
@@ -231,6 +265,9 @@ def _deepspeed_problems(section: Any) -> list[str]:
     if not isinstance(section, dict):
         return [f"deepspeed: found {section!r}, expected an object"]
     problems = [f"deepspeed.{key}: is not set here but by {OURS[key]}" for key in section if key in OURS]
+    problems += [
+        f"deepspeed.{key}: unknown key{_nearest(key, THEIRS)}" for key in section if key not in (*OURS, *THEIRS)
+    ]
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(f"deepspeed.zero_optimization: found {zero!r}, expected an object with a stage")
@@ -241,18 +278,31 @@ def _deepspeed_problems(section: Any) -> list[str]:
 
 def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
     """Problems that take two sections, or a section and the world, to see; sections with problems of their own are absent."""
-    problems = []
     data, mrbp = sections.get("data"), sections.get("mrbp")
-    if data is not None:
-        if data.lanes % world_size:
-            nearest = max(world_size, round(data.lanes / world_size) * world_size)
-            problems.append(f"data.lanes: found {data.lanes}, which the world size of {world_size} ranks does not divide; {nearest} would do")
-        elif mrbp is not None and mrbp.lanes_per_group and (data.lanes // world_size) % mrbp.lanes_per_group:
-            problems.append(
-                f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {data.lanes // world_size} lanes"
-                f" of a rank (data.lanes {data.lanes} on {world_size} ranks)"
-            )
-        for split in ("train", "valid"):
-            if not (Path(data.corpus) / split / "corpus.json").exists():
-                problems.append(f"data.corpus: no token shards in {Path(data.corpus) / split}; tokenizer/shard.py writes them")
-    return problems
+    if data is None:
+        return []
+    if data.lanes % world_size:
+        nearest = max(world_size, round(data.lanes / world_size) * world_size)
+        return [
+            f"data.lanes: found {data.lanes}, which the world size of {world_size} ranks does not divide; {nearest} would do"
+        ]
+    share = data.lanes // world_size
+    if mrbp is not None and mrbp.lanes_per_group and share % mrbp.lanes_per_group:
+        return [
+            f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {share} lanes of a rank"
+            f" (data.lanes {data.lanes} on {world_size} ranks)"
+        ]
+    return []
+
+
+def _missing_shards(raw: dict) -> list[str]:
+    data = raw.get("data")
+    folder = data.get("corpus") if isinstance(data, dict) else None
+    if not isinstance(folder, str):
+        return []  # already told
+    splits = [Path(folder) / split for split in ("train", "valid")]
+    return [
+        f"data.corpus: no token shards in {split}; tokenizer/shard.py writes them"
+        for split in splits
+        if not (split / "corpus.json").exists()
+    ]

@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
 
 
 def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers alone: norms, embeddings and the memory's forgetting vectors are scales."""
+    """AdamW that decays the weights of linear layers alone: norms, embeddings and the memory's forgetting vectors are not."""
     linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
     groups = [
         {"params": [p for p in cell.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
@@ -90,7 +90,10 @@ class Engine:
         zero = {"overlap_comm": False} | settings.get("zero_optimization", {})
         cell.to(process.device)
         self.engine, *_ = deepspeed.initialize(
-            model=cell, optimizer=optimizer, config=settings | {"zero_optimization": zero} | ours, dist_init_required=False
+            model=cell,
+            optimizer=optimizer,
+            config=settings | {"zero_optimization": zero} | ours,
+            dist_init_required=False,
         )
         self.zero_stage = self.engine.zero_optimization_stage()
         self.module: RecurrentCell = self.engine.module
@@ -142,7 +145,13 @@ class Engine:
 
                 results.append(
                     memory_replay(
-                        call, self.backward, window, state, loss_scale=loss_scale, readout_group=readout_group, observe=observe
+                        call,
+                        self.backward,
+                        window,
+                        state,
+                        loss_scale=loss_scale,
+                        readout_group=readout_group,
+                        observe=observe,
                     )
                 )
         return Accumulated(

@@ -20,7 +20,7 @@ import os
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Iterator, Self, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
+from typing_extensions import Self
 
 from memformer_dist.cells.base import Cache, RecurrentCell
 from memformer_dist.errors import UserError

@@ -32,9 +32,13 @@ class Monitor:
         if not is_main:
             return
         # purge_step: curves of a run that is resumed from an older checkpoint go on without the part that is done again.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=position.step + 1 if position.step else None)
+        self.writer = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=position.step + 1 if position.step else None
+        )
         self.records = _continue(run_dir / "metrics.jsonl", position.step).open("a")
-        self.bar = tqdm(total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train")
+        self.bar = tqdm(
+            total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train"
+        )
 
     def log(self, position: Position, scalars: dict[str, float]) -> None:
         if self.writer is None:
@@ -65,7 +69,11 @@ class Monitor:
 def _continue(path: Path, step: int) -> Path:
     """Drop the records after `step`, which a resumed run will write again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [
+            line
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.rename(path)

@@ -88,7 +88,9 @@ class Trainer:
         self.position = self.resumed.contents.position if self.resumed else Position()
         self.changes = self._check_resumption()
         self.vocabulary = Vocabulary.of(train_corpus)
-        reseed(torch.device("cpu"), config.training.seed)  # initial weights are drawn on the CPU: the same on every rank
+        reseed(
+            torch.device("cpu"), config.training.seed
+        )  # initial weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         if self.resumed:
@@ -362,8 +364,6 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], proc
         if summary is not None:
             return summary
         reason = trainer.stop.reason() or "a signal to another rank"
-    trainer.monitor.say(
-        f"stopped by {reason} at step {trainer.position.step}; the same command goes on from there"
-    )
+    trainer.monitor.say(f"stopped by {reason} at step {trainer.position.step}; the same command goes on from there")
     trainer.monitor.close()
     return None

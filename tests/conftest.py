@@ -20,6 +20,10 @@ ROOT = Path(__file__).parents[1]
 SEGMENT_LENGTH = 16
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "full: left out of the fast tier (tests/run.sh --full runs it)")
+
+
 def run_script(*command, **environment: str) -> subprocess.CompletedProcess:
     """python COMMAND as a user would start it, in one process on the CPU."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

@@ -85,8 +85,14 @@ def test_what_has_no_default_must_be_there(config, name):
 
 
 def test_missing_sections_name_their_fields(config):
-    del config["mrbp"], config["training"]
-    assert [problem.split(":")[0] for problem in problems(config)] == ["mrbp.window", "training.tokens"]
+    del config["model"], config["mrbp"], config["training"]
+    assert [problem.split(":")[0] for problem in problems(config)] == ["model", "mrbp.window", "training.tokens"]
+
+
+def test_misspelt_key_of_deepspeed(config):
+    """DeepSpeed itself would pass over it in silence."""
+    config["deepspeed"] = {"zero_optimisation": {"stage": 3}}
+    assert problems(config) == ["deepspeed.zero_optimisation: unknown key, did you mean zero_optimization?"]
 
 
 def test_fp16_is_refused_with_the_reason(config):

@@ -5,8 +5,8 @@ import torch
 
 from memformer_dist.config import OptimizerConfig
 from tests.ranks import run_ranks
-from tests.test_mrbp import VOCABULARY, memformer
-from tests.toy import ToyCell, full_bptt, labels_in, random_window, seeded_call
+from tests.test_mrbp import memformer
+from tests.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window, seeded_call
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 STAGES = (0, 1, 2, 3)
@@ -63,14 +63,18 @@ def reference_run(name, kind, learning_rate, steps, clipping=0.0):
     return losses, norms, dict(cell.named_parameters())
 
 
-def engine_run(process, name, kind, learning_rate, steps, *, stage, groups=1, readout_group=1, clipping=0.0, engine=None, skip=()):
+def engine_run(
+    process, name, kind, learning_rate, steps, *, stage, groups=1, readout_group=1, clipping=0.0, engine=None, skip=()
+):
     """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite."""
     from memformer_dist.engine import Engine
 
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(cell, make_optimizer(kind, cell, learning_rate), process, settings=settings, gradient_clipping=clipping)
+        engine = Engine(
+            cell, make_optimizer(kind, cell, learning_rate), process, settings=settings, gradient_clipping=clipping
+        )
     share = LANES // process.world_size // groups
     states = [engine.module.empty_state(share) for _ in range(groups)]
     losses, norms = [], []
@@ -83,7 +87,8 @@ def engine_run(process, name, kind, learning_rate, steps, *, stage, groups=1, re
 
         first = process.rank * share * groups
         parts = [
-            Rows(window, slice(first + g * share, first + (g + 1) * share), start=step * SEGMENTS) for g in range(groups)
+            Rows(window, slice(first + g * share, first + (g + 1) * share), start=step * SEGMENTS)
+            for g in range(groups)
         ]
         for broken in range(step in skip):
             poisoned = [state._replace(memory=state.memory * float("nan")) for state in states]
@@ -126,7 +131,9 @@ def sgd_rank(process, name, batchings):
                 process, name, "sgd", 0.2, 4, stage=stage, groups=groups, readout_group=readout_group
             )
             difference = largest_difference(weights_of(engine), expected)
-            assert difference <= 1e-6, f"ZeRO {stage}, {groups} lane groups, readout group {readout_group}: {difference}"
+            assert difference <= 1e-6, (
+                f"ZeRO {stage}, {groups} lane groups, readout group {readout_group}: {difference}"
+            )
             assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
 
 
@@ -160,7 +167,9 @@ def test_losses_under_adamw_equal_full_bptt():
 def skipped_step_rank(process):
     for stage in STAGES:
         clean, _, engine = engine_run(process, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0)
-        skipping, _, other = engine_run(process, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0, skip=(0, 2))
+        skipping, _, other = engine_run(
+            process, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0, skip=(0, 2)
+        )
         assert skipping == clean, f"ZeRO {stage}"
         assert largest_difference(weights_of(other), weights_of(engine)) == 0, f"ZeRO {stage}"
 
@@ -179,29 +188,123 @@ def moments_rank(process):
     saved = {}
     for stage in STAGES:
         _, _, engine = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage)
-        saved[stage] = {name: (weight.clone(), {k: m.clone() for k, m in both.items()}) for name, weight, both in engine.tensors()}
+        saved[stage] = {
+            name: (weight.clone(), {k: m.clone() for k, m in both.items()}) for name, weight, both in engine.tensors()
+        }
         assert all(
             largest_difference({"": saved[stage][name][1][key]}, {"": saved[0][name][1][key]}) < 1e-7
             for name in saved[0]
             for key in ("exp_avg", "exp_avg_sq")
         )
-    expected, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=2, engine=engine_run(process, "toy", "adamw", 1e-2, 3, stage=2)[2])
+    expected, _, _ = engine_run(
+        process, "toy", "adamw", 1e-2, 3, stage=2, engine=engine_run(process, "toy", "adamw", 1e-2, 3, stage=2)[2]
+    )
     for stage in STAGES:
         tensors = saved[(stage + 1) % 4]
         cell = new_cell("toy")
         for name, parameter in cell.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), process, settings={"zero_optimization": {"stage": stage}})
+        engine = Engine(
+            cell, make_optimizer("adamw", cell, 1e-2), process, settings={"zero_optimization": {"stage": stage}}
+        )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
         losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
         assert max(abs(x - y) for x, y in zip(losses, expected)) < 1e-6, f"ZeRO {stage}"
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        fresh = Engine(forgetful, make_optimizer("adamw", forgetful, 1e-2), process, settings={"zero_optimization": {"stage": stage}})
+        fresh = Engine(
+            forgetful,
+            make_optimizer("adamw", forgetful, 1e-2),
+            process,
+            settings={"zero_optimization": {"stage": stage}},
+        )
         losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=fresh)
         assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
 
 
 def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
+
+
+# ---- accumulation in bf16 ------------------------------------------------------------------------------------------------
+
+
+class Scale(ToyCell):
+    """One weight w, loss w * x: the gradient is the sum of the x of all segments, here 1 and 64 times 2^-9, in all 1.125.
+
+    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000.
+    """
+
+    def __init__(self):
+        super().__init__()
+        del self.embedding, self.mix, self.write, self.initial, self.head
+        self.weight = torch.nn.Linear(1, 1, bias=False)
+        self.weight.weight.data.fill_(1.0)
+
+    def advance(self, segment, state):
+        return ToyFeatures(state.memory, state.seen), state._replace(seen=state.seen + 1)
+
+    def readout(self, segment, features):
+        value = torch.where(segment.tokens == 1, 1.0, 2.0**-9)[..., None]
+        return self.weight(value.to(self.weight.weight.dtype)).squeeze(-1).float()
+
+
+def ones_and_crumbs() -> list:
+    """The big contribution is replayed first: it is the last segment's."""
+    tick = random_window(1, 1, 1, seed=0)[0]
+    crumb, one = (tick._replace(tokens=torch.full((1, 1), token)) for token in (2, 1))
+    return [crumb] * 64 + [one]
+
+
+def accumulated_gradient(process, settings: dict, precision: str) -> float:
+    """What one step of SGD at learning rate 1 takes off the weight."""
+    from memformer_dist.engine import Engine
+
+    cell = Scale()
+    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), process, settings=settings, precision=precision)
+    window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
+    engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=process.world_size)
+    engine.step(1.0)
+    return 1.0 - float(weights_of(engine)["weight.weight"])
+
+
+def accumulation_rank(process):
+    for stage in STAGES:
+        for precision in ("fp32", "bf16"):
+            found = accumulated_gradient(process, {"zero_optimization": {"stage": stage}}, precision)
+            assert found == 1.125, f"ZeRO {stage}, {precision}: {found}"
+    looks_right = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    found = accumulated_gradient(process, looks_right | {"zero_optimization": {"stage": 2}}, "fp32")
+    assert found == pytest.approx(1.0, abs=0.01), "DeepSpeed has changed: bf16 parameters now accumulate in fp32"
+
+
+def test_gradients_accumulate_in_fp32_in_every_mode():
+    """And the setting that looks right, bf16 with grad_accum_dtype fp32 under one reduction, does not."""
+    run_ranks(WORLD, accumulation_rank)
+
+
+# ---- what DeepSpeed does with many backwards a step: the ways not taken --------------------------------------------------
+
+
+def many_backwards_rank(process):
+    import contextlib
+
+    from memformer_dist.engine import Engine
+
+    expected = reference_run("toy", "sgd", 0.2, steps=4)[2]
+    for stage in (1, 2):
+        cell = new_cell("toy")
+        settings = {"zero_optimization": {"stage": stage}}
+        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), process, settings=settings)
+        engine.one_reduction = contextlib.nullcontext
+        engine_run(process, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
+        assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
+
+
+def test_backwards_outside_one_reduction_are_wrong():
+    """The control of test_parameters_after_sgd_steps: many backwards before one step, as DeepSpeed takes them by default.
+
+    When this comes out right, DeepSpeed has changed, and engine.py may become simpler.
+    """
+    run_ranks(WORLD, many_backwards_rank)

@@ -38,7 +38,10 @@ def starting_state(cell):
     state = cell.empty_state(LANES)
     filled = {"memory": torch.nn.functional.normalize(torch.randn_like(state.memory), dim=-1)}
     if "context" in state._fields:
-        filled |= {"context": torch.randint(4, VOCABULARY, state.context.shape), "context_length": torch.tensor([6, 4, 6])}
+        filled |= {
+            "context": torch.randint(4, VOCABULARY, state.context.shape),
+            "context_length": torch.tensor([6, 4, 6]),
+        }
     return state._replace(**filled)
 
 
@@ -148,5 +151,7 @@ def test_segments_are_asked_for_in_order_and_one_at_a_time():
             asked.append(t)
             return window[t]
 
-    memory_replay(seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, readout_group=2)
+    memory_replay(
+        seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, readout_group=2
+    )
     assert asked == [0, 1, 2, 3, 4, 3, 2, 1, 0]

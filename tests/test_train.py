@@ -92,7 +92,10 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
     cases = []
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
         raw = settings(
-            corpus_dir, stage=stage, dropout=0.2, training={"precision": precision, "tokens": 20 * STEP_TOKENS * 9 // 10}
+            corpus_dir,
+            stage=stage,
+            dropout=0.2,
+            training={"precision": precision, "tokens": 20 * STEP_TOKENS * 9 // 10},
         )
         raw["mrbp"] |= {"lanes_per_group": 2, "readout_group": 2}
         cases.append((raw, tmp_path / f"stage{stage}"))
@@ -113,7 +116,9 @@ def test_dropout_masks_depend_on_the_seed(corpus_dir, tmp_path):
     """The control of the test above: a run with another seed of dropout and weights ends elsewhere."""
     raw = settings(corpus_dir, dropout=0.2, tokens=3 * STEP_TOKENS)
     other = settings(corpus_dir, dropout=0.2, training={"tokens": 3 * STEP_TOKENS, "seed": 1})
-    run_ranks(1, several_runs, [(raw, tmp_path / "a", None), (raw, tmp_path / "b", None), (other, tmp_path / "c", None)])
+    run_ranks(
+        1, several_runs, [(raw, tmp_path / "a", None), (raw, tmp_path / "b", None), (other, tmp_path / "c", None)]
+    )
     first, again, different = (tensors(last_checkpoint(tmp_path / name), "weights") for name in "abc")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], different[name]) for name in first)
@@ -176,7 +181,9 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, (run_dir.parent / f"{run_dir.name}.log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, (
+            run_dir.parent / f"{run_dir.name}.log"
+        ).read_text()
         time.sleep(0.05)
     how(process, run_dir)
     assert process.wait(timeout=60) in expected_codes, (run_dir.parent / f"{run_dir.name}.log").read_text()
@@ -205,14 +212,28 @@ def write_config(corpus: Path, folder: Path) -> Path:
 
 
 def test_single_process_stops_on_a_signal_and_resumes(corpus_dir, tmp_path):
-    command = [sys.executable, "launch/train.py", "--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--config",
+        write_config(corpus_dir, tmp_path),
+        "--run-dir",
+        tmp_path / "run",
+    ]
     interrupt_and_resume(command, send(signal.SIGUSR1), tmp_path / "run", expected_codes=(0,))
 
 
 @pytest.mark.full
 def test_deepspeed_launcher_terminated_saves_and_resumes(corpus_dir, tmp_path):
     """SIGTERM to the launcher, which hands it to one rank after the other: the first is enough to stop all, saved."""
-    command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", "29631", "launch/train.py"]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29631",
+        "launch/train.py",
+    ]
     command += ["--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]
     interrupt_and_resume(command, send(signal.SIGTERM), tmp_path / "run", expected_codes=(0, 1))
 

@@ -24,19 +24,20 @@ In the first segment of a document there is no context: the encoder reads a sing
 """
 
 import math
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.layers import KeysValues, LayerSettings, Linear, Stack, TokenEmbedding, key_mask, within
 from memformer_dist.segment import IGNORE, Segment
 
 
-class MemformerConfig(BaseModel, extra="forbid", frozen=True):
+class MemformerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     layout: Literal["encoder_decoder", "decoder"] = Field("encoder_decoder", description="see the top of memformer.py")
     width: PositiveInt = Field(512, description="d, of the hidden states and of a slot")
     encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")

@@ -282,8 +282,7 @@ class SplitWriter:
         self._tar.close()
         path = Path(self._tar.name)
         documents = len(self._columns["length"]) - sum(shard.documents for shard in self._shards)
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
         self._shards.append(
             Shard(
                 name=path.name,
