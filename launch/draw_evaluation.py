@@ -1,0 +1,81 @@
+"""Draw what the memory is worth: held-out loss along a run, and by segment age at its end.
+
+    pip install matplotlib
+    python launch/draw_evaluation.py --run-dir runs/books_cpu --output docs/books_cpu.png
+
+Left: the evaluations on the way, from metrics.jsonl. Right: from summary.json, how much the loss on all held-out documents rises
+when something is taken away, by the number of segments since the document's start.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from memformer_dist.errors import UserError
+from memformer_dist.runtime import run_program
+
+CURVES = {
+    "eval/loss": ("memory carried", "tab:blue"),
+    "eval/loss_no_memory": ("memory reset", "tab:orange"),
+    "eval/loss_shuffled": ("memory of another lane", "tab:green"),
+    "eval/loss_no_state": ("everything reset", "tab:red"),
+}
+MODES = {
+    "no_memory": CURVES["eval/loss_no_memory"],
+    "shuffled": CURVES["eval/loss_shuffled"],
+    "no_state": CURVES["eval/loss_no_state"],
+}
+
+
+def read(run_dir: Path) -> tuple[list[dict], dict]:
+    try:
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"--run-dir: found no {error.filename}, expected a run that is finished") from None
+    return [record for record in records if "eval/loss" in record], summary
+
+
+def draw(run_dir: Path, output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records, summary = read(run_dir)
+    figure, (along, by_age) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for name, (label, colour) in CURVES.items():
+        along.plot([r["tokens"] / 1e6 for r in records], [r[name] for r in records], color=colour, label=label, lw=1.5)
+    along.set(
+        xlabel="million tokens", ylabel="held-out loss, nats a token", title="while training (some held-out segments)"
+    )
+    along.legend()
+
+    losses = summary["eval_loss_by_segment_age"]
+    ages = list(losses["carried"])
+    for mode, (label, colour) in MODES.items():
+        by_age.plot(ages, [losses[mode][age] - losses["carried"][age] for age in ages], "o-", color=colour, label=label)
+    by_age.axhline(0, color="tab:blue", label="memory carried")
+    by_age.set(
+        xlabel="segments since the document's start",
+        ylabel="loss above memory carried",
+        title="at the end (all held-out text)",
+    )
+    by_age.legend()
+    for axes in (along, by_age):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="a .png or .svg file")
+    options = parser.parse_args()
+    run_program(lambda: draw(options.run_dir, options.output))
+
+
+if __name__ == "__main__":
+    main()
