@@ -2,12 +2,14 @@
 
     python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200 --save it.safetensors
     python launch/generate.py --run-dir runs/small --continue-from it.safetensors --temperature 0.6
+    python launch/generate.py --run-dir runs/small/checkpoints/step-00002000 --prompt-file chapter.txt
 
 A prompt may be as long as you like: it is read segment by segment into the memory. Stops at the end of the document
 (EOS). The text goes to standard output, all else to standard error.
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
 
-from memformer_dist.checkpoint import load_cell
+from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling, TextStream
 from memformer_dist.runtime import run_program
@@ -23,7 +25,9 @@ from memformer_dist.runtime import run_program
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run whose newest checkpoint writes")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="the run whose newest checkpoint writes, or a checkpoint"
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="how the document begins, or goes on")
     prompt.add_argument("--prompt-file", type=Path, help="the same from a file")
@@ -46,6 +50,24 @@ def read_prompt(options: argparse.Namespace) -> str:
         raise UserError(f"--prompt-file: found {error}, expected a text file in UTF-8")
 
 
+def load_tokenizer(saved: Checkpoint) -> SentencePieceProcessor:
+    """The tokenizer of the checkpoint's run. Raises UserError where it is not there or is another one."""
+    path = saved.path.resolve().parent.parent / "tokenizer.model"
+    try:
+        model = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"--run-dir: found no {path}, expected the run's tokenizer in the folder that holds its checkpoints/"
+        ) from None
+    found, expected = hashlib.sha256(model).hexdigest(), saved.contents.vocabulary.tokenizer_sha256
+    if found != expected:
+        raise UserError(
+            f"--run-dir: {path} is not the tokenizer that the model was trained with: found sha256 {found[:16]},"
+            f" expected {expected[:16]}"
+        )
+    return SentencePieceProcessor(model_proto=model)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
@@ -57,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--save: found no directory {options.save.parent}")
     prompt = read_prompt(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cell, _ = load_cell(options.run_dir, device)
-    tokenizer = SentencePieceProcessor(model_file=str(options.run_dir / "tokenizer.model"))
+    saved = open_one(options.run_dir)
+    tokenizer = load_tokenizer(saved)
+    cell = saved.cell(device)
 
     if options.continue_from is None:
         generation = Generation(cell, eos_id=tokenizer.eos_id())
@@ -71,11 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
     stream = TextStream(tokenizer)
     for token in generation.history[0]:  # in case it was saved in the middle of a character
         stream.push(token)
-    generation.feed([tokenizer.encode(prompt)])
+    read = tokenizer.encode(prompt)
+    generation.feed([read])
     if not generation.history[0]:
         raise UserError("--prompt: found no text, expected some: a model is never taught how documents begin")
 
-    print(prompt, end="", flush=True)
+    print("".join(map(stream.push, read)), end="", flush=True)
     for (token,) in generation.sample(options.tokens, sampling):
         if token is not None:
             print(stream.push(token), end="", flush=True)

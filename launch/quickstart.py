@@ -1,12 +1,15 @@
 """The whole path on one machine: tokenizer, token shards, training under DeepSpeed, evaluation, a sample.
 
-    bash launch/quickstart.sh [PATH]            # makes the environment, then runs this
+    bash launch/quickstart.sh                   # makes the environment, then runs this on Python's standard library
+    bash launch/quickstart.sh my_texts/         # ... on a folder of text
 
 Each step is a command of its own, printed before it runs; take them from here to your own data. Everything lies in
-runs/quickstart (or runs/quickstart-NAME for a folder NAME). Run again after an interruption, it goes on where it was.
+runs/quickstart, or runs/quickstart-NAME-HASH for a folder NAME, with a hash of where it lies. Run again after an
+interruption (Ctrl-C saves first), it goes on where it was.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -30,13 +33,37 @@ EPOCHS = 40  # at the most, on a folder so small that the configuration's tokens
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    """Run one step as a user would; a step that fails ends the quickstart with its exit code."""
+def run(*command: str | Path, advice: str = "", **environment: str) -> None:
+    """Run one step as a user would; a step that fails ends the quickstart with its exit code.
+
+    `advice` is printed where it fails by a mistake of the user's (exit code 2).
+    """
     shown = " ".join(shlex.quote(os.path.relpath(part) if isinstance(part, Path) else part) for part in command)
     print(f"\n$ {shown}", flush=True)
-    code = subprocess.run(command, env=os.environ | environment).returncode
+    # The standard input of the step and of all that it starts is a pipe that nobody uses: it tells when all have ended.
+    # Ctrl-C reaches them all; DeepSpeed's launcher ends at once then, while the ranks are still saving.
+    ended, held = os.pipe()
+    child = subprocess.Popen(command, stdin=held, env=os.environ | environment)
+    os.close(held)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        print("\nstopping, which may take the time to save a checkpoint ...", file=sys.stderr, flush=True)
+        os.read(ended, 1)
+        raise
+    finally:
+        os.close(ended)
+    if code == 2 and advice:
+        print(advice, file=sys.stderr)
     if code:
         sys.exit(code if code > 0 else 128 - code)
+
+
+def starting_afresh(folder: Path) -> str:
+    return (
+        f"\n{os.path.relpath(folder)} was made by an earlier run. If the texts, the configuration or the number of GPUs"
+        f" have changed since, start afresh:  rm -r {shlex.quote(os.path.relpath(folder))}"
+    )
 
 
 def prepare(inputs: list[str], folder: Path) -> Path:
@@ -50,6 +77,7 @@ def prepare(inputs: list[str], folder: Path) -> Path:
     run(
         *(sys.executable, ROOT / "tokenizer/shard.py", "--input", *inputs, "--tokenizer", model, "--output", corpus),
         *("--valid-fraction", "0.01"),
+        advice=starting_afresh(folder) if corpus.exists() else "",
     )
     return corpus
 
@@ -61,7 +89,7 @@ def train(corpus: Path, folder: Path) -> dict:
         ranks = CPU_RANKS
         environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     config = json.loads(CONFIG.read_text())
-    lanes = math.ceil(config["data"]["lanes"] / ranks) * ranks
+    lanes, tokens = lanes_for(ranks, config), budget(corpus, config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,18 +97,31 @@ def train(corpus: Path, folder: Path) -> dict:
         *("deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)),
         *(ROOT / "launch/train.py", "--config", CONFIG, "--run-dir", folder),
         *("--set", f"data.corpus={corpus}", "--set", f"data.lanes={lanes}"),
-        *("--set", f"training.tokens={budget(corpus, config)}"),
+        *("--set", f"training.tokens={tokens}"),
+        advice=starting_afresh(folder) if (folder / "checkpoints").exists() else "",
         **environment,
     )
-    summary = folder / "summary.json"
-    if not summary.exists():
+    summary = finished(folder, tokens)
+    if summary is None:
         print("\nstopped before the end; run the same command again to go on")
         sys.exit(1)
-    return json.loads(summary.read_text())
+    return summary
+
+
+def finished(folder: Path, tokens: int) -> dict | None:
+    """The summary of a run that has trained on so many tokens; one of a shorter run, since continued, is none."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else None
+    return summary if summary and summary["tokens"] >= tokens else None
+
+
+def lanes_for(ranks: int, config: dict) -> int:
+    """The configuration's lanes, more where the ranks do not divide them."""
+    return math.ceil(config["data"]["lanes"] / ranks) * ranks
 
 
 def budget(corpus: Path, config: dict) -> int:
-    """Tokens to train on: the configuration's, less where short documents leave segments half empty or the corpus is tiny."""
+    """Tokens to train on: the configuration's, less where documents leave segments half empty or the corpus is tiny."""
     lengths = open_corpora(corpus)[0].lengths
     segment_length = config["data"]["segment_length"]
     filled = lengths.sum() / (-(-lengths // segment_length) * segment_length).sum()
@@ -116,7 +157,8 @@ def table(summary: dict, folder: Path) -> str:
         f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
         f" on {summary['world_size']} ranks",
         f"the run: {os.path.relpath(folder)}   its figures: {os.path.relpath(folder / 'summary.json')}",
-        f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')} --logdir {os.path.relpath(folder / 'tensorboard')}",
+        f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')}"
+        f" --logdir {os.path.relpath(folder / 'tensorboard')}",
     ]
     return "\n".join(lines)
 
@@ -126,13 +168,17 @@ def main() -> None:
     parser.add_argument(
         "path", nargs="?", type=Path, help="a folder of text (default: the standard library's source code)"
     )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
+    )
     options = parser.parse_args()
     if options.path is None:
-        folder = ROOT / "runs" / "quickstart"
+        folder = options.runs / "quickstart"
         inputs = [sysconfig.get_path("stdlib"), "--exclude", "site-packages", "dist-packages", "__pycache__"]
     else:
-        folder = ROOT / "runs" / f"quickstart-{options.path.resolve().name}"
-        inputs = [str(options.path.resolve())]
+        path = options.path.resolve()
+        folder = options.runs / f"quickstart-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+        inputs = [str(path)]
         if not options.path.exists():
             raise UserError(f"found nothing at {options.path}, expected a folder of text")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,4 +195,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(130)

@@ -34,7 +34,7 @@ from memformer_dist.errors import UserError
 from memformer_dist.runtime import Process
 
 VERSION = 1
-FILE_BYTES = 2 << 30  # tensors are gathered and written in files of about this size: rank 0 never holds the whole model
+FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
 
 
 class Position(BaseModel, extra="forbid"):
@@ -44,7 +44,24 @@ class Position(BaseModel, extra="forbid"):
     tick: int = 0  # segments consumed by every lane
     tokens: int = 0  # labels trained on, over all lanes
     updates: int = 0  # optimiser steps applied: Adam's own count
-    seconds: float = 0.0  # of training, over all the parts of a resumed run
+    evaluated: int = 0  # tokens at the last evaluation on the way
+    seconds: float = 0.0  # in training steps, over all the parts of a resumed run
+    wall_s: float = 0.0  # all the time that these parts have run
+
+
+class Interval(BaseModel, extra="forbid"):
+    """Sums over the steps since the last record of the log, over all ranks. Saved, so that a resumed log repeats the run's."""
+
+    steps: int = 0
+    labels: int = 0
+    tokens: int = 0  # that are not padding
+    documents: int = 0  # started
+    skipped: int = 0
+    losses: list[float] = []  # LossByAge's sums, flat; steps that were skipped are left out
+    drift: float = 0.0  # the largest
+    step_s: float = 0.0
+    rollout_s: float = 0.0  # of rank 0
+    wait_s: float = 0.0  # of rank 0
 
 
 class Vocabulary(BaseModel, extra="forbid", frozen=True):
@@ -68,6 +85,7 @@ class Contents(BaseModel, extra="forbid"):
 
     version: Literal[1]
     position: Position
+    interval: Interval = Interval()
     corpus: str  # fingerprint of the training corpus
     anchor: bool  # never removed
     vocabulary: Vocabulary
@@ -205,8 +223,6 @@ def save(
         (partial / "manifest.json").write_bytes(MANIFEST.dump_json(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
             _flush(path)
-        if final.exists():  # the run was resumed from an older one and has come here again
-            shutil.rmtree(final)
         partial.rename(final)
         _flush(folder)
         _remove_old(folder, contents.config.checkpoint.keep)
@@ -249,7 +265,7 @@ def newest(
     """
     choice = torch.tensor([-1])  # step; -1: there is none; -2: none is good
     if process.is_main:
-        candidates = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+        candidates = sorted((run_dir / "checkpoints").glob("step-[0-9]*"), reverse=True)
         choice[0] = -2 if candidates or any((run_dir / "checkpoints").glob("damaged-*")) else -1
         for path in candidates:
             try:
@@ -275,7 +291,7 @@ def newest(
 def open_one(path: Path) -> Checkpoint:
     """A checkpoint given by its own folder or by its run's (then the newest good one). Not collective."""
     candidates = (
-        [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-*"), reverse=True)
+        [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-[0-9]*"), reverse=True)
     )
     damages = []
     for candidate in candidates:
@@ -319,7 +335,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+    for path in sorted(folder.glob("step-[0-9]*"), reverse=True)[keep:]:
         try:
             anchor = Checkpoint(path).contents.anchor
         except (Damaged, OSError, UserError):  # its removal was interrupted, or it could not be resumed from

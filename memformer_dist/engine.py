@@ -12,6 +12,7 @@ Everything here rests on what DeepSpeed 0.19.8 was measured to do under many bac
 """
 
 import contextlib
+import warnings
 from typing import Callable, Iterator, NamedTuple
 
 import deepspeed
@@ -28,6 +29,9 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import OptimizerConfig
 from memformer_dist.mrbp import memory_replay
 from memformer_dist.runtime import Process, reseed
+
+# Of torch, at every collective that DeepSpeed 0.19.8 makes by its old name.
+warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
 
@@ -87,7 +91,10 @@ class Engine:
         }
         if precision == "bf16":
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        zero = {"overlap_comm": False} | settings.get("zero_optimization", {})
+        # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model.
+        numbers = sum(parameter.numel() for parameter in cell.parameters())
+        zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, numbers)}
+        zero |= settings.get("zero_optimization", {})
         cell.to(process.device)
         self.engine, *_ = deepspeed.initialize(
             model=cell,
@@ -176,37 +183,45 @@ class Engine:
 
     def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """(name, fp32 weight, Adam moments) of every parameter, whole, one at a time. A collective call on all ranks."""
+        if any("exp_avg" not in self._optimizer().state.get(tensor, {}) for tensor in self._optimised_tensors()):
+            self._create_moments(0)  # not a step has been applied yet
         self._link_moments()
         for name, parameter in self.module.named_parameters():
             if self.zero_stage > 0:
                 weight = safe_get_full_fp32_param(parameter)
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             else:
-                weight, state = parameter.detach(), self.engine.optimizer.state[parameter]
+                weight, state = parameter.detach(), self._optimizer().state[parameter]
                 moments = {key: state[key] for key in MOMENTS}
             yield name, weight, moments
 
     def load_moments(self, steps: int, moment: Callable[[str, str], Tensor]) -> None:
         """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter. Weights are loaded before."""
-        optimizer = self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
-        for tensor in self._optimised_tensors():
-            optimizer.state[tensor] = {
-                "step": torch.tensor(float(steps), device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+        self._create_moments(steps)
         self._link_moments()
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
                 value = moment(name, key).to(self.process.device)
                 if self.zero_stage == 0:
-                    optimizer.state[parameter][key].copy_(value)
+                    self._optimizer().state[parameter][key].copy_(value)
                 elif self.zero_stage == 3:  # the setter of whole tensors forgets that the last partition is padded
                     size, rank, world = parameter.ds_tensor.numel(), self.process.rank, self.process.world_size
                     padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
                     safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """torch's own."""
+        return self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+
+    def _create_moments(self, steps: int) -> None:
+        for tensor in self._optimised_tensors():
+            self._optimizer().state[tensor] = {
+                "step": torch.tensor(float(steps), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
 
     def _link_moments(self) -> None:
         """At ZeRO 1-2, let each parameter know its piece of the flat moments.

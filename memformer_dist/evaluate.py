@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.runtime import Process
@@ -39,12 +39,12 @@ class LossByAge:
 
     def add(self, segment: Segment, nll: Tensor) -> None:
         """nll [L, S] of one segment."""
-        segment_length = nll.shape[1]
-        age = (segment.offset // segment_length).to(nll.device)  # [L]
+        age = segment.offset // nll.shape[1]  # [L]
         bucket = torch.frexp(age.double()).exponent.clamp(0, self.sums.shape[1] - 1).long()  # 0, 1, 2-3, 4-7 ...
-        labels = (segment.labels != IGNORE).sum(1).to(nll.device)
+        labels = (segment.labels != IGNORE).sum(1).double()
+        bucket, labels = (x.to(nll.device, non_blocking=True) for x in (bucket, labels))
         self.sums[0].index_add_(0, bucket, nll.double().sum(1))
-        self.sums[1].index_add_(0, bucket, labels.double())
+        self.sums[1].index_add_(0, bucket, labels)
 
 
 class Losses(NamedTuple):
@@ -57,7 +57,7 @@ class Losses(NamedTuple):
     def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
         nll, labels = sums[: len(ages)], sums[len(ages) :]
         by_age = {age: n / count for age, n, count in zip(ages, nll, labels) if count}
-        return cls(sum(nll) / max(1.0, sum(labels)), by_age)
+        return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age)
 
     @property
     def perplexity(self) -> float:
@@ -79,7 +79,7 @@ def evaluate(
     lanes: int,
     segment_length: int,
     ticks: int | None = None,
-    modes: tuple[str, ...] = MODES,
+    lanes_per_group: int | None = None,
     show: Callable[[range], Iterable[int]] = lambda ticks: ticks,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Losses] | None:
@@ -88,40 +88,45 @@ def evaluate(
     Args:
         forward: forward("advance" | "readout", segment, tensors), in evaluation mode.
         lanes: at the most; documents are read side by side.
+        lanes_per_group: lanes of a rank that go through the model at once, each of them once for every mode; None: all.
         show: given the ticks to come, yields them: tqdm, for example.
         stop: asked once a tick on every rank; must answer alike on all of them. A stopped evaluation returns None.
+
+    Raises CorpusError, on every rank, when a document is damaged.
     """
     lanes = evaluation_lanes(corpus, lanes, process.world_size)
     schedule = LaneSchedule(corpus.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1)
     block = process.block(lanes)
     reader = WindowReader(corpus, schedule, lanes=block)
-    losses = {mode: LossByAge(process.device) for mode in modes}
-    states = {mode: empty_state(len(block), device=process.device) for mode in modes}
-    for tick in show(range(min(schedule.ticks, ticks or schedule.ticks))):
-        read = reader.segment(tick).to(process.device)
-        # Lanes that have run dry are left out. Where all have, one goes through the model, which every rank must do
-        # equally often (ZeRO-3), and leaves its state as it was.
-        live = torch.nonzero(read.length).flatten()
-        rows = live if len(live) else live.new_zeros(1)
-        text = Segment(*(column[rows] for column in read))
-        always = torch.ones_like(text.reset)
-        segments, starts = [], []
-        for mode in modes:
-            state = states[mode]
-            if mode == "shuffled":
-                state = state._replace(memory=_next_lane(state.memory, process))
-            starts.append(state._make(x[rows] for x in state))
-            flags = {"no_memory": {"forget": always}, "no_state": {"reset": always}}.get(mode, {})
-            segments.append(text._replace(**flags))
-        # The modes go through the model side by side, as more lanes.
-        together = concatenate(segments)
-        start = starts[0]._make(torch.cat(column) for column in zip(*starts))
-        features, after = forward("advance", together, start)
-        nll = forward("readout", together, features)
-        for mode, segment, mode_nll, *mode_after in zip(modes, segments, *(x.split(len(rows)) for x in (nll, *after))):
-            losses[mode].add(segment, mode_nll)
-            for held, new in zip(states[mode], mode_after):
-                held[live] = new[: len(live)]
+    ticks = min(schedule.ticks, ticks or schedule.ticks)
+    if message := process.spread(reader.damage(0, ticks)):
+        raise CorpusError(message)
+    share = lanes_per_group or len(block)
+    groups = [slice(first, min(first + share, len(block))) for first in range(0, len(block), share)]
+    losses = {mode: LossByAge(process.device) for mode in MODES}
+    states = {mode: empty_state(len(block), device=process.device) for mode in MODES}
+    for tick in show(range(ticks)):
+        read = reader.segment(tick)
+        strangers = _next_lane(states["shuffled"].memory, process)
+        for group in groups:
+            # Lanes that have run dry are left out. Where all have, one goes through the model, which every rank must do
+            # equally often (ZeRO-3), and leaves its state as it was.
+            live = torch.nonzero(read.length[group]).flatten() + group.start
+            rows = live if len(live) else torch.tensor([group.start])
+            text = Segment(*(column[rows] for column in read))
+            always = torch.ones_like(text.reset)
+            # The modes go through the model side by side, as more lanes.
+            segments = [text, text._replace(forget=always), text._replace(reset=always), text]
+            together = concatenate(segments).to(process.device)
+            starts = [states[mode] for mode in MODES]
+            starts[-1] = starts[-1]._replace(memory=strangers)
+            start = starts[0]._make(torch.cat([x[rows] for x in column]) for column in zip(*starts))
+            features, after = forward("advance", together, start)
+            nll = forward("readout", together, features)
+            for mode, mode_nll, *mode_after in zip(MODES, *(x.split(len(rows)) for x in (nll, *after))):
+                losses[mode].add(text, mode_nll)
+                for held, new in zip(states[mode], mode_after):
+                    held[live] = new[: len(live)]
         if stop():
             return None
     return {mode: Losses.of(process.sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}
@@ -139,7 +144,6 @@ def summary(losses: dict[str, Losses]) -> dict:
 
 def _next_lane(memory: Tensor, process: Process) -> Tensor:
     """Row i gets what global lane i+1 has; the last lane gets the first's."""
-    everyone = [torch.empty_like(memory) for _ in range(process.world_size)]
-    dist.all_gather(everyone, memory.contiguous())
-    rolled = torch.cat(everyone).roll(-1, 0)
-    return rolled[process.rank * len(memory) :][: len(memory)]
+    firsts = [torch.empty_like(memory[:1]) for _ in range(process.world_size)]
+    dist.all_gather(firsts, memory[:1].contiguous())
+    return torch.cat([memory[1:], firsts[(process.rank + 1) % process.world_size]])

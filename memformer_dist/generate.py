@@ -34,6 +34,7 @@ from memformer_dist.cells.base import Cache, RecurrentCell
 from memformer_dist.errors import UserError
 
 VERSION = 1
+ESCAPE = "\ue000"  # begins the two characters in which tokenizer/train.py writes U+2581 and U+E000
 
 
 class Sampling(BaseModel, extra="forbid", frozen=True):
@@ -175,19 +176,29 @@ def checksum(cell: RecurrentCell) -> int:
 
 
 class TextStream:
-    """The text of tokens as they come. Characters spelled in bytes come out when their last byte is in."""
+    """The text of tokens as they come: in all, what the tokenizer's `decode` makes of all of them.
+
+    A character spelled in bytes comes out when its last byte is in, an escape when the character after it is.
+    """
 
     def __init__(self, tokenizer: SentencePieceProcessor):
         self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # knows whether a character is whole
+        self.pending: list[int] = []
+        self.context: list[int] = []  # tokens with some text: `decode` may take a space off the beginning of a text
 
     def push(self, token: int) -> str:
-        piece = self.tokenizer.id_to_piece(token)
+        self.pending.append(token)
         if self.tokenizer.is_byte(token):
-            return self.decoder.decode(bytes([int(piece[1:-1], 16)]))  # "<0xE2>"
-        if self.tokenizer.is_control(token):
-            return ""
-        return self.decoder.decode(piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode())
+            self.decoder.decode(bytes([int(self.tokenizer.id_to_piece(token)[1:-1], 16)]))  # "<0xE2>"
+        else:
+            self.decoder.reset()
+        unfinished, _ = self.decoder.getstate()
+        return "" if unfinished or self.tokenizer.decode(self.pending).endswith(ESCAPE) else self.finish()
 
     def finish(self) -> str:
-        return self.decoder.decode(b"", final=True)
+        """What has been held back, as it stands."""
+        before, after = (self.tokenizer.decode(tokens) for tokens in (self.context, self.context + self.pending))
+        self.context = self.pending if self.tokenizer.decode(self.pending) else self.context + self.pending
+        self.pending = []
+        return after[len(before) :]

@@ -1,10 +1,15 @@
 """What a run tells: TensorBoard, metrics.jsonl and a progress bar, from rank 0.
 
-Every scalar is written twice, against the step and, under `tokens/`, against consumed tokens, which is what runs of different
-batch sizes are compared by. metrics.jsonl has one object a record with "step", "tokens" and "time".
+TensorBoard gets every scalar twice: RUN_DIR/tensorboard/steps has it by step, RUN_DIR/tensorboard/tokens by trained
+tokens, which is what runs of different batch sizes are compared by. Names of the latter begin with `tokens/`:
+TensorBoard draws equal names into one chart, where thousands of steps would be a point beside billions of tokens.
+metrics.jsonl has one object a record, with "step", "tokens" and "time"; null is a value that was not finite.
+
+What a run wrote after the checkpoint that it resumes from is dropped, as it is about to be written again.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -28,26 +33,28 @@ class Monitor:
     """Rank 0's reporting; on other ranks every call does nothing."""
 
     def __init__(self, run_dir: Path, position: Position, total_tokens: int, *, is_main: bool):
-        self.writer = self.bar = None
+        self.bar = None
         if not is_main:
             return
-        # purge_step: curves of a run that is resumed from an older checkpoint go on without the part that is done again.
-        self.writer = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=position.step + 1 if position.step else None
-        )
+        # A purge takes all curves of a folder back to one x, hence a folder for each axis. Also at step 0: a run
+        # killed before its first checkpoint starts again.
+        folder = run_dir / "tensorboard"
+        self.by_step = SummaryWriter(str(folder / "steps"), purge_step=position.step + 1)
+        self.by_tokens = SummaryWriter(str(folder / "tokens"), purge_step=position.tokens + 1)
         self.records = _continue(run_dir / "metrics.jsonl", position.step).open("a")
         self.bar = tqdm(
             total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train"
         )
 
     def log(self, position: Position, scalars: dict[str, float]) -> None:
-        if self.writer is None:
+        if self.bar is None:
             return
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, position.step)
-            self.writer.add_scalar(f"tokens/{name}", value, position.tokens)
-        record = {"step": position.step, "tokens": position.tokens, "time": round(time.time(), 3), **scalars}
-        self.records.write(json.dumps(record) + "\n")
+            self.by_step.add_scalar(name, value, position.step)
+            self.by_tokens.add_scalar(f"tokens/{name}", value, position.tokens)
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        record = {"step": position.step, "tokens": position.tokens, "time": round(time.time(), 3), **finite}
+        self.records.write(json.dumps(record, allow_nan=False) + "\n")
         self.records.flush()
 
     def advance(self, position: Position, loss: float, tokens_per_s: float) -> None:
@@ -60,10 +67,10 @@ class Monitor:
             self.bar.write(text)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.bar.close()
-            self.writer.close()
-            self.records.close()
+        """Write out what is left. May be called again."""
+        if self.bar is not None:
+            for part in (self.bar, self.by_step, self.by_tokens, self.records):
+                part.close()
 
 
 def _continue(path: Path, step: int) -> Path:
@@ -80,16 +87,24 @@ def _continue(path: Path, step: int) -> Path:
     return path
 
 
+def _commit() -> str | None:
+    """Of the checkout that this file lies in; None where it lies in none or the machine has no git."""
+    here = Path(__file__).resolve().parent
+    try:
+        told = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
+
+
 def record_start(run_dir: Path, world_size: int, step: int) -> None:
     """Append how the run was started to starts.jsonl: command, package versions, git commit, time."""
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.executable, *sys.argv],
         "step": step,
         "world_size": world_size,
-        "git": commit.stdout.strip() or None,
+        "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     with (run_dir / "starts.jsonl").open("a") as file:

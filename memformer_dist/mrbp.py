@@ -48,6 +48,12 @@ def gradients_of(leaves: Tensors) -> Tensors:
     return leaves._make(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
 
 
+def _wait_for(state: NamedTuple) -> None:
+    """Until the device has come here; twice a window, so that the rollout's time can be told."""
+    if state[0].is_cuda:
+        torch.cuda.synchronize(state[0].device)
+
+
 def memory_replay(
     call: Callable,
     backward: Callable[[Tensor], None],
@@ -70,14 +76,14 @@ def memory_replay(
     """
     last = len(segments) - 1
     states = [state]
+    _wait_for(state)
     began = time.perf_counter()
     with torch.no_grad():
         for t in range(last):
             _, state = call("advance", t, segments[t], state)
             states.append(state)
 
-    if state[0].is_cuda:
-        torch.cuda.synchronize(state[0].device)  # once a window, so that its time can be told
+    _wait_for(state)
     rollout_s = time.perf_counter() - began
 
     gradient = final = following = None  # dL/d(output state of t); the window's last state; the stored state of t + 1
@@ -96,8 +102,9 @@ def memory_replay(
                 drifts += [(x - y).detach().abs().max() for x, y in zip(output, following) if x.is_floating_point()]
             following = inputs
 
-        columns = zip(*(features for _, _, features, _ in reversed(advances)))
-        leaves = as_leaves(features._make(torch.cat(column) for column in columns))
+        made = [features for _, _, features, _ in reversed(advances)]
+        leaves = as_leaves(made[0]._make(torch.cat(column) for column in zip(*made)))
+        del made
         nll = call("readout", group.start, concatenate([segment for segment, *_ in reversed(advances)]), leaves)
         backward(nll.sum() * loss_scale)
 

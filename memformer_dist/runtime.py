@@ -7,13 +7,14 @@ A run is asked to stop by SIGTERM, SIGINT or SIGUSR1 to any rank, or by a file n
 only noted here; the training loop shares it among the ranks once a step, so that all of them stop at the same one.
 """
 
+import fcntl
 import os
 import signal
 import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import IO, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -42,10 +43,18 @@ class Process(NamedTuple):
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def largest(self, value: float) -> float:
-        over = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(over, dist.ReduceOp.MAX)
-        return over.item()
+    def spread(self, message: str | None) -> str | None:
+        """The message of the first rank that has one, on every rank; None where nobody has. Not pickled, unlike objects."""
+        raw = (message or "").encode()
+        sizes = self.sum([len(raw) if rank == self.rank else 0 for rank in range(self.world_size)])
+        speaker = next((rank for rank, size in enumerate(sizes) if size), None)
+        if speaker is None:
+            return None
+        text = torch.zeros(int(sizes[speaker]), dtype=torch.uint8, device=self.device)
+        if self.rank == speaker:
+            text.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+        dist.broadcast(text, speaker)
+        return bytes(text.tolist()).decode()
 
 
 def world_size() -> int:
@@ -86,12 +95,15 @@ def reseed(device: torch.device, *coordinates: int) -> None:
 
 
 class StopRequest:
-    """Whether somebody asked this run to stop: by a signal to this process, or by the file `stop` in the run's directory."""
+    """Whether somebody asked this run to stop: by a signal to this process, or by the file `stop` in the run's directory.
+
+    Rank 0 alone looks for the file. `clear` removes it, so that the same command can go on.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, run_dir: Path):
-        self.file = run_dir / "stop"
+    def __init__(self, run_dir: Path, process: Process):
+        self.file = run_dir / "stop" if process.is_main else None
         self.received: str | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._note)
@@ -100,9 +112,32 @@ class StopRequest:
         self.received = signal.Signals(number).name
 
     def reason(self) -> str | None:
-        if self.received is None and self.file.exists():
-            return f"file {self.file}"
+        if self.received is None and self.file is not None and self.file.exists():
+            return f"the file {self.file}"
         return self.received
+
+    def clear(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def claim(run_dir: Path, process: Process) -> IO | None:
+    """Lock a run's directory until the returned file is closed, by the end of the process at the latest. A collective call.
+
+    Raises UserError where another process has it: two runs in one directory would destroy each other's checkpoints.
+    """
+    file, taken = None, None
+    if process.is_main:
+        file = (run_dir / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = f"--run-dir: another process is training in {run_dir}; wait for it, or stop it"
+        except OSError:  # a file system without locks
+            pass
+    if message := process.spread(taken):
+        raise UserError(message)
+    return file
 
 
 def run_program(program: Callable[[], None], error_log: Path | None = None) -> None:
@@ -116,8 +151,9 @@ def run_program(program: Callable[[], None], error_log: Path | None = None) -> N
         program()
     except UserError as error:
         code = 2
-        # Before the group exists every rank finds the same mistake; after that it may be one rank's alone.
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+        if (
+            os.environ.get("RANK", "0") == "0"
+        ):  # every rank finds the same mistake, or has been told of it (Process.spread)
             print(f"error: {error}", file=sys.stderr, flush=True)
             if error_log is not None:
                 error_log.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ tokens) and the configuration; the only things carried from step to step are wei
 these are what a checkpoint holds. So the same command starts a run, resumes it, or finds it finished.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -16,17 +15,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from memformer_dist import checkpoint, evaluate, monitor
-from memformer_dist.checkpoint import Contents, Position, Vocabulary, build_cell
+from memformer_dist.checkpoint import Contents, Interval, Position, Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
-from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.engine import Accumulated, Engine, StepResult, adamw
+from memformer_dist.engine import Engine, StepResult, adamw
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
-from memformer_dist.runtime import Process, StopRequest, reseed
+from memformer_dist.runtime import Process, StopRequest, claim, reseed
+from memformer_dist.segment import Segment
 
 LOGGED_AGES = AGES[:4] + ("8+",)
 
@@ -45,58 +46,38 @@ def crosses(before: int, after: int, every: int | None) -> bool:
     return every is not None and after // every > before // every
 
 
-@dataclasses.dataclass
-class Interval:
-    """What this rank has seen since the last record of the log."""
-
-    losses: LossByAge
-    wait_s: float  # the reader's clock when the interval began
-    steps: int = 0
-    labels: int = 0  # over all ranks
-    documents: int = 0
-    skipped: int = 0
-    drift: float = 0.0
-    step_s: float = 0.0
-    rollout_s: float = 0.0
-
-
-class Step(NamedTuple):
-    window: Accumulated
-    result: StepResult
-    learning_rate: float
-    valid_tokens: int
-
-
 class Trainer:
     """A run on one rank. Collective throughout: every rank makes the same calls in the same order."""
 
     def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], process: Process):
         self.config, self.run_dir, self.process = config, run_dir, process
-        self.train_corpus, self.valid_corpus = train_corpus, _ = corpora
-        self.stop = StopRequest(run_dir)
+        self.train_corpus, self.valid_corpus = corpora
+        self.started = time.perf_counter()
+        self.lock = claim(run_dir, process)
+        self.stop = StopRequest(run_dir, process)
 
         data = config.data
         self.schedule = LaneSchedule(
-            train_corpus.lengths, seed=data.seed, lanes=data.lanes, segment_length=data.segment_length
+            self.train_corpus.lengths, seed=data.seed, lanes=data.lanes, segment_length=data.segment_length
         )
         self.lanes = process.block(data.lanes)
-        self.reader = WindowReader(train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
+        self.reader = WindowReader(self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
         share = config.lanes_per_group(process.world_size)
         self.groups = [range(first, first + share) for first in range(self.lanes.start, self.lanes.stop, share)]
 
         self.resumed = checkpoint.newest(run_dir, process)
         self.position = self.resumed.contents.position if self.resumed else Position()
+        self.interval = self.resumed.contents.interval if self.resumed else Interval()
+        self.earlier_s = self.position.wall_s
         self.changes = self._check_resumption()
-        self.vocabulary = Vocabulary.of(train_corpus)
-        reseed(
-            torch.device("cpu"), config.training.seed
-        )  # initial weights are drawn on the CPU: the same on every rank
+        self.vocabulary = Vocabulary.of(self.train_corpus)
+        reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         if self.resumed:
             self.resumed.load_weights(cell)
         elif config.training.init_from:
-            checkpoint.open_one(Path(config.training.init_from)).load_weights(cell)
+            self._initial_checkpoint().load_weights(cell)
         self.engine = Engine(
             cell,
             adamw(cell, config.optimizer),
@@ -131,50 +112,72 @@ class Trainer:
             )
         return self.config.changes_since(saved.config)
 
+    def _initial_checkpoint(self) -> checkpoint.Checkpoint:
+        """training.init_from; UserError where it was trained with another tokenizer."""
+        initial = checkpoint.open_one(Path(self.config.training.init_from))
+        found, expected = initial.contents.vocabulary.tokenizer_sha256, self.vocabulary.tokenizer_sha256
+        if found != expected:
+            raise UserError(
+                f"training.init_from: {initial.path} was trained with another tokenizer than the corpus has: sha256"
+                f" {found[:16]}, expected {expected[:16]}"
+            )
+        return initial
+
     # ---- the loop ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str | None:
         """Train to the end of the token budget, or until asked to stop; returns who asked."""
         config, position = self.config, self.position
         self.engine.module.train()
-        interval = self._interval()
+        if self.process.is_main and not self._done():
+            (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one continues
+        reason = self._evaluate_if_due()  # where the run was stopped before it could
         skipped_in_a_row = 0
-        while position.tokens < config.training.tokens:
-            began, tokens_before = time.perf_counter(), position.tokens
-            step = self._step(interval)
-            skipped_in_a_row = 0 if step.result.applied else skipped_in_a_row + 1
+        while not (reason or self._done()):
+            self._check_next_window()
+            tokens_before = position.tokens
+            result = self._step()
             reason = self._agreed_stop()
-            interval.step_s += time.perf_counter() - began
-            position.seconds += time.perf_counter() - began
-
-            done = position.tokens >= config.training.tokens
-            if position.step % config.monitor.log_every_steps == 0 or done or reason:
-                self._log(interval, step)
-                interval = self._interval()
+            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+            if position.step % config.monitor.log_every_steps == 0 or self._done():
+                self._log(result)
             if skipped_in_a_row == config.training.skipped_steps_limit:
                 raise UserError(
                     f"training.skipped_steps_limit: the gradients of {skipped_in_a_row} steps in a row, up to step"
-                    f" {position.step}, were not finite; nothing was saved since step {self.saved.step}. A lower"
+                    f" {position.step}, were not finite; the last checkpoint is of step {self.saved.step}. A lower"
                     " optimizer.learning_rate usually helps"
                 )
-            if not (done or reason) and crosses(tokens_before, position.tokens, config.training.evaluate_every_tokens):
-                self._evaluate(config.training.evaluate_ticks)
-                reason = self._agreed_stop()
-            if done or reason or crosses(tokens_before, position.tokens, config.checkpoint.every_tokens):
+            if not reason:
+                reason = self._evaluate_if_due()
+            if reason or self._done() or crosses(tokens_before, position.tokens, config.checkpoint.every_tokens):
                 self._save()
-            if reason:
-                return reason
-        return None
+        return reason
 
-    def _step(self, interval: Interval) -> Step:
+    def _done(self) -> bool:
+        return self.position.tokens >= self.config.training.tokens
+
+    def _check_next_window(self) -> None:
+        """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
+        tick = self.position.tick
+        damage = self.process.spread(self.reader.damage(tick, tick + self.config.mrbp.window))
+        if damage is not None:
+            self._save()
+            raise CorpusError(damage)
+
+    def _step(self) -> StepResult:
         """One window of every lane: its gradient, one reduction, one update."""
-        config, position = self.config, self.position
+        began, waited = time.perf_counter(), self.reader.wait_s
+        config, position, interval = self.config, self.position, self.interval
         segments = config.mrbp.window
         valid_tokens = self.reader.valid_tokens(position.tick, position.tick + segments)
+        losses = LossByAge(self.process.device, LOGGED_AGES)
+        tokens = documents = 0
 
-        def observe(t: int, segment, nll) -> None:
-            interval.losses.add(segment, nll)
-            interval.documents += int(segment.reset.sum())
+        def observe(t: int, segment: Segment, nll: Tensor) -> None:
+            nonlocal tokens, documents  # of a segment on the CPU
+            losses.add(segment, nll)
+            tokens += int(segment.length.sum())
+            documents += int(segment.reset.sum())
 
         window = self.engine.accumulate(
             [self.reader.window(position.tick, segments, group) for group in self.groups],
@@ -183,9 +186,11 @@ class Trainer:
             readout_group=config.mrbp.readout_group,
             observe=observe,
         )
-        rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
-        result = self.engine.step(rate)
+        result = self.engine.step(
+            learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
+        )
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
+        tokens, documents, *sums = self.process.sum([tokens, documents, *losses.sums.flatten().tolist()])
 
         position.step += 1
         position.tick += segments
@@ -193,10 +198,18 @@ class Trainer:
         position.updates += result.applied
         interval.steps += 1
         interval.labels += valid_tokens
+        interval.tokens += int(tokens)
+        interval.documents += int(documents)
         interval.skipped += not result.applied
-        interval.drift = max(interval.drift, float(window.drift))
+        if result.applied:
+            interval.losses = [x + y for x, y in zip(interval.losses or [0.0] * len(sums), sums)]
+        drift = float(window.drift)
+        interval.drift = max(interval.drift, drift if math.isfinite(drift) else math.inf)
         interval.rollout_s += window.rollout_s
-        return Step(window, result, rate, valid_tokens)
+        interval.wait_s += self.reader.wait_s - waited
+        interval.step_s += time.perf_counter() - began
+        position.seconds += time.perf_counter() - began
+        return result
 
     def _finite_lanes(self, state: NamedTuple) -> NamedTuple:
         """After a window whose gradient was not finite: lanes whose state is not finite start again from the empty one."""
@@ -207,15 +220,22 @@ class Trainer:
         )
 
     def _agreed_stop(self) -> str | None:
-        """Who asked any rank to stop: None, or not None, on all ranks alike."""
-        mine = self.stop.reason()
-        asked = self.process.sum([mine is not None])[0]
-        return (mine or "a signal to another rank") if asked else None
+        """Who asked any rank to stop: the same answer on all of them."""
+        return self.process.spread(self.stop.reason())
+
+    def _evaluate_if_due(self) -> str | None:
+        """Evaluate once every training.evaluate_every_tokens; returns who asked to stop meanwhile."""
+        position, training = self.position, self.config.training
+        if self._done() or not crosses(position.evaluated, position.tokens, training.evaluate_every_tokens):
+            return None
+        if self._evaluate("eval", training.evaluate_ticks) is not None:
+            position.evaluated = position.tokens
+        return self._agreed_stop()
 
     # ---- evaluation -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, ticks: int | None) -> dict[str, Losses] | None:
-        """Held-out losses by mode, logged; None when the run was asked to stop meanwhile."""
+    def _evaluate(self, family: str, ticks: int | None) -> dict[str, Losses] | None:
+        """Held-out losses by mode, logged as `family`/...; None when the run was asked to stop meanwhile."""
         module = self.engine.module
         module.eval()
         losses = evaluate.evaluate(
@@ -226,38 +246,45 @@ class Trainer:
             lanes=self.config.data.lanes,
             segment_length=self.config.data.segment_length,
             ticks=ticks,
+            lanes_per_group=self.config.lanes_per_group(self.process.world_size),
             stop=lambda: self._agreed_stop() is not None,
         )
         module.train()
         if losses is None:
             return None
-        scalars = {"eval/loss": losses["carried"].loss}
-        for mode in evaluate.MODES[1:]:
-            scalars[f"eval/loss_{mode}"] = losses[mode].loss
-        scalars["eval/gap"] = losses["no_memory"].loss - losses["carried"].loss
-        self.monitor.log(self.position, scalars)
+        carried, no_memory, no_state, shuffled = (losses[mode].loss for mode in evaluate.MODES)
+        self.monitor.log(
+            self.position,
+            {
+                f"{family}/loss": carried,
+                f"{family}/loss_no_memory": no_memory,
+                f"{family}/loss_no_state": no_state,
+                f"{family}/loss_shuffled": shuffled,
+                f"{family}/gap": no_memory - carried,
+            },
+        )
         self.monitor.say(
-            f"step {self.position.step}: held-out loss {scalars['eval/loss']:.4f}, memory reset"
-            f" {scalars['eval/loss_no_memory']:.4f}, everything reset {scalars['eval/loss_no_state']:.4f}"
+            f"step {self.position.step}: held-out loss {carried:.4f}, memory reset {no_memory:.4f},"
+            f" everything reset {no_state:.4f}"
         )
         return losses
 
     def finish(self) -> dict | None:
-        """Evaluate on every held-out document and write summary.json; None when stopped on the way."""
-        began = time.perf_counter()
+        """Evaluate on every held-out document and write summary.json; None when stopped on the way.
+
+        Logged as final/..., because evaluations on the way may have read only the beginnings (training.evaluate_ticks).
+        """
         path = self.run_dir / "summary.json"
         if path.exists() and (summary := json.loads(path.read_text()))["steps"] == self.position.step:
             self.monitor.say(f"this run is finished: {path} is its summary; a larger training.tokens would continue it")
-            self.monitor.close()
             return summary
-        losses = self._evaluate(None)
-        self.monitor.close()
+        losses = self._evaluate("final", None)
         if losses is None:
             return None
         position = self.position
         summary = evaluate.summary(losses) | {
             "tokens_per_s": position.tokens / position.seconds,
-            "wall_s": position.seconds + time.perf_counter() - began,
+            "wall_s": self._wall_s(),
             "world_size": self.process.world_size,
             "tokens": position.tokens,
             "steps": position.step,
@@ -267,14 +294,20 @@ class Trainer:
             path.write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
+    def _wall_s(self) -> float:
+        """Seconds that this run has taken, in all its parts up to what each has saved."""
+        return self.earlier_s + time.perf_counter() - self.started
+
     # ---- what a run leaves ------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         if self.saved.step == self.position.step:
             return
+        self.position.wall_s = self._wall_s()
         contents = Contents(
             version=checkpoint.VERSION,
             position=self.position,
+            interval=self.interval,
             corpus=self.train_corpus.fingerprint,
             anchor=crosses(self.saved.tokens, self.position.tokens, self.config.checkpoint.anchor_every_tokens),
             vocabulary=self.vocabulary,
@@ -284,28 +317,25 @@ class Trainer:
         checkpoint.save(self.run_dir, self.engine, self.process, contents=contents, lanes=self.lanes, state=state)
         self.saved = self.position.model_copy()
 
-    def _interval(self) -> Interval:
-        return Interval(LossByAge(self.process.device, LOGGED_AGES), wait_s=self.reader.wait_s)
-
-    def _log(self, interval: Interval, step: Step) -> None:
-        process, config = self.process, self.config
-        sums = process.sum([interval.documents, *interval.losses.sums.flatten().tolist()])
-        losses = Losses.of(sums[1:], LOGGED_AGES)
+    def _log(self, result: StepResult) -> None:
+        """A record of the interval, which begins anew."""
+        process, config, interval, position = self.process, self.config, self.interval, self.position
+        losses = Losses.of(interval.losses, LOGGED_AGES)
         positions = interval.steps * config.mrbp.window * config.data.lanes * config.data.segment_length
         rate = interval.labels / interval.step_s
         scalars = {
             "loss/train": losses.loss,
             **{f"loss/by_segment_age/{age}": loss for age, loss in losses.by_age.items()},
-            "optim/lr": step.learning_rate,
-            "optim/grad_norm": step.result.gradient_norm,
+            "optim/lr": learning_rate(config.optimizer, position.tokens, config.training.tokens),
+            "optim/grad_norm": result.gradient_norm,
             "optim/skipped": interval.skipped,
             **{f"memory/{name}": value for name, value in self._diagnose().items()},
-            "mrbp/replay_drift": process.largest(interval.drift),
+            "mrbp/replay_drift": interval.drift,
             "mrbp/rollout_share": interval.rollout_s / interval.step_s,
             "mrbp/state_bytes": config.mrbp.window * sum(x.nbytes for x in self.states[0]),
-            "data/pad_fraction": 1 - interval.labels / positions,
-            "data/wait_s": self.reader.wait_s - interval.wait_s,
-            "data/documents_started": sums[0],
+            "data/pad_fraction": 1 - interval.tokens / positions,
+            "data/wait_s": interval.wait_s,
+            "data/documents_started": interval.documents,
             "perf/tokens_per_s": rate,
             "perf/tokens_per_s_per_device": rate / process.world_size,
             "perf/step_s": interval.step_s / interval.steps,
@@ -315,14 +345,19 @@ class Trainer:
         if process.device.type == "cuda":
             scalars["device/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             scalars["device/alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-        self.monitor.log(self.position, scalars)
-        self.monitor.advance(self.position, losses.loss, rate)
+        self.monitor.log(position, scalars)
+        self.monitor.advance(position, losses.loss, rate)
+        self.interval = Interval()
 
     @torch.no_grad()
     def _diagnose(self) -> dict[str, float]:
-        """How the cell uses its memory, on the next segment of the first lane group."""
-        segment = self.reader.segment(self.position.tick, self.groups[0]).to(self.process.device)
-        return {name: float(value) for name, value in self.engine("diagnose", segment, self.states[0]).items()}
+        """How the cell uses its memory: the first lane group's last segment, read again with the memory it left."""
+        segment = self.reader.segment(self.position.tick - 1, self.groups[0]).to(self.process.device)
+        segment = segment._replace(reset=torch.zeros_like(segment.reset))
+        self.engine.module.eval()
+        found = self.engine("diagnose", segment, self.states[0])
+        self.engine.module.train()
+        return {name: float(value) for name, value in found.items()}
 
     def _introduce(self) -> None:
         """Say what is about to happen, and record how the run was started."""
@@ -358,12 +393,15 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], proc
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, run_dir, corpora, process)
-    reason = trainer.fit()
-    if reason is None:
-        summary = trainer.finish()
-        if summary is not None:
-            return summary
-        reason = trainer.stop.reason() or "a signal to another rank"
-    trainer.monitor.say(f"stopped by {reason} at step {trainer.position.step}; the same command goes on from there")
-    trainer.monitor.close()
-    return None
+    try:
+        reason = trainer.fit()
+        summary = None if reason else trainer.finish()
+        if summary is None:
+            reason = reason or process.spread(trainer.stop.reason())
+            trainer.monitor.say(
+                f"stopped by {reason} at step {trainer.position.step}; the same command goes on from there"
+            )
+            trainer.stop.clear()
+        return summary
+    finally:
+        trainer.monitor.close()

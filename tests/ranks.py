@@ -12,15 +12,18 @@ from memformer_dist import runtime
 
 def run_ranks(world_size: int, function, *arguments) -> None:
     """function(process, *arguments) on every rank; an assertion that fails on one of them fails the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     multiprocessing.start_processes(
-        _rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method="spawn"
+        _rank, args=(world_size, free_port(), function, arguments), nprocs=world_size, start_method="spawn"
     )
 
 
-def _rank(rank: int, world_size: int, port: int, function, arguments) -> None:
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _rank(rank: int, world_size: int, port: str, function, arguments) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -28,7 +31,7 @@ def _rank(rank: int, world_size: int, port: int, function, arguments) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=port,
         GLOO_SOCKET_IFNAME="lo",
         DS_ACCELERATOR="cpu",
     )

@@ -103,6 +103,21 @@ def test_hashes_and_manifest_agree_with_the_files(split):
             assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
 
 
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "folder/a.tar", "..", ".", "", "a\0.tar", "a.tar/"])
+def test_a_shard_lies_in_the_folder_of_its_split(split, name):
+    manifest = json.loads((split / "corpus.json").read_text())
+    shard = split / manifest["shards"][1]["name"]
+    (split.parent / "secret.tar").write_bytes(shard.read_bytes())  # of the right size, so that only the name is wrong
+    manifest["shards"][1]["name"] = name
+    (split / "corpus.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"corpus.json: shards.1.name: .*plain name of a file.*found "):
+        Corpus.open(split)
+    shard.rename(split / "renamed..tar")
+    manifest["shards"][1]["name"] = "renamed..tar"  # the control
+    (split / "corpus.json").write_text(json.dumps(manifest))
+    Corpus.open(split).check(0)
+
+
 @pytest.mark.parametrize("what, suffix", [("tokens", ".u16"), ("mask", ".mask")])
 def test_a_flipped_bit_names_shard_document_and_offset(split, what, suffix):
     shard = split / "shard-000001.tar"

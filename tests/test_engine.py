@@ -91,7 +91,9 @@ def engine_run(
             for g in range(groups)
         ]
         for broken in range(step in skip):
-            poisoned = [state._replace(memory=state.memory * float("nan")) for state in states]
+            # On one rank alone: all of them must drop the step.
+            factor = float("nan") if process.rank == 1 else 1.0
+            poisoned = [state._replace(memory=state.memory * factor) for state in states]
             engine.accumulate(parts, poisoned, valid_tokens=labels_in(window), readout_group=readout_group)
             result = engine.step(learning_rate)
             assert not result.applied and not torch.isfinite(torch.tensor(result.gradient_norm))
@@ -227,13 +229,38 @@ def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
 
 
+def no_update_rank(process):
+    """Moments are asked for before any step was applied: every step so far was skipped."""
+    for stage in STAGES:
+        cell = new_cell("toy")
+        settings = {"zero_optimization": {"stage": stage}}
+        from memformer_dist.engine import Engine
+
+        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), process, settings=settings)
+        found = list(engine.tensors())
+        assert len(found) == len(list(cell.parameters()))
+        assert all(
+            (moment == 0).all() and moment.shape == weight.shape
+            for _, weight, both in found
+            for moment in both.values()
+        )
+        losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
+        expected, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage)
+        assert losses == expected, f"ZeRO {stage}: asking for the moments changed the training"
+
+
+def test_a_checkpoint_before_the_first_update():
+    run_ranks(WORLD, no_update_rank)
+
+
 # ---- accumulation in bf16 ------------------------------------------------------------------------------------------------
 
 
 class Scale(ToyCell):
-    """One weight w, loss w * x: the gradient is the sum of the x of all segments, here 1 and 64 times 2^-9, in all 1.125.
+    """One weight w, loss w * x: the gradient is the sum of the x of all segments, here 1 and 65 times 2^-9.
 
-    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000.
+    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000; and the sum, 1.126953125, is
+    1.125 there, so a reduction in bf16 shows as well.
     """
 
     def __init__(self):
@@ -247,14 +274,16 @@ class Scale(ToyCell):
 
     def readout(self, segment, features):
         value = torch.where(segment.tokens == 1, 1.0, 2.0**-9)[..., None]
-        return self.weight(value.to(self.weight.weight.dtype)).squeeze(-1).float()
+        product = self.weight(value.to(self.weight.weight.dtype))
+        self.computed_in = product.dtype
+        return product.squeeze(-1).float()
 
 
 def ones_and_crumbs() -> list:
     """The big contribution is replayed first: it is the last segment's."""
     tick = random_window(1, 1, 1, seed=0)[0]
     crumb, one = (tick._replace(tokens=torch.full((1, 1), token)) for token in (2, 1))
-    return [crumb] * 64 + [one]
+    return [crumb] * 65 + [one]
 
 
 def accumulated_gradient(process, settings: dict, precision: str) -> float:
@@ -266,21 +295,41 @@ def accumulated_gradient(process, settings: dict, precision: str) -> float:
     window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
     engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=process.world_size)
     engine.step(1.0)
+    assert cell.computed_in == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return 1.0 - float(weights_of(engine)["weight.weight"])
 
 
 def accumulation_rank(process):
+    import deepspeed
+
     for stage in STAGES:
         for precision in ("fp32", "bf16"):
             found = accumulated_gradient(process, {"zero_optimization": {"stage": stage}}, precision)
-            assert found == 1.125, f"ZeRO {stage}, {precision}: {found}"
-    looks_right = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    found = accumulated_gradient(process, looks_right | {"zero_optimization": {"stage": 2}}, "fp32")
-    assert found == pytest.approx(1.0, abs=0.01), "DeepSpeed has changed: bf16 parameters now accumulate in fp32"
+            assert found == 1.126953125, f"ZeRO {stage}, {precision}: {found}"
+
+    initialize = deepspeed.initialize
+
+    def with_config(change):
+        def changed(*, config, **arguments):
+            change(config)
+            return initialize(config=config, **arguments)
+
+        deepspeed.initialize = changed
+
+    def parameters_in_bf16(config):
+        del config["torch_autocast"]
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+    with_config(parameters_in_bf16)
+    found = accumulated_gradient(process, {"zero_optimization": {"stage": 2}}, "bf16")
+    assert found == pytest.approx(1.0, abs=0.01), "DeepSpeed has changed: bf16 parameters accumulate in fp32"
+    with_config(lambda config: config["torch_autocast"].pop("lower_precision_safe_modules"))
+    found = accumulated_gradient(process, {"zero_optimization": {"stage": 2}}, "bf16")
+    assert found == 1.125, "DeepSpeed has changed: under autocast it reduces in fp32"
 
 
-def test_gradients_accumulate_in_fp32_in_every_mode():
-    """And the setting that looks right, bf16 with grad_accum_dtype fp32 under one reduction, does not."""
+def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
+    """And two settings that look right do not: bf16 with grad_accum_dtype fp32, and autocast with its default modules."""
     run_ranks(WORLD, accumulation_rank)
 
 

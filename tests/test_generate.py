@@ -1,8 +1,10 @@
 """Generation against advance + readout: a document in any pieces, alone or not, gives the same predictions."""
 
+import hashlib
 import importlib.util
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling, TextStream
 from tests.test_memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
+from tokenizer.train import train_tokenizer
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}
@@ -237,21 +240,68 @@ def test_text_streams_whole_characters(tokenizer_model):
     assert stream.finish() == "\ufffd"
 
 
-@pytest.fixture
-def program(tmp_path, monkeypatch, tokenizer_model):
-    """launch/generate.py's main, with an untrained cell in place of a run's."""
-    pytest.importorskip("memformer_dist.checkpoint")
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer_model) -> list[sentencepiece.SentencePieceProcessor]:
+    """Ours, with pieces that hold escapes whole and in halves, and a plain one, which takes a space off the text."""
+    lines = ["x\u2581\u2581y \ue000\ue000z"] * 50 + ["the quick\u2581brown\ue000 fox \ue001\ue002"] * 50
+    ours = train_tokenizer(lines, vocab_size=320, cap_vocabulary=True)
+    return [sentencepiece.SentencePieceProcessor(model_proto=model) for model in (ours, tokenizer_model)]
+
+
+awkward = st.lists(
+    st.sampled_from([*"xyz \n\t\u2581\ue000\ue001\ue002\ufffdé漢\N{FOX FACE}", "the quick"]) | st.text(max_size=3),
+    max_size=10,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=awkward, numbers=st.lists(st.integers(0, 10**6), max_size=20), data=st.data())
+def test_the_streamed_text_is_that_of_decode(tokenizers, text, numbers, data):
+    """Of any tokens, in any order: what a model writes need be no text's."""
+    for tokenizer in tokenizers:
+        size = tokenizer.vocab_size()
+        ids = tokenizer.encode(text)
+        for number in numbers:
+            token = number % size if number % 2 else tokenizer.encode("\u2581\ue000\ue001 ")[number % 3]
+            ids.insert(number % (len(ids) + 1), token)
+        stream = TextStream(tokenizer)
+        assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+    stream = TextStream(tokenizers[0])
+    assert "".join(map(stream.push, tokenizers[0].encode(text))) + stream.finish() == text
+
+
+def test_text_does_not_wait_longer_than_it_must(tokenizers):
+    ours = tokenizers[0]
+    stream = TextStream(ours)
+    assert all(stream.push(token) == ours.decode([token]) != "" for token in ours.encode("the quick\nbrown fox"))
+    escaped = ours.encode("\u2581\ue000")
+    assert [ours.decode([token]) for token in escaped] != [stream.push(token) for token in escaped]  # the control
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    """launch/generate.py as a module."""
     path = Path(__file__).parent.parent / "launch" / "generate.py"
     spec = importlib.util.spec_from_file_location("launch_generate", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, tokenizer_model, launcher):
+    """Its main, with an untrained cell in place of a run's."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
     vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).vocab_size()
     cell = make(dtype=torch.float32)
     cell.embedding = TokenEmbedding(vocabulary, 8, std=0.3)
     cell.vocab_size = vocabulary
-    monkeypatch.setattr(module, "load_cell", lambda run_dir, device: (cell.to(device), SimpleNamespace()))
-    return lambda *arguments: module.main(["--run-dir", str(tmp_path), *arguments])
+    vocabulary = SimpleNamespace(tokenizer_sha256=hashlib.sha256(tokenizer_model).hexdigest())
+    saved = SimpleNamespace(
+        path=tmp_path / "checkpoints" / "step-00000001", contents=SimpleNamespace(vocabulary=vocabulary), cell=cell.to
+    )
+    monkeypatch.setattr(launcher, "open_one", lambda path: saved)
+    return lambda *arguments: launcher.main(["--run-dir", str(tmp_path), *arguments])
 
 
 def test_command_line(program, tmp_path, capsys):
@@ -281,3 +331,21 @@ def test_command_line(program, tmp_path, capsys):
 def test_mistakes_on_the_command_line(program, arguments, message):
     with pytest.raises(UserError, match=message):
         program(*arguments)
+
+
+def test_a_run_or_one_of_its_checkpoints_with_their_tokenizer(launcher, trained_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    saved = max((run / "checkpoints").iterdir())
+    written = []
+    for place in run, saved:
+        launcher.main(["--run-dir", str(place), "--prompt", "Bada", "--tokens", "5"])
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1] != ""
+    shutil.copytree(saved, tmp_path / "alone" / saved.name)
+    with pytest.raises(UserError, match="tokenizer.model, expected the run's tokenizer"):
+        launcher.main(["--run-dir", str(tmp_path / "alone" / saved.name), "--prompt", "Bada"])
+    with (run / "tokenizer.model").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match="is not the tokenizer that the model was trained with"):
+        launcher.main(["--run-dir", str(run), "--prompt", "Bada"])

@@ -502,9 +502,25 @@ def test_diagnosis_of_an_even_attention(layout):
     biased = {name: float(value) for name, value in cell("diagnose", segment, state).items()}
     nn.init.zeros_(cell.writer.query.weight)
     even = {name: float(value) for name, value in cell("diagnose", segment, state).items()}
-    assert even == pytest.approx({"slot_entropy": math.log(1 + SIZE), "self_share": 1 / (1 + SIZE)})
+    assert even["slot_entropy"] == pytest.approx(math.log(1 + SIZE))
+    assert even["self_share"] == pytest.approx(1 / (1 + SIZE))
     assert biased["slot_entropy"] < even["slot_entropy"] - 1e-3
     assert not cell.diagnose(segment, state)["slot_entropy"].requires_grad
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diagnosis_of_how_far_a_slot_moves(layout):
+    """From the memory that the segment read: m(0) where a document starts or the memory is forgotten."""
+    cell = make(layout)
+    segment = make_segment([5, 5, 5], reset=[False, True, False], forget=[False, False, True])
+    state = random_state(cell, 3)
+    with torch.no_grad():
+        _, after = cell.advance(segment, state)
+    before = state.memory.clone()
+    before[1:] = F.normalize(cell.normalise.bias.detach(), dim=-1)
+    found = cell.diagnose(segment, state)["write_norm"]
+    assert float(found) == pytest.approx(float((after.memory - before).norm(dim=-1).mean()))
+    assert float(found) != pytest.approx(float((after.memory - state.memory).norm(dim=-1).mean()), rel=1e-3)
 
 
 def test_initial_weights():

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,11 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # tokenizer/ holds scripts and is not installed
-
-from memformer_dist.data.corpus import Corpus  # noqa: E402
-from memformer_dist.errors import UserError  # noqa: E402
-from tokenizer.shard import choose_validation, shard  # noqa: E402
-from tokenizer.train import sample_lines, train_tokenizer  # noqa: E402
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.errors import UserError
+from tests.conftest import ROOT
+from tokenizer.shard import choose_validation, shard
+from tokenizer.train import sample_lines, train_tokenizer
 
 SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "data" / "documents.py").read_text()
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
@@ -103,6 +102,27 @@ def test_vocabulary_that_does_not_fit():
     for model_type in "unigram", "bpe":
         model = train_on(tiny, vocab_size=2048, model_type=model_type, cap_vocabulary=True)
         assert 262 < model.vocab_size() < 2048 and model.decode(model.encode(tiny)) == tiny
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("characters, vocab_size", [(1800, 2048), (3000, 300)])
+def test_more_characters_than_the_vocabulary_has_room_for(model_type, characters, vocab_size):
+    """The rarest are spelt in bytes, the others are not; the same text gives the same model."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    codes = 0x4E00 + generator.integers(0, characters, 20_000)
+    codes[::5] = 0x3042  # one of them is frequent
+    text = "\n".join("".join(map(chr, line)) for line in codes.reshape(-1, 50)) + " \u2581\ue000 "
+    assert len(set(text)) > vocab_size - 4 - 256
+    options = dict(vocab_size=vocab_size, model_type=model_type, cap_vocabulary=True)
+    with pytest.raises(UserError, match="smaller than required"):  # the control: without bytes there is no way out
+        train_on(text, **options | dict(vocab_size=characters // 2, byte_fallback=False))
+    model = train_on(text, **options)
+    assert model.vocab_size() <= vocab_size and model.decode(model.encode(text)) == text
+    assert model.encode(text) == train_on(text, **options).encode(text)
+    occurrences = Counter(character for character in text if "\u3042" <= character < "\ue000")
+    cost = {character: len(model.encode(character)) for character in occurrences}
+    assert set(cost.values()) == {1, 3}
+    assert min(occurrences[c] for c in cost if cost[c] == 1) >= max(occurrences[c] for c in cost if cost[c] == 3)
 
 
 def test_sample(tmp_path):
@@ -192,6 +212,42 @@ def test_valid_input(tmp_path, model_file):
     ]
     with pytest.raises(UserError, match="000.py is among the files of --input"):
         shard(tmp_path / "leaky", model_file, [tmp_path], [valid])
+
+
+def test_one_document_cannot_be_divided(tmp_path, model_file):
+    (tmp_path / "texts").mkdir()
+    book, other = tmp_path / "texts" / "book.txt", tmp_path / "other.txt"
+    book.write_text("the only book\n")
+    other.write_text("another one\n")
+    (tmp_path / "texts" / "empty.txt").touch()
+    with pytest.raises(UserError, match="one usable document.*1 are empty.*--valid-input.*second.*--valid-fraction 0"):
+        shard(tmp_path / "corpus", model_file, [tmp_path / "texts"])
+    assert not (tmp_path / "corpus").exists()
+    asked = shard(tmp_path / "corpus", model_file, [tmp_path / "texts"], valid_fraction=0)
+    assert list(asked["splits"]) == ["train"]
+    given = shard(tmp_path / "both", model_file, [tmp_path / "texts"], [other])
+    assert [figures["documents"] for figures in given["splits"].values()] == [1, 1]
+
+
+def test_a_split_without_a_label_to_learn(tmp_path, model_file):
+    """Every part is masked out; or all but the first token, which is no label."""
+    texts, output = tmp_path / "a.jsonl", tmp_path / "corpus"
+    silent = {"parts": [{"text": "x"}, {"text": "read but not learnt", "loss": False}]}
+    learnt = {"parts": [{"text": "asked", "loss": False}, {"text": "answered"}]}
+
+    def write(*documents):
+        texts.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        return texts
+
+    assert len(sentencepiece.SentencePieceProcessor(model_file=str(model_file)).encode("x")) == 1
+    with pytest.raises(UserError, match="train: found no label"):
+        shard(output, model_file, [write(silent, silent)], valid_fraction=0)
+    (tmp_path / "valid.jsonl").write_text(json.dumps(silent))
+    with pytest.raises(UserError, match="valid: found no label"):
+        shard(output, model_file, [write(learnt)], [tmp_path / "valid.jsonl"])
+    assert not output.exists() and not list(tmp_path.glob("*.partial"))
+    shard(output, model_file, [write(learnt, silent)], valid_fraction=0)
+    assert (output / "train").exists()
 
 
 def test_what_cannot_be_used_is_counted_and_listed(tmp_path, model_file):

@@ -1,7 +1,9 @@
 """Whole runs: stopped and resumed, on other numbers of ranks, interrupted by signals, diverging."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from memformer_dist.config import OptimizerConfig, RunConfig
-from memformer_dist.data.corpus import open_corpora
+from memformer_dist.data.corpus import CorpusError, open_corpora
+from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.train import crosses, learning_rate
 from tests.conftest import ROOT
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 STEP_TOKENS = 8 * 3 * 16  # lanes x segments x tokens, padding included
 
@@ -46,7 +50,7 @@ def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **s
 
 
 def run_rank(process, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
-    """A run on this rank, asked to stop after a given step."""
+    """A run on this rank without its final evaluation, asked to stop after a given step."""
     from memformer_dist.train import Trainer
 
     config = RunConfig.check(raw, process.world_size)
@@ -57,6 +61,8 @@ def run_rank(process, raw: dict, run_dir: Path, stop_after: int | None = None) -
     reason = trainer.fit()
     assert (reason is not None) == (stop_after is not None)
     trainer.monitor.close()
+    if trainer.lock is not None:
+        trainer.lock.close()
 
 
 def interrupted_rank(process, cases) -> None:
@@ -68,9 +74,9 @@ def interrupted_rank(process, cases) -> None:
         run_rank(process, raw, folder / "parts")
 
 
-def records(run_dir: Path, *names: str) -> list[tuple]:
+def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tuple]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines if "loss/train" in line]
+    return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines if having in line]
 
 
 def last_checkpoint(run_dir: Path) -> Path:
@@ -98,6 +104,9 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             training={"precision": precision, "tokens": 20 * STEP_TOKENS * 9 // 10},
         )
         raw["mrbp"] |= {"lanes_per_group": 2, "readout_group": 2}
+        raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 4}  # the stop, at step 9, falls into an interval
+        if stage == 3:
+            raw["training"] |= {"evaluate_every_tokens": 3 * STEP_TOKENS, "evaluate_ticks": 3}
         cases.append((raw, tmp_path / f"stage{stage}"))
     run_ranks(2, interrupted_rank, cases)
     for raw, folder in cases:
@@ -109,19 +118,30 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             assert all(torch.equal(expected[name], found[name]) for name in expected), (folder.name, prefix)
         assert records(folder / "whole", *DETERMINISTIC) == records(folder / "parts", *DETERMINISTIC)
         losses = [loss for _, _, loss in records(folder / "whole", "loss/train")]
-        assert len(losses) > 15 and losses[-1] < losses[0]
+        assert len(losses) > 15 / raw["monitor"]["log_every_steps"] and losses[-1] < losses[0]
+        if raw["training"].get("evaluate_every_tokens"):
+            evaluated = [
+                records(folder / part, "eval/loss", "eval/gap", having="eval/loss") for part in ("whole", "parts")
+            ]
+            assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 5
 
 
 def test_dropout_masks_depend_on_the_seed(corpus_dir, tmp_path):
-    """The control of the test above: a run with another seed of dropout and weights ends elsewhere."""
+    """The control of the test above. All runs start from the same weights (training.init_from), with fresh moments."""
     raw = settings(corpus_dir, dropout=0.2, tokens=3 * STEP_TOKENS)
-    other = settings(corpus_dir, dropout=0.2, training={"tokens": 3 * STEP_TOKENS, "seed": 1})
-    run_ranks(
-        1, several_runs, [(raw, tmp_path / "a", None), (raw, tmp_path / "b", None), (other, tmp_path / "c", None)]
-    )
-    first, again, different = (tensors(last_checkpoint(tmp_path / name), "weights") for name in "abc")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], different[name]) for name in first)
+    start = tmp_path / "start"
+    raw_from = settings(corpus_dir, dropout=0.2, training={"tokens": 3 * STEP_TOKENS, "init_from": str(start)})
+    other = settings(corpus_dir, dropout=0.2, training={"tokens": 3 * STEP_TOKENS, "init_from": str(start), "seed": 1})
+    plain = settings(corpus_dir, training={"tokens": 3 * STEP_TOKENS, "init_from": str(start)})
+    names = dict(a=raw_from, b=raw_from, c=other, d=plain, e=plain | {"training": plain["training"] | {"seed": 1}})
+    run_ranks(1, several_runs, [(raw, start, None), *((case, tmp_path / name, None) for name, case in names.items())])
+    weights = {name: tensors(last_checkpoint(tmp_path / name), "weights") for name in names}
+
+    def same(x: str, y: str) -> bool:
+        return all(torch.equal(weights[x][name], weights[y][name]) for name in weights[x])
+
+    assert same("a", "b") and not same("a", "c")
+    assert same("d", "e"), "without dropout the seed has no part in a run that starts from given weights"
 
 
 def several_runs(process, cases) -> None:
@@ -156,6 +176,56 @@ def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
         assert max(abs(x[2] - y[2]) for x, y in zip(found, expected)) <= 2e-5, name
 
 
+def test_the_window_may_change_on_resume(corpus_dir, tmp_path):
+    """Position is the tick: windows of 3, then of 2 segments read on without a gap. The same tokens, whatever the windows."""
+    raw = settings(corpus_dir, tokens=18 * STEP_TOKENS)
+    run_ranks(1, several_runs, [(raw, tmp_path / "run", 4), (raw | {"mrbp": {"window": 2}}, tmp_path / "run", None)])
+    lengths = [row[1] for row in records(tmp_path / "run")]
+    checkpoint = json.loads((last_checkpoint(tmp_path / "run") / "checkpoint.json").read_text())
+    position = checkpoint["position"]
+    assert position["tick"] == 4 * 3 + (position["step"] - 4) * 2
+    train, _ = open_corpora(corpus_dir)
+    schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
+    reader = WindowReader(train, schedule, lanes=range(8))
+    assert lengths[-1] == reader.valid_tokens(0, position["tick"])
+
+
+def damaged_rank(process, raw, run_dir, expected) -> None:
+    with pytest.raises(CorpusError, match=expected):
+        run_rank(process, raw, run_dir)
+
+
+def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
+    """The document is met in a later window, by one rank; both end with the same message, what was trained is saved."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, corpus)
+    train, _ = open_corpora(corpus)
+    schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
+    tick, lane = next((t, lane) for t in range(6, 60) for lane in range(4, 8) if schedule.at(t).reset[lane])
+    document = int(schedule.at(tick).document[lane])
+    assert all(document not in schedule.at(t).document for t in range(tick))
+    index = load_file(corpus / "train" / "index.safetensors")
+    shard = corpus / "train" / train.manifest.shards[int(index["shard"][document])].name
+    raw_bytes = bytearray(shard.read_bytes())
+    raw_bytes[int(index["offset"][document])] ^= 1
+    shard.write_bytes(raw_bytes)
+    raw = settings(corpus, stage=2, tokens=60 * STEP_TOKENS, mrbp={"lanes_per_group": 2})
+    run_ranks(2, damaged_rank, raw, tmp_path / "run", f"document {document} at byte")
+    assert last_checkpoint(tmp_path / "run").name == f"step-{tick // 3:08d}"
+
+
+def locked_rank(process, raw, run_dir) -> None:
+    with pytest.raises(UserError, match="another process"):
+        run_rank(process, raw, run_dir)
+
+
+def test_two_processes_do_not_share_a_run_directory(corpus_dir, tmp_path):
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run_ranks(2, locked_rank, settings(corpus_dir), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def diverging_rank(process, raw, run_dir) -> None:
     with pytest.raises(UserError, match="optimizer.learning_rate"):
         run_rank(process, raw, run_dir)
@@ -169,6 +239,7 @@ def test_a_run_that_diverged_ends_with_a_message(corpus_dir, tmp_path):
         training={"tokens": 40 * STEP_TOKENS, "skipped_steps_limit": 3},
     )
     run_ranks(2, diverging_rank, raw, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
     skipped = [row[2] for row in records(tmp_path, "optim/skipped")]
     assert skipped[-3:] == [1, 1, 1]
 
@@ -190,7 +261,7 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
     stopped_at = records(run_dir)[-1][0]
     assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
     assert not (run_dir / "summary.json").exists()
-    (run_dir / "stop").unlink(missing_ok=True)
+    assert not (run_dir / "stop").exists()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120, stdout=log, stderr=subprocess.STDOUT)
     assert (run_dir / "summary.json").exists()
     steps = [row[0] for row in records(run_dir)]
@@ -240,7 +311,7 @@ def test_deepspeed_launcher_terminated_saves_and_resumes(corpus_dir, tmp_path):
 
 @pytest.mark.full
 def test_torchrun_stops_on_a_stop_file_and_resumes(corpus_dir, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29632"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     command += ["launch/train.py", "--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]
     interrupt_and_resume(command, touch_stop, tmp_path / "run", expected_codes=(0,))
 

@@ -5,7 +5,7 @@
 Inputs are folders, globs and files of text, source code or JSON lines, also gzipped; memformer_dist/data/documents.py
 says how they are read. The files are read twice: first to count the documents and find those that cannot be used, then
 to tokenise them, a batch at a time. The validation documents are a seeded choice of the usable ones, or those of
---valid-input.
+--valid-input; training needs some, so a single document is an error unless --valid-fraction 0 asks for no validation.
 
 Documents that cannot be read are listed in quarantine.jsonl. The corpus appears under its name when it is whole. One
 that is there already is kept if it was made of the same files with the same settings (sharding.json), and is an error
@@ -80,6 +80,12 @@ def shard(
             raise UserError(
                 f"{option}: no usable document; {found.empty} are empty, {len(found.unreadable)} unreadable"
             )
+    if not valid_files and valid_fraction > 0 and not np.any(valid):
+        raise UserError(
+            f"--input: found one usable document ({found.empty} are empty, {len(found.unreadable)} unreadable) and"
+            " documents are held out whole, so none can be; give others with --valid-input, or a second document"
+            " (one book in two files will do); --valid-fraction 0 writes no validation split, which training needs"
+        )
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
@@ -190,16 +196,22 @@ def write_splits(
     """Tokenise the usable documents into folder/train and folder/valid; returns the figures of the splits."""
     split_of = np.where(valid, "valid", "train")[found.usable]
     writers = {split: SplitWriter(folder / split, **settings) for split in np.unique(split_of).tolist()}
-    characters = dict.fromkeys(writers, 0)
+    characters, labels = dict.fromkeys(writers, 0), dict.fromkeys(writers, 0)
     usable = (document for document, use in zip(read_documents(files), found.usable, strict=True) if use)
     with tqdm(desc="tokenising", total=found.characters, unit=" characters", unit_scale=True, disable=None) as progress:
         for split, (document, tokens, mask) in zip(split_of.tolist(), tokenise(usable, model, threads)):
             if len(tokens):  # a tokenizer from elsewhere may make nothing of blanks
                 writers[split].add(tokens, mask if found.has_mask else None)
             characters[split] += len(document.text)
+            labels[split] += int(mask.sum())
             progress.update(len(document.text))
     figures = {}
     for split, writer in writers.items():
+        if not labels[split]:
+            raise UserError(
+                f"{split}: found no label that counts in the loss, expected some: its documents have only parts with"
+                ' "loss": false'
+            )
         writer.close()
         lengths = Corpus.open(writer.path).lengths
         padding = {str(length): 1 - lengths.sum() / (-(-lengths // length) * length).sum() for length in PADDING_AT}

@@ -5,7 +5,7 @@
 The tokenizer is lossless: decode(encode(text)) == text for any text. That takes more than SentencePiece's defaults:
 - no normalisation, no space put before the text, no spaces removed; a run of spaces may be one token;
 - newline and tab are symbols of their own, because the trainer reads lines and keeps tab for itself;
-- what is not in the vocabulary is spelt in bytes (256 tokens);
+- what is not in the vocabulary is spelt in bytes (256 tokens), the rarest characters if there are too many;
 - SentencePiece writes a space as U+2581, so a U+2581 in the text would come back as a space. The model therefore
   carries two rewriting rules with their inverse: U+2581 -> U+E000 U+E001 and U+E000 -> U+E000 U+E002.
 Text that looks like a control token ("<s>") is spelt out; only the ids 0 pad, 1 bos, 2 eos, 3 unk are control tokens.
@@ -18,6 +18,7 @@ import io
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -30,6 +31,7 @@ from memformer_dist.data.documents import discover, read_documents
 from memformer_dist.errors import UserError
 
 ESCAPES = [("\u2581", "\ue000\ue001"), ("\ue000", "\ue000\ue002")]
+RESERVED = 4 + 256 + 2 + 4  # tokens: control, bytes, newline and tab, those that stand for spaces and escapes
 LINE_CHARACTERS = 1000  # longer lines are cut for training: the trainer drops those of more than 4192 bytes
 
 
@@ -54,15 +56,17 @@ def train_tokenizer(
 ) -> bytes:
     """The model as bytes (write them to a `.model` file).
 
-    `cap_vocabulary` makes `vocab_size` an upper bound, for texts too small to fill it. `threads` has a fixed default
-    because the rounding of a sum, and so the model, depends on it. Raises UserError if the text and the vocabulary do
-    not fit together.
+    `cap_vocabulary` makes `vocab_size` an upper bound, for texts too small to fill it. With `byte_fallback` a text of
+    more characters than there is room for has its rarest spelt in bytes. `threads` has a fixed default because the
+    rounding of a sum, and so the model, depends on it. Raises UserError if the text and the vocabulary do not fit
+    together.
     """
     if not any(lines):
         raise UserError("there is no text to train on")
     sentencepiece.SetMinLogLevel(2)  # errors arrive as exceptions
-    model = io.BytesIO()
-    try:
+
+    def attempt(lines: Sequence[str]) -> bytes:
+        model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
@@ -80,11 +84,21 @@ def train_tokenizer(
             eos_id=2,
             unk_id=3,
         )
+        return model.getvalue()
+
+    try:
+        try:
+            model = attempt(lines)
+        except RuntimeError as error:  # its option character_coverage would help, but does not go below 0.98
+            room = vocab_size - RESERVED
+            if not byte_fallback or room < 1 or "smaller than required_chars" not in str(error):
+                raise
+            model = attempt(_without_rare_characters(lines, room))
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         hint = " (--cap-vocabulary lowers it by itself)" if "too high" in reason else ""
         raise UserError(f"--vocab-size {vocab_size}: {reason}{hint}") from None
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.name = "lossless"
     inverse = _rewriting([(after, before) for before, after in ESCAPES], escape_whitespaces=False)
     proto.denormalizer_spec.ParseFromString(inverse.serialized_normalizer_spec())
@@ -96,6 +110,16 @@ def _lines(files: Sequence[Path], verb: str) -> Iterator[str]:
         for line in document.text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]
+
+
+def _without_rare_characters(lines: Sequence[str], keep: int) -> list[str]:
+    """The lines, cut where all but their `keep` most frequent characters were: the trainer never sees these."""
+    counts = Counter()
+    for line in lines:
+        counts.update(line)
+    rare = sorted(counts, key=lambda character: (-counts[character], character))[keep:]
+    cut = str.maketrans(dict.fromkeys(rare, "\n"))
+    return [part for line in lines for part in line.translate(cut).split("\n") if part]
 
 
 def _rewriting(rules: list[tuple[str, str]], escape_whitespaces: bool = True) -> sentencepiece.SentencePieceNormalizer:

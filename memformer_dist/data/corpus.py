@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -49,6 +49,13 @@ class Shard(BaseModel):
     sha256: str
     documents: int
     tokens: int
+
+    @field_validator("name")
+    @classmethod
+    def _in_this_folder(cls, name: str) -> str:
+        if name in ("", "..") or "\0" in name or Path(name).name != name:  # a corpus from elsewhere reads nothing else
+            raise ValueError("expected the plain name of a file in the split's folder")
+        return name
 
 
 class Manifest(BaseModel):

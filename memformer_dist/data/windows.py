@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.segment import IGNORE, Segment
 
@@ -68,11 +68,29 @@ class WindowReader:
                 count += int((stop - start).sum())
         return count
 
-    def _fill(self, tokens: np.ndarray, labels: np.ndarray, document: int, start: int) -> int:
-        """Write one row, [S] each; returns the number of tokens that are not padding."""
+    def damage(self, start_tick: int, stop_tick: int) -> str | None:
+        """What is wrong with a document that the reader's lanes read in start <= tick < stop, or None.
+
+        Asked before a window, so that all processes can stop together instead of one in the middle of a collective.
+        """
+        rows = slice(self.lanes.start, self.lanes.stop)
+        try:
+            for tick in range(start_tick, stop_tick):
+                for document in self.schedule.at(tick).document[rows]:
+                    if document >= 0:
+                        self._check(int(document))
+        except CorpusError as error:
+            return str(error)
+        return None
+
+    def _check(self, document: int) -> None:
         if not self._checked[document]:
             self.corpus.check(document)
             self._checked[document] = True
+
+    def _fill(self, tokens: np.ndarray, labels: np.ndarray, document: int, start: int) -> int:
+        """Write one row, [S] each; returns the number of tokens that are not padding."""
+        self._check(document)
         end = int(self.corpus.lengths[document])
         stop = min(start + len(tokens), end)
         length = stop - start
