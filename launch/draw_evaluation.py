@@ -3,8 +3,8 @@
     pip install matplotlib
     python launch/draw_evaluation.py --run-dir runs/books_cpu --output docs/books_cpu.png
 
-Left: the evaluations on the way, from metrics.jsonl. Right: from summary.json, how much the loss on all held-out documents rises
-when something is taken away, by the number of segments since the document's start.
+Left: the evaluations on the way, from metrics.jsonl. Right: from summary.json, how much the loss on all held-out
+documents rises when something is taken away, by the number of segments since the document's start.
 """
 
 import argparse

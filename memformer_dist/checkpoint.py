@@ -308,12 +308,6 @@ def open_one(path: Path) -> Checkpoint:
     )
 
 
-def load_cell(path: Path, device: torch.device) -> tuple[Memformer, RunConfig]:
-    """The trained cell of a run (or of one checkpoint), in evaluation mode, and the run's configuration."""
-    checkpoint = open_one(path)
-    return checkpoint.cell(device), checkpoint.contents.config
-
-
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:
     return Memformer(
         config.model, vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length

@@ -364,8 +364,9 @@ def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, process):
     cell = memformer()
     path = save(tmp_path, process, 1, cell=cell)
     for place in (tmp_path, path):
-        loaded, config = checkpoint.load_cell(place, torch.device("cpu"))
-        assert not loaded.training and config == contents(1).config
+        saved = checkpoint.open_one(place)
+        loaded = saved.cell(torch.device("cpu"))
+        assert not loaded.training and saved.contents.config == contents(1).config
         assert torch.equal(losses(loaded), losses(cell.eval()))
     with torch.no_grad():
         cell.embedding.weight[5, 0] += 0.01
@@ -373,7 +374,7 @@ def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, process):
     flip(path / "weights-00000.safetensors")
     for place in (tmp_path, path):
         with pytest.raises(UserError, match="damaged\n  .*weights-00000.safetensors: found"):
-            checkpoint.load_cell(place, torch.device("cpu"))
+            checkpoint.open_one(place)
 
 
 @pytest.mark.parametrize(
