@@ -81,6 +81,9 @@ def start() -> Process:
         if "OMP_NUM_THREADS" not in os.environ:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        # Ranks of one machine need not listen on its network, nor need its name resolve.
+        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and "lo" in dict(socket.if_nameindex()).values():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo")
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
