@@ -49,6 +49,7 @@ def draw(run_dir: Path, output: Path) -> None:
     along.set(
         xlabel="million tokens", ylabel="held-out loss, nats a token", title="while training (some held-out segments)"
     )
+    along.set_ylim(top=records[0]["eval/loss"] + 0.3)  # a memory model without its state may be far out at first
     along.legend()
 
     losses = summary["eval_loss_by_segment_age"]
