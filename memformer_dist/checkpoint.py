@@ -223,6 +223,7 @@ def save(
         (partial / "manifest.json").write_bytes(MANIFEST.dump_json(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
             _flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # of a save whose end its run did not live to see
         partial.rename(final)
         _flush(folder)
         _remove_old(folder, contents.config.checkpoint.keep)
