@@ -6,7 +6,8 @@
     python launch/train.py --config configs/small.json            # one process
 
 Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
-A run is stopped by SIGTERM, SIGINT or SIGUSR1, or by `touch RUN/stop`: it saves a checkpoint and ends with exit code 0.
+A run is stopped by SIGTERM, SIGINT or SIGUSR1 to any of its ranks, or by `touch RUN/stop`: it saves a checkpoint and ends
+with exit code 0. A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running.
 """
 
 import argparse

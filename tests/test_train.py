@@ -248,7 +248,9 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
     """Start, interrupt once there is a step, see that it was saved; start again to the end."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     log = (run_dir.parent / f"{run_dir.name}.log").open("w+")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
@@ -258,6 +260,8 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
         time.sleep(0.05)
     how(process, run_dir)
     assert process.wait(timeout=60) in expected_codes, (run_dir.parent / f"{run_dir.name}.log").read_text()
+    with (run_dir / "lock").open() as file:  # the launcher may be gone before the ranks have saved
+        wait_for(lambda: free_lock(file))
     stopped_at = records(run_dir)[-1][0]
     assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
     assert not (run_dir / "summary.json").exists()
@@ -268,8 +272,24 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > stopped_at
 
 
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def free_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def send(number):
-    return lambda process, run_dir: process.send_signal(number)
+    """To the command and all that it has started, as a terminal and a batch system do."""
+    return lambda process, run_dir: os.killpg(process.pid, number)
 
 
 def touch_stop(process, run_dir):
@@ -296,7 +316,7 @@ def test_single_process_stops_on_a_signal_and_resumes(corpus_dir, tmp_path):
 
 @pytest.mark.full
 def test_deepspeed_launcher_terminated_saves_and_resumes(corpus_dir, tmp_path):
-    """SIGTERM to the launcher, which hands it to one rank after the other: the first is enough to stop all, saved."""
+    """The outer command dies of SIGTERM at once, the launcher below hands it to one rank after the other; the run saves."""
     command = [
         Path(sys.executable).parent / "deepspeed",
         "--num_gpus",
@@ -306,7 +326,7 @@ def test_deepspeed_launcher_terminated_saves_and_resumes(corpus_dir, tmp_path):
         "launch/train.py",
     ]
     command += ["--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]
-    interrupt_and_resume(command, send(signal.SIGTERM), tmp_path / "run", expected_codes=(0, 1))
+    interrupt_and_resume(command, send(signal.SIGTERM), tmp_path / "run", expected_codes=(0, 1, -signal.SIGTERM))
 
 
 @pytest.mark.full
