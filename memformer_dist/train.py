@@ -190,7 +190,9 @@ class Trainer:
             learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
         )
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
-        tokens, documents, *sums = self.process.sum([tokens, documents, *losses.sums.flatten().tolist()])
+        tokens, documents, drift, *sums = self.process.sum(
+            [tokens, documents, float(window.drift), *losses.sums.flatten().tolist()]
+        )
 
         position.step += 1
         position.tick += segments
@@ -203,7 +205,6 @@ class Trainer:
         interval.skipped += not result.applied
         if result.applied:
             interval.losses = [x + y for x, y in zip(interval.losses or [0.0] * len(sums), sums)]
-        drift = float(window.drift)
         interval.drift = max(interval.drift, drift if math.isfinite(drift) else math.inf)
         interval.rollout_s += window.rollout_s
         interval.wait_s += self.reader.wait_s - waited
