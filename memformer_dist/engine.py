@@ -1,7 +1,7 @@
 """The only file that imports DeepSpeed: build its engine, accumulate windows, reduce once, step.
 
 Everything here rests on what DeepSpeed 0.19.8 was measured to do under many backward passes per optimiser step
-(tests/test_engine.py holds the table of right and wrong ways):
+(tests/test_engine.py holds the right ways, and wrong ones that look right):
 
 - ZeRO 1-3: all backwards of a step run inside one `coalesce_grad_reduction()`, which keeps the gradient local and reduces it
   once when the block ends. Every parameter must get a gradient at least once inside it (memory replay sees to that).
