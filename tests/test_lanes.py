@@ -85,7 +85,7 @@ def test_each_epoch_deals_every_segment_once_and_documents_in_one_piece(
         for document, length in enumerate(lengths)
         for segment in range(-(-length // segment_length))
     ]
-    assert sorted(live) == sorted(every) and len(every) == epochs * schedule.segments_per_epoch
+    assert sorted(live) == sorted(every) and len(every) == epochs * schedule.segments.sum()
     assert any(row[0] >= 0 for row in table[-1])  # `ticks` is not too many
     for lane in zip(*table):
         for (document, segment, epoch, _), following in itertools.pairwise(lane):
@@ -108,7 +108,7 @@ def test_epochs_are_shuffled_by_the_seed():
 
 def test_number_of_ticks():
     schedule = LaneSchedule(np.array([8, 8, 8]), seed=0, lanes=2, segment_length=4, epochs=1)
-    assert schedule.ticks == 4 and schedule.segments_per_epoch == 6
+    assert schedule.ticks == 4 and schedule.segments.sum() == 6
     endless = LaneSchedule(np.array([8]), seed=0, lanes=2, segment_length=4)
     with pytest.raises(ValueError, match="endless"):
         _ = endless.ticks

@@ -156,13 +156,12 @@ class Corpus:
             )
 
 
-def open_corpora(folder: Path, *, tokenizer: Path | None = None) -> tuple[Corpus, Corpus]:
+def open_corpora(folder: Path) -> tuple[Corpus, Corpus]:
     """The training and validation split of a corpus.
 
-    Raises UserError where the splits, or `tokenizer` (by default the corpus's own), were made with different
-    tokenizers.
+    Raises UserError where one of them was made with another tokenizer than the corpus holds.
     """
-    tokenizer = tokenizer or folder / "tokenizer.model"
+    tokenizer = folder / "tokenizer.model"
     train, valid = Corpus.open(folder / "train"), Corpus.open(folder / "valid")
     try:
         found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()

@@ -85,10 +85,6 @@ class LaneSchedule:
         self._deal_documents(self._epochs * len(self.segments))
         return max(self._free) // self.lanes
 
-    @property
-    def segments_per_epoch(self) -> int:
-        return int(self.segments.sum())
-
     def concurrent_copies(self) -> int:
         """How many lanes at most read the same document at once, in the first epochs.
 
