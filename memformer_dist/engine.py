@@ -12,8 +12,9 @@ Everything here rests on what DeepSpeed 0.19.8 was measured to do under many bac
 """
 
 import contextlib
+import functools
 import warnings
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, Literal, NamedTuple
 
 import deepspeed
 import torch
@@ -29,6 +30,9 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import OptimizerConfig
 from memformer_dist.mrbp import memory_replay
 from memformer_dist.runtime import Process, reseed
+from memformer_dist.segment import Segment
+from memformer_dist.states import DeviceStates, HostStates
+from memformer_dist.zero3 import Gathering, Keep
 
 # Of torch, at every collective that DeepSpeed 0.19.8 makes by its old name.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
@@ -40,6 +44,7 @@ class Accumulated(NamedTuple):
     states: list[NamedTuple]  # of this rank's lane groups after the window, detached
     drift: Tensor  # largest difference between a state recomputed and rolled out, on this rank
     rollout_s: float
+    state_gradient_squares: Tensor  # [N], see mrbp.Replayed; of this rank's lanes
 
 
 class StepResult(NamedTuple):
@@ -66,6 +71,8 @@ class Engine:
         settings: the section `deepspeed` of the configuration.
         precision: "fp32" or "bf16".
         seed: of the dropout masks.
+        state_store: where a window's states are kept between rollout and replay.
+        keep_gathered: what ZeRO-3 does not gather anew for every use.
     """
 
     def __init__(
@@ -78,6 +85,8 @@ class Engine:
         precision: str = "fp32",
         gradient_clipping: float = 0.0,
         seed: int = 0,
+        state_store: Literal["device", "host"] = "device",
+        keep_gathered: Keep = "all",
     ):
         self.process, self.seed, self.clipping = process, seed, gradient_clipping
         # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
@@ -104,6 +113,10 @@ class Engine:
         )
         self.zero_stage = self.engine.zero_optimization_stage()
         self.module: RecurrentCell = self.engine.module
+        self.states = DeviceStates() if state_store == "device" else HostStates(process.device)
+        self.gathering = None
+        if self.zero_stage == 3:
+            self.gathering = Gathering(self.module, self.engine.optimizer.parameter_offload, keep_gathered)
 
     def __call__(self, part: str, *arguments):
         """The cell's forward as it is used without gradients (evaluation): the same parts in the same order on every rank."""
@@ -120,9 +133,6 @@ class Engine:
             yield
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
-
-    def backward(self, scalar: Tensor) -> None:
-        self.engine.backward(scalar, scale_wrt_gas=False)
 
     def accumulate(
         self,
@@ -142,22 +152,16 @@ class Engine:
         """
         # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
         loss_scale = self.process.world_size / max(1, valid_tokens)
-        device, results = self.process.device, []
-        with self.one_reduction():
+        results = []
+        with self.one_reduction(), self._gathered():
             for group, (window, state) in enumerate(zip(windows, states, strict=True)):
-
-                def call(part: str, t: int, segment, tensors):
-                    reseed(device, self.seed, window.start + t, self.process.rank, group, part == "readout")
-                    return self.engine(part, segment.to(device), tensors)
-
+                replay = functools.partial(self._call, window.start, group), self._backward, window, state
                 results.append(
                     memory_replay(
-                        call,
-                        self.backward,
-                        window,
-                        state,
+                        *replay,
                         loss_scale=loss_scale,
                         readout_group=readout_group,
+                        states=self.states,
                         observe=observe,
                     )
                 )
@@ -165,7 +169,34 @@ class Engine:
             [result.state for result in results],
             torch.stack([result.drift for result in results]).max(),
             sum(result.rollout_s for result in results),
+            torch.stack([result.state_gradient_squares for result in results]).sum(0),
         )
+
+    def _call(self, start: int, group: int, part: str, t: int, segment: Segment, tensors: NamedTuple):
+        """A part of the cell on the window's segment t, with the random state that belongs to it."""
+        device = self.process.device
+        reseed(device, self.seed, start + t, self.process.rank, group, part == "readout")
+        if self.gathering is not None:
+            if part == "readout":
+                self.gathering.begin_readout()
+            elif torch.is_grad_enabled():
+                self.gathering.begin_advance()
+        self._last_part = part
+        return self.engine(part, segment.to(device), tensors)
+
+    def _backward(self, scalar: Tensor) -> None:
+        self.engine.backward(scalar, scale_wrt_gas=False)
+        if self.gathering is not None and self._last_part == "readout":
+            self.gathering.end_readout()
+            self._last_part = "advance"  # whose backwards follow
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if self.gathering is not None:
+            self.gathering.begin_window()
+        yield
+        if self.gathering is not None:
+            self.gathering.end_window()
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip and apply the accumulated gradient, or drop it where its norm is not finite: on every rank alike."""

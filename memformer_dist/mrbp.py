@@ -4,11 +4,10 @@
     replay     for t = N-1 ... 0: recompute segment t from state_t with gradient, back-propagate its loss together with
                the gradient that arrived at its output state, hand the gradient of state_t on to segment t-1
 
-This is Algorithm 1 of Wu et al. (arXiv 2010.06891v2), with three differences. The last segment is never rolled out: its
-replay gives its output state. Its output state gets a zero gradient rather than none, so that every parameter of the
-writer has a gradient in every window (ZeRO-3 needs that, and it costs one writer's backward). And since every input state
-is known before the replay starts, `readout`, which no later segment waits for, runs over `readout_group` segments as one
-batch, with the features as the leaf where the two halves of the graph meet.
+This is Algorithm 1 of Wu et al. (arXiv 2010.06891v2), with two differences. The last segment is never rolled out: its
+replay gives its output state. And since every input state is known before the replay starts, `readout`, which no later
+segment waits for, runs over `readout_group` segments as one batch, with the features as the leaf where the two halves of
+the graph meet. A parameter that a window does not use, such as the writer's in a window of one segment, gets no gradient.
 
 Plain torch: this module knows no model and no DeepSpeed. It is given two callables,
     call(part, t, *arguments)   run the cell's "advance" or "readout"; `t` lets the caller set the random state, which must be
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from memformer_dist.segment import Segment, concatenate
+from memformer_dist.states import DeviceStates, HostStates
 
 Tensors = TypeVar("Tensors", bound=NamedTuple)  # a cell's state or features: a NamedTuple of lane-first tensors
 
@@ -31,6 +31,9 @@ class Replayed(NamedTuple):
     state: NamedTuple  # detached state after the window's last segment: where the next window starts
     rollout_s: float  # seconds
     drift: Tensor  # largest |recomputed - stored| over all states: 0 when replay repeats the rollout bit by bit
+    state_gradient_squares: (
+        Tensor  # [N], item t: ||dL/d(state that segment t starts from)||^2, over all lanes and leaves
+    )
 
 
 def as_leaves(tensors: Tensors) -> Tensors:
@@ -54,6 +57,16 @@ def _wait_for(state: NamedTuple) -> None:
         torch.cuda.synchronize(state[0].device)
 
 
+def _norm_square(gradients: NamedTuple) -> Tensor:
+    """Squared norm of all the floating-point leaves together."""
+    return sum(torch.linalg.vector_norm(x).square() for x in gradients if x.is_floating_point())
+
+
+def _largest_difference(tensors: NamedTuple, others: NamedTuple) -> Tensor:
+    pairs = [(x, y) for x, y in zip(tensors, others) if x.is_floating_point()]
+    return torch.stack([(x.detach() - y.detach()).abs().max() for x, y in pairs]).max()
+
+
 def memory_replay(
     call: Callable,
     backward: Callable[[Tensor], None],
@@ -62,44 +75,53 @@ def memory_replay(
     *,
     loss_scale: float,
     readout_group: int = 1,
+    states: DeviceStates | HostStates | None = None,
     observe: Callable[[int, Segment, Tensor], None] = lambda t, segment, nll: None,
 ) -> Replayed:
     """Accumulate the gradient of `loss_scale * sum(nll)` over a window into the parameters.
 
     Args:
-        segments: the window; item t is asked for once in the rollout and once in the replay, in the order
-            0 ... N-2, N-1 ... 0, and may be made on demand.
-        state: where the window starts; no gradient flows out of it.
+        call: call(part, t, segment, tensors) runs the cell's part on segment t of the window.
+        backward: accumulates the gradient of a scalar; `torch.Tensor.backward` where nothing else is wanted.
+        segments: the window, N segments of L lanes; item t is asked for once in the rollout and once in the replay, in the
+            order 0 ... N-2, N-1 ... 0, and may be made on demand.
+        state: where the window starts, lanes first; no gradient flows out of it.
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.
-        readout_group: segments whose readout runs as one batch. The activations of that many segments are alive at once.
+        readout_group: C, segments whose readout runs as one batch of C L lanes. The activations of that many segments are
+            alive at once.
+        states: where the stored states lie, empty; on the device unless given.
         observe: called as observe(t, segment, nll [L, S]) for every segment, last to first, with nll detached.
+
+    The comments name the lines of Algorithm 1 as the paper has it: the gradient of a memory is "nabla M", and the replay
+    buffer is `states`.
     """
+    states = DeviceStates() if states is None else states
     last = len(segments) - 1
-    states = [state]
     _wait_for(state)
     began = time.perf_counter()
-    with torch.no_grad():
+    states.push(state)
+    with torch.no_grad():  # the forward pass: fill the replay buffer
         for t in range(last):
             _, state = call("advance", t, segments[t], state)
-            states.append(state)
-
+            states.push(state)
     _wait_for(state)
     rollout_s = time.perf_counter() - began
 
-    gradient = final = following = None  # dL/d(output state of t); the window's last state; the stored state of t + 1
-    drifts = []
+    gradient = None  # dL/d(output state of segment t); none behind the window's last
+    final = following = None  # the window's last state; the stored state that segment t was rolled out to
+    drift = torch.zeros((), device=state[0].device)
+    squares: list[Tensor] = []  # of the gradients of the input states, last to first
     for stop in range(last + 1, 0, -readout_group):
         group = range(max(0, stop - readout_group), stop)
         advances = []  # of this group, last to first: (segment, leaves of the input state, features, output state)
-        for t in reversed(group):
+        for t in reversed(group):  # recompute each segment from its entry of the replay buffer, with a graph
             segment, inputs = segments[t], as_leaves(states.pop())
             features, output = call("advance", t, segment, inputs)
             advances.append((segment, inputs, features, output))
             if t == last:
                 final = output._make(x.detach() for x in output)
-                gradient = output._make(torch.zeros_like(x) for x in output)
             else:
-                drifts += [(x - y).detach().abs().max() for x, y in zip(output, following) if x.is_floating_point()]
+                drift = torch.maximum(drift, _largest_difference(output, following))
             following = inputs
 
         made = [features for _, _, features, _ in reversed(advances)]
@@ -113,9 +135,11 @@ def memory_replay(
             segment, inputs, features, output = advances.pop(0)
             rows = slice(position * lanes, (position + 1) * lanes)
             observe(t, segment, nll[rows].detach())
-            feature_gradient = leaves._make(x[rows] for x in gradients_of(leaves))
-            backward(inner_product(features, feature_gradient) + inner_product(output, gradient))
-            gradient = gradients_of(inputs)
-            del features, output  # this segment's graph, before the next is built
-    drift = torch.stack(drifts).max() if drifts else torch.zeros(())
-    return Replayed(final, rollout_s, drift)
+            surrogate = inner_product(features, leaves._make(x[rows] for x in gradients_of(leaves)))
+            if gradient is not None:
+                surrogate = surrogate + inner_product(output, gradient)
+            backward(surrogate)
+            gradient = gradients_of(inputs)  # nabla M_t, for the segment before
+            squares.append(_norm_square(gradient))
+            del features, output, surrogate  # this segment's graph, before the next is built
+    return Replayed(final, rollout_s, drift, torch.stack(squares[::-1]))

@@ -66,9 +66,22 @@ def reference_run(name, kind, learning_rate, steps, clipping=0.0):
 
 
 def engine_run(
-    process, name, kind, learning_rate, steps, *, stage, groups=1, readout_group=1, clipping=0.0, engine=None, skip=()
+    process,
+    name,
+    kind,
+    learning_rate,
+    steps,
+    *,
+    stage,
+    groups=1,
+    readout_group=1,
+    clipping=0.0,
+    engine=None,
+    skip=(),
+    between=lambda engine: None,
 ):
-    """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite."""
+    """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite;
+    `between(engine)` is called after each."""
     from memformer_dist.engine import Engine
 
     if engine is None:
@@ -108,6 +121,7 @@ def engine_run(
         assert result.applied and accumulated.drift == 0
         losses.append(process.sum([total])[0] / labels_in(window))
         norms.append(result.gradient_norm)
+        between(engine)
     return losses, norms, engine
 
 

@@ -1,11 +1,23 @@
 """The gradient of memory replay against full back-propagation through time, in float64."""
 
+import weakref
+
 import pytest
 import torch
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.mrbp import memory_replay
-from tests.toy import ToyCell, full_bptt, gradients, labels_in, random_window, relative_error, seeded_call
+from memformer_dist.states import DeviceStates, HostStates
+from tests.toy import (
+    ToyCell,
+    ToyState,
+    full_bptt,
+    gradients,
+    labels_in,
+    random_window,
+    relative_error,
+    seeded_call,
+)
 
 LANES, LENGTH, VOCABULARY = 3, 6, 11
 TOLERANCE = 1e-10
@@ -74,8 +86,7 @@ def reference(cell, window, *, readout_group, seed=0, detach_memory=False):
         readout_group=readout_group,
         detach_memory=detach_memory,
     )
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in cell.named_parameters()}
-    return grads, loss, state
+    return gradients(cell), loss, state
 
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
@@ -117,17 +128,6 @@ def test_unseeded_replay_drifts():
     assert result.drift > 1e-3
 
 
-@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_every_parameter_has_a_gradient_in_every_window(cell_name, segments):
-    """ZeRO-3 keeps the old gradient of a parameter that gets none: the writer's, in a window of one segment."""
-    cell = cell_named(cell_name)
-    window = random_window(segments, LANES, LENGTH, seed=2)
-    cell.zero_grad()
-    memory_replay(seeded_call(cell), torch.Tensor.backward, window, starting_state(cell), loss_scale=1.0)
-    assert [name for name, parameter in cell.named_parameters() if parameter.grad is None] == []
-
-
 def test_masked_labels_do_not_count():
     """Labels that are IGNORE have no part in loss and gradient; a window without labels has a gradient of zero."""
     cell = cell_named("encoder_decoder")
@@ -155,3 +155,158 @@ def test_segments_are_asked_for_in_order_and_one_at_a_time():
         seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, readout_group=2
     )
     assert asked == [0, 1, 2, 3, 4, 3, 2, 1, 0]
+
+
+# ---- gradients of the states ---------------------------------------------------------------------------------------------
+
+
+def state_gradient_norms(cell, window, *, only_next=False):
+    """Squared norms of dL/d(state entering segment t) by one graph; `only_next` counts the loss of segment t alone."""
+    call, state, scale = seeded_call(cell), starting_state(cell), 1 / labels_in(window)
+    states, losses = [], []
+    for t, segment in enumerate(window):
+        state = state._make(x.detach().requires_grad_(x.is_floating_point()) for x in state) if t == 0 else state
+        states.append(state)
+        features, state = call("advance", t, segment, state)
+        losses.append(call("readout", t, segment, features).sum() * scale)
+    squares = []
+    for t, state in enumerate(states):
+        loss = losses[t] if only_next else sum(losses[t:])
+        floating = [x for x in state if x.is_floating_point()]
+        squares.append(sum(g.square().sum() for g in torch.autograd.grad(loss, floating, retain_graph=True)))
+    return torch.stack(squares)
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+def test_norms_of_state_gradients(cell_name):
+    """At every boundary, against one graph of the whole window; what only the next segment hands back is something else."""
+    cell = cell_named(cell_name)
+    window = random_window(6, LANES, LENGTH, seed=9)
+    _, _, result = replayed(cell, window, readout_group=1)
+    expected = state_gradient_norms(cell, window)
+    torch.testing.assert_close(result.state_gradient_squares, expected, rtol=1e-10, atol=0)
+    assert result.state_gradient_squares.shape == (6,)
+    wrong = state_gradient_norms(cell, window, only_next=True)
+    assert ((wrong - expected).abs() > 1e-3 * expected).sum() >= 3  # not where every lane starts a document next
+
+
+# ---- long windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+@pytest.mark.parametrize("readout_group", [1, 5])
+def test_a_long_window_with_states_on_the_host_equals_full_bptt(cell_name, readout_group):
+    """The window of a million tokens scaled down to 64 segments: exact to the end, and the stack is empty afterwards."""
+    cell = cell_named(cell_name)
+    window = random_window(64, 2, 3, seed=1)
+    cell.segment_length = 3
+    state = cell.empty_state(2)
+    store = HostStates(torch.device("cpu"))
+    cell.zero_grad()
+    for _ in range(2):  # a store serves window after window
+        cell.zero_grad()
+        arguments = seeded_call(cell), torch.Tensor.backward, window, state
+        result = memory_replay(*arguments, loss_scale=1.0, readout_group=readout_group, states=store)
+    found = gradients(cell)
+    cell.zero_grad()
+    final, _ = full_bptt(seeded_call(cell), window, state, loss_scale=1.0, readout_group=readout_group)
+    assert relative_error(found, gradients(cell)) <= TOLERANCE
+    assert all(torch.equal(x, y) for x, y in zip(result.state, final))
+    with pytest.raises(IndexError):
+        store.pop()
+
+
+class Alive:
+    """Counts the bytes that graphs keep: use as the hooks of torch.autograd.graph.saved_tensors_hooks."""
+
+    def __init__(self):
+        self.bytes = self.most = 0
+
+    def pack(self, tensor):
+        return Kept(tensor, self)
+
+
+class Kept:
+    """A tensor that a graph keeps, for as long as it does."""
+
+    def __init__(self, tensor, alive):
+        self.tensor, self.alive = tensor.detach(), alive  # an output kept by its own graph would be a cycle
+        alive.bytes += tensor.nbytes
+        alive.most = max(alive.most, alive.bytes)
+
+    def __del__(self):
+        self.alive.bytes -= self.tensor.nbytes
+
+
+def most_alive(cell, segments: int, method, **options) -> tuple[int, int]:
+    """Bytes that graphs hold at most, and the largest number of segments that exist at a time."""
+    alive = Alive()
+    made = weakref.WeakSet()
+    most_segments = 0
+
+    class OnDemand:
+        def __len__(self):
+            return segments
+
+        def __getitem__(self, t):
+            nonlocal most_segments
+            if t >= segments:
+                raise IndexError(t)
+            segment = random_window(1, LANES, LENGTH, seed=t)[0]
+            made.add(segment.tokens)
+            most_segments = max(most_segments, len(made))
+            return segment
+
+    with torch.autograd.graph.saved_tensors_hooks(alive.pack, lambda kept: kept.tensor):
+        if method is memory_replay:
+            options |= {"states": HostStates(torch.device("cpu"))}
+            memory_replay(
+                seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, **options
+            )
+        else:
+            method(seeded_call(cell), OnDemand(), starting_state(cell), loss_scale=1.0, **options)
+    assert alive.bytes == 0
+    return alive.most, most_segments
+
+
+@pytest.mark.parametrize("cell_name", ["encoder_decoder", "decoder"])
+def test_activations_and_segments_alive_do_not_grow_with_the_window(cell_name):
+    """Of one segment, or of C; full BPTT, the control, holds those of the whole window."""
+    cell = cell_named(cell_name)
+    small, few = most_alive(cell, 4, memory_replay)
+    assert most_alive(cell, 48, memory_replay) == (small, few) and few <= 3
+    grouped, _ = most_alive(cell, 8, memory_replay, readout_group=4)
+    assert most_alive(cell, 48, memory_replay, readout_group=4)[0] == grouped < 4.5 * small
+    whole, _ = most_alive(cell, 8, full_bptt)
+    assert whole > 6 * small
+
+
+def test_host_states_are_copies_in_the_order_of_a_stack():
+    store = HostStates(torch.device("cpu"))
+    pushed = [ToyState(torch.randn(2, 3), torch.tensor([t, t])) for t in range(4)]
+    for state in pushed:
+        store.push(state)
+    expected = [state.memory.clone() for state in pushed]
+    for state in pushed:
+        state.memory.zero_()
+    for memory, state in zip(expected[::-1], pushed[::-1]):
+        found = store.pop()
+        assert torch.equal(found.memory, memory) and torch.equal(found.seen, state.seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies on a stream of their own")
+def test_host_states_on_a_gpu_equal_device_states():
+    """Several windows with states large enough for copies to be under way while kernels run."""
+    device = torch.device("cuda", 0)
+    cell = ToyCell(width=2048, dropout=0.3).to(device)
+    gradient = {}
+    for store in (DeviceStates(), HostStates(device)):
+        cell.zero_grad()
+        for seed in range(3):
+            window = [segment.to(device) for segment in random_window(24, 64, LENGTH, seed=seed)]
+            start = cell.empty_state(64, device=device)
+            memory_replay(
+                seeded_call(cell), torch.Tensor.backward, window, start, loss_scale=1e-3, states=store, readout_group=3
+            )
+        gradient[type(store)] = gradients(cell)
+    assert relative_error(gradient[HostStates], gradient[DeviceStates]) <= 1e-6

@@ -127,7 +127,8 @@ def full_bptt(call, window, state, *, loss_scale, readout_group=1, detach_memory
 
 
 def gradients(cell: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in cell.named_parameters()}
+    """Zero where a parameter was not used."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in cell.named_parameters()}
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -1,0 +1,168 @@
+"""What crosses the network in a window, counted inside torch.distributed on two ranks, and what ZeRO-3 keeps gathered."""
+
+import torch
+
+from benchmarks.collectives import Collectives
+from tests.ranks import run_ranks
+from tests.test_engine import Rows, engine_run, largest_difference, new_cell, reference_run, weights_of
+from tests.toy import labels_in, random_window
+
+LANES = 4
+
+
+def new_engine(process, stage, name="toy", **options):
+    from memformer_dist.engine import Engine
+
+    cell = new_cell(name)
+    zero = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # or all parameters of so small a cell would be kept for good
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+    return Engine(cell, optimizer, process, settings={"zero_optimization": zero}, **options)
+
+
+def collectives_of_a_window(process, engine, segments, groups, readout_group) -> Collectives:
+    """Of the second step: the first shows the engine which part uses what."""
+    share = LANES // process.world_size // groups
+    first = process.rank * share * groups
+    for step in range(2):
+        window = random_window(segments, LANES, 6, seed=step)
+        rows = [slice(first + group * share, first + (group + 1) * share) for group in range(groups)]
+        with Collectives() as seen:
+            engine.accumulate(
+                [Rows(window, part, start=0) for part in rows],
+                [engine.module.empty_state(share) for _ in range(groups)],
+                valid_tokens=labels_in(window),
+                readout_group=readout_group,
+            )
+        engine.step(0.1)
+    return seen
+
+
+def bytes_of(name: str, *prefixes: str, ranks: int = 1) -> int:
+    """Of the fp32 parameters whose names begin so; each padded to equal parts for `ranks`, as at ZeRO-3."""
+    sizes = [p.numel() for n, p in new_cell(name).named_parameters() if n.startswith(prefixes)]
+    return 4 * sum(-(-size // ranks) * ranks for size in sizes)
+
+
+# ---- the gradient --------------------------------------------------------------------------------------------------------
+
+
+def one_reduction_rank(process):
+    """One reduction a step and the bytes of plain data parallel, which a window of one segment in one group is."""
+    for stage in (0, 1, 2, 3):
+        total = bytes_of("toy", "", ranks=2 if stage == 3 else 1)
+        engine = new_engine(process, stage)
+        for segments in (2, 8, 32):
+            for groups in (1, 2):
+                seen = collectives_of_a_window(process, engine, segments, groups, readout_group=4)
+                case = f"ZeRO {stage}, {segments} segments, {groups} groups: {seen.record}"
+                kind = "reduce_scatter" if stage == 3 else "all_reduce"
+                assert seen.calls(kind) == 1 and seen.bytes(kind, torch.float32) == total, case
+                gathers = seen.calls("all_gather")
+                assert seen.calls() == 1 + gathers and (stage == 3 or gathers == 0), case
+
+
+def test_one_reduction_a_step_whatever_the_window():
+    run_ranks(2, one_reduction_rank)
+
+
+def many_reductions_rank(process):
+    import contextlib
+
+    engine = new_engine(process, 2)
+    engine.one_reduction = contextlib.nullcontext
+    seen = collectives_of_a_window(process, engine, 8, 1, 1)
+    assert seen.bytes("all_reduce") > 3 * bytes_of("toy", "")
+
+
+def test_the_count_sees_a_reduction_per_backward():
+    """The control: DeepSpeed's way without the block."""
+    run_ranks(2, many_reductions_rank)
+
+
+# ---- the parameters, at ZeRO-3 -------------------------------------------------------------------------------------------
+
+
+def gathers_rank(process):
+    """The toy cell's advance uses embedding, mix, write and initial, its readout embedding and head."""
+    embedding, head, write = (bytes_of("toy", module, ranks=2) for module in ("embedding", "head", "write"))
+    advance = bytes_of("toy", "embedding", "mix", "write", "initial", ranks=2)
+    for keep in ("none", "readout", "all"):
+        engine = new_engine(process, 3, keep_gathered=keep)
+        for segments, groups, readout_group in ((2, 1, 1), (8, 1, 4), (8, 2, 2), (32, 1, 8)):
+            seen = collectives_of_a_window(process, engine, segments, groups, readout_group)
+            readouts = groups * segments // readout_group
+            if keep == "all":  # the embedding with the advance's
+                expected, calls = advance + readouts * head, 1 + readouts
+            else:
+                # Rollout, forward, backward; the writer of the window's last segment has none.
+                of_advances = groups * ((3 * segments - 1) * advance - write)
+                expected = of_advances + readouts * (embedding + head) * (1 if keep == "readout" else 2)
+                calls = groups * ((3 * segments - 1) * 4 - 1) + readouts * (1 if keep == "readout" else 4)
+            found = seen.bytes("all_gather"), seen.calls("all_gather")
+            assert found == (expected, calls), f"{keep}, N {segments}, C {readout_group}, {groups} groups: {found}"
+            assert seen.calls("broadcast") == 0, "DeepSpeed compares its records of steps again"
+            assert all(p.ds_status.name == "NOT_AVAILABLE" for p in engine.module.parameters()), "kept after the window"
+
+
+def test_gathers_at_zero_3():
+    """N / C of the readout's parameters and one of the advance's where everything is kept; more where less is."""
+    run_ranks(2, gathers_rank)
+
+
+AROUND = ("embedding.", "normalise.", "memory_norm.", "encoder.", "writer.")
+
+
+def memformer_gathers_rank(process):
+    engine = new_engine(process, 3, "encoder_decoder")
+    seen = collectives_of_a_window(process, engine, 6, 1, 3)
+    decoder, rest = (bytes_of("encoder_decoder", *names, ranks=2) for names in (["decoder."], AROUND))
+    assert seen.bytes("all_gather") == rest + 2 * decoder
+    assert seen.calls("all_gather") == 1 + 2
+
+
+def test_memformers_decoder_is_gathered_once_a_group():
+    run_ranks(2, memformer_gathers_rank)
+
+
+def kept_sgd_rank(process):
+    _, _, expected = reference_run("encoder_decoder", "sgd", 0.2, steps=3)
+    for threshold in (0, 50):  # 50: some parameters are small enough to stay for good
+        for keep in ("none", "readout", "all"):
+            from memformer_dist.engine import Engine
+
+            cell = new_cell("encoder_decoder")
+            settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
+            optimizer = torch.optim.SGD(cell.parameters(), lr=0.2)
+            store = "host" if keep == "readout" else "device"
+            engine = Engine(cell, optimizer, process, settings=settings, keep_gathered=keep, state_store=store)
+            engine_run(
+                process,
+                "encoder_decoder",
+                "sgd",
+                0.2,
+                3,
+                stage=3,
+                groups=2,
+                readout_group=2,
+                engine=engine,
+                between=use,
+            )
+            difference = largest_difference(weights_of(engine), expected)
+            assert difference <= 1e-6, f"{keep}, threshold {threshold}: {difference}"
+
+
+def use(engine):
+    """What happens between windows: the cell is evaluated."""
+    engine.module.eval()
+    with torch.no_grad():
+        segment = random_window(1, 2, 6, seed=1)[0]
+        features, _ = engine("advance", segment, engine.module.empty_state(2))
+        engine("readout", segment, features)
+    engine.module.train()
+
+
+def test_kept_parameters_are_never_stale():
+    """Three SGD steps at ZeRO-3 equal full BPTT whatever is kept and wherever states lie, with evaluations in between."""
+    run_ranks(2, kept_sgd_rank)
