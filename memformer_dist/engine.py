@@ -3,16 +3,13 @@
 Everything here rests on what DeepSpeed 0.19.8 was measured to do under many backward passes per optimiser step
 (tests/test_engine.py holds the right ways, and wrong ones that look right):
 
-- ZeRO 1-3: all backwards of a step run inside one `coalesce_grad_reduction()`, which keeps the gradient local and reduces it
-  once when the block ends. Every parameter must get a gradient at least once inside it (memory replay sees to that).
-- ZeRO 0 does not support that block: the accumulation boundary is held off and the one reduction asked for by hand.
-- bf16 is autocast over fp32 parameters with no module declared safe for lower precision: the other settings that look right
-  accumulate or reduce in bf16, silently.
+- Many backwards, one reduction: reduction.py. What ZeRO-3 gathers, and how often: zero3.py.
+- bf16 is autocast over fp32 parameters with no module declared safe for lower precision, or bf16 parameters with the
+  reduction after every backward: the other settings that look right accumulate or reduce in bf16, silently.
 - `scale_wrt_gas=False` always; DeepSpeed averages over ranks, so the loss is multiplied by the world size.
 """
 
 import contextlib
-import functools
 import warnings
 from typing import Callable, Iterator, Literal, NamedTuple
 
@@ -21,7 +18,9 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import OptimizerConfig
 from memformer_dist.mrbp import memory_replay
+from memformer_dist.reduction import Reduce, Reduction
 from memformer_dist.runtime import Process, reseed
 from memformer_dist.segment import Segment
 from memformer_dist.states import DeviceStates, HostStates
@@ -69,8 +69,11 @@ class Engine:
         cell: on the CPU or the process's device, the same weights on every rank.
         optimizer: over the cell's parameters; torch's.
         settings: the section `deepspeed` of the configuration.
-        precision: "fp32" or "bf16".
+        precision: "fp32"; "bf16", autocast over fp32 parameters; or "bf16_parameters", whose fp32 originals and moments lie
+            with the optimiser (reduce="segment" alone, because bf16 parameters have bf16 gradients until they are reduced).
+        gradient_clipping: largest norm of the global gradient; 0 does not clip.
         seed: of the dropout masks.
+        reduce: "window", the gradient once, or "segment" (ZeRO 2 and 3), every backward's.
         state_store: where a window's states are kept between rollout and replay.
         keep_gathered: what ZeRO-3 does not gather anew for every use.
     """
@@ -85,10 +88,11 @@ class Engine:
         precision: str = "fp32",
         gradient_clipping: float = 0.0,
         seed: int = 0,
+        reduce: Reduce = "window",
         state_store: Literal["device", "host"] = "device",
         keep_gathered: Keep = "all",
     ):
-        self.process, self.seed, self.clipping = process, seed, gradient_clipping
+        self.process, self.seed = process, seed
         # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ours = {
@@ -97,9 +101,16 @@ class Engine:
             "gradient_clipping": gradient_clipping,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "managed_gradient_accumulation": reduce == "window",
         }
+        weights: dict[nn.Parameter, Tensor] = {}
         if precision == "bf16":
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        elif precision == "bf16_parameters":
+            ours["bf16"] = {"enabled": True}
+            ours["data_types"] = {"grad_accum_dtype": "fp32"}
+            ours["communication_data_type"] = "fp32"  # or every reduction is rounded to bf16
+            weights = {parameter: parameter.detach().clone() for parameter in cell.parameters()}
         # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model.
         numbers = sum(parameter.numel() for parameter in cell.parameters())
         zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, numbers)}
@@ -113,6 +124,9 @@ class Engine:
         )
         self.zero_stage = self.engine.zero_optimization_stage()
         self.module: RecurrentCell = self.engine.module
+        for parameter, weight in weights.items():  # DeepSpeed has made its fp32 weights of rounded ones
+            self._set_whole(parameter, weight.to(process.device))
+        self.reduction = Reduction(self.engine, reduce)
         self.states = DeviceStates() if state_store == "device" else HostStates(process.device)
         self.gathering = None
         if self.zero_stage == 3:
@@ -121,18 +135,6 @@ class Engine:
     def __call__(self, part: str, *arguments):
         """The cell's forward as it is used without gradients (evaluation): the same parts in the same order on every rank."""
         return self.engine(part, *arguments)
-
-    @contextlib.contextmanager
-    def one_reduction(self) -> Iterator[None]:
-        """All backwards inside add up locally; leaving the block averages the gradient over the ranks, once."""
-        if self.zero_stage > 0:
-            with self.engine.coalesce_grad_reduction():
-                yield
-        else:
-            self.engine.set_gradient_accumulation_boundary(False)
-            yield
-            self.engine.set_gradient_accumulation_boundary(True)
-            self.engine.allreduce_gradients()
 
     def accumulate(
         self,
@@ -153,12 +155,15 @@ class Engine:
         # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
         loss_scale = self.process.world_size / max(1, valid_tokens)
         results = []
-        with self.one_reduction(), self._gathered():
+        with self.reduction.of_a_step(), self._gathered():
             for group, (window, state) in enumerate(zip(windows, states, strict=True)):
-                replay = functools.partial(self._call, window.start, group), self._backward, window, state
+                replay = _Replay(self, window.start, group, is_last=group == len(windows) - 1)
                 results.append(
                     memory_replay(
-                        *replay,
+                        replay.call,
+                        replay.backward,
+                        window,
+                        state,
                         loss_scale=loss_scale,
                         readout_group=readout_group,
                         states=self.states,
@@ -171,24 +176,6 @@ class Engine:
             sum(result.rollout_s for result in results),
             torch.stack([result.state_gradient_squares for result in results]).sum(0),
         )
-
-    def _call(self, start: int, group: int, part: str, t: int, segment: Segment, tensors: NamedTuple):
-        """A part of the cell on the window's segment t, with the random state that belongs to it."""
-        device = self.process.device
-        reseed(device, self.seed, start + t, self.process.rank, group, part == "readout")
-        if self.gathering is not None:
-            if part == "readout":
-                self.gathering.begin_readout()
-            elif torch.is_grad_enabled():
-                self.gathering.begin_advance()
-        self._last_part = part
-        return self.engine(part, segment.to(device), tensors)
-
-    def _backward(self, scalar: Tensor) -> None:
-        self.engine.backward(scalar, scale_wrt_gas=False)
-        if self.gathering is not None and self._last_part == "readout":
-            self.gathering.end_readout()
-            self._last_part = "advance"  # whose backwards follow
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -235,12 +222,24 @@ class Engine:
                 value = moment(name, key).to(self.process.device)
                 if self.zero_stage == 0:
                     self._optimizer().state[parameter][key].copy_(value)
-                elif self.zero_stage == 3:  # the setter of whole tensors forgets that the last partition is padded
-                    size, rank, world = parameter.ds_tensor.numel(), self.process.rank, self.process.world_size
-                    padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
-                    safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)
                 else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    self._set_whole(parameter, value, key)
+
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set an fp32 weight, or the moment `key` of it, from the whole tensor. ZeRO 1-3."""
+        if self.zero_stage < 3:
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # The setters of whole tensors forget that the last partition is padded.
+        size, rank, world = parameter.ds_tensor.numel(), self.process.rank, self.process.world_size
+        own = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))[rank * size : (rank + 1) * size]
+        if key is None:
+            safe_set_local_fp32_param(parameter, own)
+        else:
+            safe_set_local_optimizer_state(parameter, own, key)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """torch's own."""
@@ -271,3 +270,35 @@ class Engine:
         if self.zero_stage == 3:
             return self.engine.optimizer.fp32_partitioned_groups_flat
         return self.engine.optimizer.single_partition_of_fp32_groups
+
+
+class _Replay:
+    """The two callables that memory replay works a lane group of a window through with; `is_last` of the step's groups."""
+
+    def __init__(self, engine: Engine, start: int, group: int, *, is_last: bool):
+        self.engine, self.start, self.group, self.is_last = engine, start, group, is_last
+        self.replayed = 0  # segments that were advanced with gradient and not yet gone backward through
+        self.part, self.t = "advance", 0  # of the last call
+
+    def call(self, part: str, t: int, segment: Segment, tensors: NamedTuple):
+        """A part of the cell on the window's segment t, with the random state that belongs to it."""
+        process, gathering = self.engine.process, self.engine.gathering
+        reseed(process.device, self.engine.seed, self.start + t, process.rank, self.group, part == "readout")
+        if part == "readout":
+            if gathering is not None:
+                gathering.begin_readout()
+        elif torch.is_grad_enabled():
+            self.replayed += 1
+            if gathering is not None:
+                gathering.begin_advance()
+        self.part, self.t = part, t
+        return self.engine(part, segment.to(process.device), tensors)
+
+    def backward(self, scalar: Tensor) -> None:
+        """Of a group's readout, then of each of its advances, last to first."""
+        of_readout, self.part = self.part == "readout", "advance"
+        self.replayed -= not of_readout
+        is_last = self.is_last and self.t == self.replayed == 0 and not of_readout
+        self.engine.reduction.backward(scalar, is_last=is_last)
+        if of_readout and self.engine.gathering is not None:
+            self.engine.gathering.end_readout()

@@ -16,15 +16,13 @@ Plain torch: this module knows no model and no DeepSpeed. It is given two callab
 """
 
 import time
-from typing import Callable, NamedTuple, Sequence, TypeVar
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-from memformer_dist.segment import Segment, concatenate
+from memformer_dist.segment import Segment, Tensors, concatenate
 from memformer_dist.states import DeviceStates, HostStates
-
-Tensors = TypeVar("Tensors", bound=NamedTuple)  # a cell's state or features: a NamedTuple of lane-first tensors
 
 
 class Replayed(NamedTuple):
@@ -83,7 +81,7 @@ def memory_replay(
     Args:
         call: call(part, t, segment, tensors) runs the cell's part on segment t of the window.
         backward: accumulates the gradient of a scalar; `torch.Tensor.backward` where nothing else is wanted.
-        segments: the window, N segments of L lanes; item t is asked for once in the rollout and once in the replay, in the
+        segments: the window, N segments of L lanes (NamedTuples of lane-first tensors); item t is asked for once in the rollout and once in the replay, in the
             order 0 ... N-2, N-1 ... 0, and may be made on demand.
         state: where the window starts, lanes first; no gradient flows out of it.
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.

@@ -7,11 +7,12 @@ predicted exactly once, and the end of the document (EOS) as well.
 A NamedTuple, because DeepSpeed's hooks rebuild tuples of tensors and change dicts in place.
 """
 
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Sequence, TypeVar
 
 import torch
 from torch import Tensor
 
+Tensors = TypeVar("Tensors", bound=NamedTuple)
 IGNORE = -100  # the label of padding and of positions that the corpus masks out of the loss
 
 
@@ -34,6 +35,6 @@ class Segment(NamedTuple):
         return Segment(*(column[index] for column in self))
 
 
-def concatenate(segments: Sequence[Segment]) -> Segment:
-    """Several segments of equal length S as one of more rows."""
-    return Segment(*(torch.cat(columns) for columns in zip(*segments)))
+def concatenate(segments: Sequence[Tensors]) -> Tensors:
+    """Several segments of equal length S as one of more rows. Any NamedTuple of lane-first tensors will do."""
+    return segments[0]._make(map(torch.cat, zip(*segments)))

@@ -10,11 +10,14 @@ from tests.toy import labels_in, random_window
 LANES = 4
 
 
-def new_engine(process, stage, name="toy", **options):
+ADVANCE = ("embedding", "mix", "write", "initial")  # of the toy cell; its readout uses embedding and head
+
+
+def new_engine(process, stage, name="toy", overlap_comm=False, **options):
     from memformer_dist.engine import Engine
 
     cell = new_cell(name)
-    zero = {"stage": stage}
+    zero = {"stage": stage, "overlap_comm": overlap_comm}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or all parameters of so small a cell would be kept for good
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
@@ -67,11 +70,48 @@ def test_one_reduction_a_step_whatever_the_window():
     run_ranks(2, one_reduction_rank)
 
 
+def overlapped_rank(process):
+    """With overlap_comm the readout's gradients set out before the last backward; the bytes stay the same."""
+    for stage in (1, 2, 3):
+        engine = new_engine(process, stage, overlap_comm=True)
+        before_backward = []
+        backward = engine.engine.backward
+
+        def watched(*arguments, **options):
+            before_backward.append(engine.reduction.engine.inside_no_sync_ctxt)
+            return backward(*arguments, **options)
+
+        engine.engine.backward = watched
+        seen = collectives_of_a_window(process, engine, 8, 2, readout_group=4)
+        kind = "reduce_scatter" if stage == 3 else "all_reduce"
+        assert seen.bytes(kind) == bytes_of("toy", "", ranks=2 if stage == 3 else 1), f"ZeRO {stage}"
+        # Two steps of two lane groups, each with two readouts and eight advances: all but the last add up locally.
+        assert before_backward == 2 * ([True] * 19 + [False]), f"ZeRO {stage}"
+
+
+def test_the_overlapped_reduction_has_the_same_bytes():
+    run_ranks(2, overlapped_rank)
+
+
+def sharded_rank(process):
+    """reduce="segment": each of the window's backwards reduces what it has touched, and nothing twice."""
+    embedding, head = (bytes_of("toy", module, ranks=2) for module in ("embedding", "head"))
+    write, advance = (bytes_of("toy", *modules, ranks=2) for modules in (["write"], ADVANCE))
+    engine = new_engine(process, 3, reduce="segment")
+    seen = collectives_of_a_window(process, engine, 8, 1, readout_group=4)
+    assert seen.bytes("reduce_scatter") == 8 * advance - write + 2 * (embedding + head)
+    assert seen.calls("reduce_scatter") == 8 + 2
+
+
+def test_the_reduction_of_every_backward():
+    run_ranks(2, sharded_rank)
+
+
 def many_reductions_rank(process):
     import contextlib
 
     engine = new_engine(process, 2)
-    engine.one_reduction = contextlib.nullcontext
+    engine.reduction.of_a_step = contextlib.nullcontext
     seen = collectives_of_a_window(process, engine, 8, 1, 1)
     assert seen.bytes("all_reduce") > 3 * bytes_of("toy", "")
 
@@ -85,9 +125,8 @@ def test_the_count_sees_a_reduction_per_backward():
 
 
 def gathers_rank(process):
-    """The toy cell's advance uses embedding, mix, write and initial, its readout embedding and head."""
     embedding, head, write = (bytes_of("toy", module, ranks=2) for module in ("embedding", "head", "write"))
-    advance = bytes_of("toy", "embedding", "mix", "write", "initial", ranks=2)
+    advance = bytes_of("toy", *ADVANCE, ranks=2)
     for keep in ("none", "readout", "all"):
         engine = new_engine(process, 3, keep_gathered=keep)
         for segments, groups, readout_group in ((2, 1, 1), (8, 1, 4), (8, 2, 2), (32, 1, 8)):

@@ -363,7 +363,7 @@ def many_backwards_rank(process):
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
         engine = Engine(cell, make_optimizer("sgd", cell, 0.2), process, settings=settings)
-        engine.one_reduction = contextlib.nullcontext
+        engine.reduction.of_a_step = contextlib.nullcontext
         engine_run(process, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
 
@@ -374,3 +374,32 @@ def test_backwards_outside_one_reduction_are_wrong():
     When this comes out right, DeepSpeed has changed, and engine.py may become simpler.
     """
     run_ranks(WORLD, many_backwards_rank)
+
+
+# ---- the other ways of reducing ------------------------------------------------------------------------------------------
+
+
+def other_reductions_rank(process, name, cases):
+    from memformer_dist.engine import Engine
+
+    _, norms, expected = reference_run(name, "sgd", 0.2, steps=3)
+    for stage, reduce, overlap, groups, readout_group in cases:
+        cell = new_cell(name)
+        zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}  # many buckets
+        engine = Engine(
+            cell, make_optimizer("sgd", cell, 0.2), process, settings={"zero_optimization": zero}, reduce=reduce
+        )
+        _, found_norms, _ = engine_run(
+            process, name, "sgd", 0.2, 3, stage=stage, groups=groups, readout_group=readout_group, engine=engine
+        )
+        case = f"ZeRO {stage}, {reduce}, overlap_comm {overlap}, {groups} lane groups"
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, case
+        assert found_norms == pytest.approx(norms, rel=1e-4), case
+
+
+@pytest.mark.parametrize("name", ["toy", "encoder_decoder"])
+def test_overlapped_and_sharded_reductions_equal_full_bptt(name):
+    """The last backward reduced as it goes (overlap_comm), and every backward reduced where its owner adds it up."""
+    cases = [(1, "window", True, 1, 2), (2, "window", True, 2, 1), (3, "window", True, 1, 2)]
+    cases += [(2, "segment", False, 2, 2), (3, "segment", True, 1, 1), (2, "segment", True, 1, 4)]
+    run_ranks(WORLD, other_reductions_rank, name, cases)
