@@ -8,7 +8,8 @@
 Of "window", ZeRO 1-3 go through `coalesce_grad_reduction()`, which reduces when the block ends. ZeRO 0 does not support it:
 there the accumulation boundary is held off and the reduction asked for by hand. With `overlap_comm: true`, the last
 backward (of the first segment's advance) runs after the block instead of in it: what it does not touch, all that belongs
-to the readout, sets out before it, and the rest as it becomes final, in DeepSpeed's buckets.
+to the readout, sets out before it, and the rest as it becomes final, in DeepSpeed's buckets. There, at ZeRO-3 and under
+"segment", all ranks must run the same modules (rule 6 of cells/base.py).
 
 Every parameter must have a gradient when the reduction comes, if only zeros. DeepSpeed passes over one that has none: at ZeRO-3
 it would keep the step's before, and where another rank has one, the ranks would reduce different things.
