@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from memformer_dist.cells.memformer import Memformer
 from memformer_dist.config import RunConfig
+from memformer_dist.curriculum import Progress
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.errors import UserError
 from memformer_dist.runtime import Process
@@ -53,6 +54,7 @@ class Interval(BaseModel, extra="forbid"):
     """Sums over the steps since the last record of the log, over all ranks. Saved, so that a resumed log repeats the run's."""
 
     steps: int = 0
+    ticks: int = 0
     labels: int = 0
     tokens: int = 0  # that are not padding
     documents: int = 0  # started
@@ -80,12 +82,21 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
         )
 
 
+class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
+    """What mrbp.readout_group "auto" has chosen. Kept, because the dropout masks of a readout depend on its batch."""
+
+    segments: int
+    lanes: int  # of a lane group, for which it was measured
+
+
 class Contents(BaseModel, extra="forbid"):
     """checkpoint.json."""
 
     version: Literal[1]
     position: Position
     interval: Interval = Interval()
+    curriculum: Progress | None = None  # of the window; None before there were curricula
+    readout_group: ReadoutGroup | None = None  # where it is chosen by the program
     corpus: str  # fingerprint of the training corpus
     anchor: bool  # never removed
     vocabulary: Vocabulary
@@ -133,6 +144,19 @@ class Checkpoint:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path}: was written by another version of this program; {field}: {first['msg']}")
+
+    def changes(self, config: RunConfig, corpus: str) -> dict:
+        """Fields of the configuration that differ from the checkpoint's, as {name: (saved, now)}.
+
+        Raises UserError where a run that goes on from here may not change them, or has a corpus of another fingerprint.
+        """
+        if self.contents.corpus != corpus:
+            raise UserError(
+                f"data.corpus: {config.data.corpus} is not the corpus that this run was trained on (fingerprint"
+                f" {corpus[:12]}, the run has {self.contents.corpus[:12]}); bring that one back, or start a fresh run"
+                " in another --run-dir"
+            )
+        return config.changes_since(self.contents.config)
 
     def files(self, prefix: str) -> list[Path]:
         return [self.path / name for name in sorted(self.manifest) if name.startswith(prefix)]
@@ -307,6 +331,18 @@ def open_one(path: Path) -> Checkpoint:
         if not damages
         else f"{path}: damaged{''.join(damages)}"
     )
+
+
+def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
+    """training.init_from, opened; UserError where it was trained with another tokenizer. Not collective."""
+    initial = open_one(path)
+    found, expected = initial.contents.vocabulary.tokenizer_sha256, vocabulary.tokenizer_sha256
+    if found != expected:
+        raise UserError(
+            f"training.init_from: {initial.path} was trained with another tokenizer than the corpus has: sha256"
+            f" {found[:16]}, expected {expected[:16]}"
+        )
+    return initial
 
 
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:

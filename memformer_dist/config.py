@@ -7,12 +7,13 @@ not die of the second typo. Each section is a model of its own; what relates two
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Annotated, Any, Iterable, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
 from typing_extensions import Self
 
 from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.curriculum import SHAPES, Window, WindowByMetric
 from memformer_dist.errors import UserError
 
 
@@ -30,15 +31,46 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
 
 
+TAGS = {*SHAPES, "<auto>"}  # of the members of unions, in pydantic's account of where an error lies
+
+
+def _number_or_auto(value: Any) -> str | None:
+    return "<number>" if isinstance(value, (int, float)) else "<auto>" if value == "auto" else None
+
+
 class MrbpConfig(Section):
-    window: PositiveInt = Field(
-        description="N, segments a window: the horizon of back-propagation and the tokens of a step"
+    window: Window = Field(
+        description="N, segments a window: the horizon of back-propagation and the tokens of a step; an integer, or a"
+        " schedule by step or by a metric (curriculum.py)"
     )
-    readout_group: PositiveInt = Field(
-        1, description="C, segments whose readout runs as one batch; activations of C are alive"
+    readout_group: Annotated[
+        Annotated[PositiveInt, Tag("<number>")] | Annotated[Literal["auto"], Tag("<auto>")],
+        Discriminator(
+            _number_or_auto, custom_error_type="readout_group", custom_error_message='expected an integer or "auto"'
+        ),
+    ] = Field(
+        1,
+        description="C, segments whose readout runs as one batch; activations of C are alive. More than 1 fills a GPU"
+        " that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times; auto: as many as the free"
+        " memory of the device holds, measured before the first step and kept for the run",
     )
     lanes_per_group: PositiveInt | None = Field(
         None, description="lanes of a rank worked on at once; null: all of them"
+    )
+    state_store: Literal["device", "host"] = Field(
+        "device",
+        description="where a window's N states wait for the replay; host: pinned memory of the host, for windows whose"
+        " states (mrbp/state_bytes) do not fit beside the activations",
+    )
+    reduce: Literal["window", "segment"] = Field(
+        "window",
+        description="window: one reduction a step, each rank holds one whole gradient; segment: at every backward,"
+        " about N times the bytes, gradients stay sharded (needs ZeRO 2 or 3): where a whole gradient does not fit",
+    )
+    keep_gathered: Literal["none", "readout", "all"] = Field(
+        "all",
+        description="ZeRO-3: all: advance's parameters are gathered once a window, the readout's once a group, the"
+        " fewest bytes on the wire; readout: only the latter, where both do not fit; none: every module at every use",
     )
 
 
@@ -57,8 +89,10 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     tokens: PositiveInt = Field(description="labels to train on, over all lanes and epochs: when the run ends")
     seed: int = Field(0, ge=0, description="initial weights and dropout")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast over fp32 parameters, fp32 gradients"
+    precision: Literal["fp32", "bf16", "bf16_parameters"] = Field(
+        "fp32",
+        description="bf16: autocast over fp32 parameters, fp32 gradients; bf16_parameters: bf16 parameters over sharded"
+        " fp32 master weights and gradients, where fp32 parameters do not fit (needs mrbp.reduce segment)",
     )
     init_from: str | None = Field(None, description="run directory or checkpoint: its weights alone start a fresh run")
     evaluate_every_tokens: PositiveInt | None = Field(None, description="null: only at the end")
@@ -96,7 +130,7 @@ OURS = {
     "torch_autocast": "training.precision",
     "data_types": "training.precision",
     "communication_data_type": "training.precision",
-    "managed_gradient_accumulation": "mrbp",
+    "managed_gradient_accumulation": "mrbp.reduce",
     "gradient_predivide_factor": "nothing: the loss is normalised over all ranks",
     "prescale_gradients": "nothing: the loss is normalised over all ranks",
     "sparse_gradients": "nothing: it does not work under ZeRO",
@@ -145,7 +179,7 @@ class RunConfig(Section):
 
     @property
     def zero_stage(self) -> int:
-        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        return _zero_stage(self.deepspeed)
 
     def lanes_per_group(self, world_size: int) -> int:
         return self.mrbp.lanes_per_group or self.data.lanes // world_size
@@ -249,16 +283,28 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _sentence(section: str, model: type[BaseModel], error: dict) -> str:
     """One problem found by pydantic, in words: the field, what was found, what was expected."""
-    field = ".".join([section, *(str(part) for part in error["loc"])])
+    known, location = model.model_fields, [section]
+    for part in error["loc"]:
+        if part in TAGS:  # of the shape that a value was taken for
+            known = SHAPES[part].model_fields if SHAPES.get(part) else known
+        elif part != "[key]":
+            location.append(str(part))
+    field, name = ".".join(location), location[-1]
     if error["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_nearest(str(error['loc'][-1]), model.model_fields)}"
+        return f"{field}: unknown key{_nearest(name, known)}"
     if error["type"] == "missing":
-        return f"{field}: missing; {model.model_fields[error['loc'][0]].description or 'required'}"
+        return f"{field}: missing; {(known[name].description if name in known else None) or 'required'}"
     if field == "training.precision" and error["input"] == "fp16":
         return f"{field}: found 'fp16', expected 'fp32' or 'bf16'; {OURS['fp16'].partition('(')[2].rstrip(')')}"
     if error["type"] == "value_error":  # a validator of ours: the message says what was found
         return f"{field}: {error['ctx']['error']}"
     return f"{field}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _zero_stage(deepspeed: Any) -> Any:
+    """Of the section as it stands in the file; None where it is not of its shape."""
+    zero = deepspeed.get("zero_optimization", {}) if isinstance(deepspeed, dict) else None
+    return zero.get("stage", 0) if isinstance(zero, dict) else None
 
 
 def _deepspeed_problems(section: Any) -> list[str]:
@@ -278,21 +324,41 @@ def _deepspeed_problems(section: Any) -> list[str]:
 
 def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
     """Problems that take two sections, or a section and the world, to see; sections with problems of their own are absent."""
-    data, mrbp = sections.get("data"), sections.get("mrbp")
-    if data is None:
-        return []
-    if data.lanes % world_size:
-        nearest = max(world_size, round(data.lanes / world_size) * world_size)
-        return [
-            f"data.lanes: found {data.lanes}, which the world size of {world_size} ranks does not divide; {nearest} would do"
-        ]
-    share = data.lanes // world_size
-    if mrbp is not None and mrbp.lanes_per_group and share % mrbp.lanes_per_group:
-        return [
-            f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {share} lanes of a rank"
-            f" (data.lanes {data.lanes} on {world_size} ranks)"
-        ]
-    return []
+    data, mrbp, training = (sections.get(name) for name in ("data", "mrbp", "training"))
+    problems = []
+    if data is not None:
+        share, rest = divmod(data.lanes, world_size)
+        if rest:
+            nearest = max(world_size, round(data.lanes / world_size) * world_size)
+            problems.append(
+                f"data.lanes: found {data.lanes}, which the world size of {world_size} ranks does not divide; {nearest}"
+                " would do"
+            )
+        elif mrbp is not None and mrbp.lanes_per_group and share % mrbp.lanes_per_group:
+            problems.append(
+                f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {share} lanes of a rank"
+                f" (data.lanes {data.lanes} on {world_size} ranks)"
+            )
+    if mrbp is None or training is None:
+        return problems
+    window = mrbp.window
+    if isinstance(window, WindowByMetric) and window.metric != "loss/train" and not training.evaluate_every_tokens:
+        problems.append(
+            f"mrbp.window.metric: found {window.metric!r}, which is measured on the way only where"
+            " training.evaluate_every_tokens is set"
+        )
+    stage = _zero_stage(sections["deepspeed"])
+    if mrbp.reduce == "segment" and stage in (0, 1):
+        problems.append(
+            f"mrbp.reduce: found 'segment' with deepspeed.zero_optimization.stage {stage}, which does not shard"
+            " gradients; expected 'window', or stage 2 or 3"
+        )
+    if training.precision == "bf16_parameters" and (mrbp.reduce != "segment" or stage in (0, 1)):
+        problems.append(
+            "training.precision: found 'bf16_parameters', whose fp32 gradients are sharded; expected with it"
+            " mrbp.reduce 'segment' and deepspeed.zero_optimization.stage 2 or 3"
+        )
+    return problems
 
 
 def _missing_shards(raw: dict) -> list[str]:

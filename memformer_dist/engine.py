@@ -111,9 +111,11 @@ class Engine:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
             ours["communication_data_type"] = "fp32"  # or every reduction is rounded to bf16
             weights = {parameter: parameter.detach().clone() for parameter in cell.parameters()}
-        # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model.
+        # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model. Where no full gradient is
+        # to be anywhere, the bucket must not be one.
         numbers = sum(parameter.numel() for parameter in cell.parameters())
-        zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, numbers)}
+        bucket = numbers if reduce == "window" else numbers // 8
+        zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, bucket)}
         zero |= settings.get("zero_optimization", {})
         cell.to(process.device)
         self.engine, *_ = deepspeed.initialize(

@@ -5,6 +5,10 @@ tokens, which is what runs of different batch sizes are compared by. Names of th
 TensorBoard draws equal names into one chart, where thousands of steps would be a point beside billions of tokens.
 metrics.jsonl has one object a record, with "step", "tokens" and "time"; null is a value that was not finite.
 
+A curve is a list in metrics.jsonl and a histogram in TensorBoard, one a record, whose buckets count nothing but draw:
+bucket x = 1, 2, ... reaches from x - 1/2 to x + 1/2 and is as high as the value there. In memory/grad_norm_by_boundary
+x is the number of segments before the window's end; the list has the boundaries from the window's start on.
+
 What a run wrote after the checkpoint that it resumes from is dropped, as it is about to be written again.
 """
 
@@ -17,11 +21,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from memformer_dist.checkpoint import Position
+from memformer_dist.runtime import Process
 from memformer_dist.segment import IGNORE, Segment
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
@@ -46,14 +52,26 @@ class Monitor:
             total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train"
         )
 
-    def log(self, position: Position, scalars: dict[str, float]) -> None:
+    def log(self, position: Position, scalars: dict[str, float], curves: dict[str, list[float]] | None = None) -> None:
+        """One record.
+
+        Args:
+            curves: values, not negative, at x = n, n - 1, ... 1: the last of a list is drawn at x = 1. TensorBoard gets
+                none that has a value that is not finite.
+        """
         if self.bar is None:
             return
+        record = {"step": position.step, "tokens": position.tokens, "time": round(time.time(), 3)}
         for name, value in scalars.items():
             self.by_step.add_scalar(name, value, position.step)
             self.by_tokens.add_scalar(f"tokens/{name}", value, position.tokens)
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        record = {"step": position.step, "tokens": position.tokens, "time": round(time.time(), 3), **finite}
+            record[name] = _finite(value)
+        for name, values in (curves or {}).items():
+            if all(map(math.isfinite, values)):
+                histogram = _histogram(values[::-1])
+                self.by_step.add_histogram_raw(name, **histogram, global_step=position.step)
+                self.by_tokens.add_histogram_raw(f"tokens/{name}", **histogram, global_step=position.tokens)
+            record[name] = [_finite(value) for value in values]
         self.records.write(json.dumps(record, allow_nan=False) + "\n")
         self.records.flush()
 
@@ -73,6 +91,28 @@ class Monitor:
                 part.close()
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _histogram(values: list[float]) -> dict:
+    """A histogram as TensorBoard stores it, whose bucket around x = 1, 2, ... holds `values` in turn.
+
+    TensorBoard drops empty buckets at both ends and takes min and max for the outer edges of what remains. Its
+    percentiles divide by num, hence the total.
+    """
+    drawn = [x for x, value in enumerate(values, start=1) if value] or [1]
+    return {
+        "min": drawn[0] - 0.5,
+        "max": drawn[-1] + 0.5,
+        "num": sum(values),
+        "sum": sum(x * value for x, value in enumerate(values, start=1)),
+        "sum_squares": sum(x * x * value for x, value in enumerate(values, start=1)),
+        "bucket_limits": [x + 0.5 for x in range(1, len(values) + 1)],
+        "bucket_counts": values,
+    }
+
+
 def _continue(path: Path, step: int) -> Path:
     """Drop the records after `step`, which a resumed run will write again."""
     if path.exists():
@@ -85,6 +125,19 @@ def _continue(path: Path, step: int) -> Path:
         partial.write_text("".join(kept))
         partial.rename(path)
     return path
+
+
+def boundary_norms(state_gradient_squares: Tensor, process: Process) -> list[float]:
+    """Norms over the lanes of all ranks of dL/d(state at a boundary), L the mean loss of the window. A collective call.
+
+    The N - 1 boundaries from the window's start on: the last item knows of the last segment's loss alone. Read from
+    there, the norms grow until losses further on no longer reach back: that is the gradient's real horizon.
+
+    Args:
+        state_gradient_squares: [N], of this rank; of a loss that is L times the world size (Engine.accumulate).
+    """
+    squares = process.sum(state_gradient_squares[1:].tolist())
+    return [math.sqrt(square) / process.world_size for square in squares]
 
 
 def _commit() -> str | None:

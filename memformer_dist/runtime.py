@@ -61,6 +61,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def ranks_of_this_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+
+
 def start() -> Process:
     """Join the process group and choose the device."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -79,8 +83,7 @@ def start() -> Process:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which guesses otherwise
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_host()))
         # Ranks of one machine need not listen on its network, nor need its name resolve.
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and "lo" in dict(socket.if_nameindex()).values():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -95,6 +98,51 @@ def reseed(device: torch.device, *coordinates: int) -> None:
     """
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     generator.manual_seed(int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0]))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of `device` that this rank may still take.
+
+    Of a GPU, what the driver has free and what torch's allocator holds without using it. Of a host, what the system can give
+    without swapping or what the limits of a batch job or container (cgroups) leave, whichever is less, in equal shares for the
+    ranks of the host.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return host_free_bytes(Path("/")) // ranks_of_this_host()
+
+
+# Where a hierarchy of cgroups is mounted, by its controller in /proc/self/cgroup (version 2 names none); its files of limit
+# and usage; and the entry of its memory.stat for page cache that is given back first: counted as used, yet free.
+CGROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def host_free_bytes(root: Path) -> int:
+    """As free_bytes, for all ranks of the host together; `root` is where /proc and /sys are."""
+    room = int(_table(root / "proc/meminfo")["MemAvailable:"]) * 1024
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controller, path = line.split(":", 2)
+        if controller not in CGROUPS:
+            continue
+        mount, limit, used, cache = CGROUPS[controller]
+        # The groups above have limits too. In a container the path may be the host's and lead nowhere: its end is the mount.
+        own = root / mount / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(root / mount):
+                break
+            if (group / limit).exists() and (most := (group / limit).read_text().strip()) != "max":
+                cached = int(_table(group / "memory.stat").get(cache, 0))
+                room = min(room, int(most) - int((group / used).read_text()) + cached)
+    return max(0, room)
+
+
+def _table(file: Path) -> dict[str, str]:
+    """The first two words of every line."""
+    return dict(line.split()[:2] for line in file.read_text().splitlines())
 
 
 class StopRequest:

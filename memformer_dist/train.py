@@ -2,9 +2,10 @@
 
     deepspeed launch/train.py --config configs/base.json --run-dir runs/base
 
-One step trains on one window: N contiguous segments of every lane. What a step needs is a pure function of the position (tick,
-tokens) and the configuration; the only things carried from step to step are weights, Adam's moments and the lanes' states, and
-these are what a checkpoint holds. So the same command starts a run, resumes it, or finds it finished.
+One step trains on one window: N contiguous segments of every lane. What a step needs is a pure function of the position
+(tick, tokens) and the configuration; the only things carried from step to step are weights, Adam's moments, the lanes'
+states and the curriculum's, and these are what a checkpoint holds. So the same command starts a run, resumes it, or
+finds it finished.
 """
 
 import json
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 
 from memformer_dist import checkpoint, evaluate, monitor
-from memformer_dist.checkpoint import Contents, Interval, Position, Vocabulary, build_cell
+from memformer_dist.checkpoint import Contents, Interval, Position, ReadoutGroup, Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
+from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.engine import Engine, StepResult, adamw
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
+from memformer_dist.grouping import choose_readout_group
 from memformer_dist.runtime import Process, StopRequest, claim, reseed
 from memformer_dist.segment import Segment
 
@@ -44,6 +47,15 @@ def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> fl
 def crosses(before: int, after: int, every: int | None) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return every is not None and after // every > before // every
+
+
+class Trained(NamedTuple):
+    """What a step leaves for the log and the curriculum."""
+
+    result: StepResult
+    nll: float  # over all ranks; 0, as the labels, where the step was skipped
+    labels: float
+    state_gradient_squares: Tensor  # [N], of this rank's lanes and of the loss that the engine scales
 
 
 class Trainer:
@@ -69,7 +81,15 @@ class Trainer:
         self.position = self.resumed.contents.position if self.resumed else Position()
         self.interval = self.resumed.contents.interval if self.resumed else Interval()
         self.earlier_s = self.position.wall_s
-        self.changes = self._check_resumption()
+        self.changes = self.resumed.changes(config, self.train_corpus.fingerprint) if self.resumed else {}
+        self.curriculum = Curriculum(
+            config.mrbp.window,
+            self.position.step,
+            self.resumed and self.resumed.contents.curriculum,
+            changed="mrbp.window" in self.changes,
+        )
+        auto = config.mrbp.readout_group == "auto"
+        self.chosen_group = self.resumed.contents.readout_group if self.resumed and auto else None
         self.vocabulary = Vocabulary.of(self.train_corpus)
         reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
@@ -77,7 +97,7 @@ class Trainer:
         if self.resumed:
             self.resumed.load_weights(cell)
         elif config.training.init_from:
-            self._initial_checkpoint().load_weights(cell)
+            checkpoint.open_initial(Path(config.training.init_from), self.vocabulary).load_weights(cell)
         self.engine = Engine(
             cell,
             adamw(cell, config.optimizer),
@@ -86,6 +106,9 @@ class Trainer:
             precision=config.training.precision,
             gradient_clipping=config.optimizer.gradient_clipping,
             seed=config.training.seed,
+            reduce=config.mrbp.reduce,
+            state_store=config.mrbp.state_store,
+            keep_gathered=config.mrbp.keep_gathered,
         )
         self.states = [self.engine.module.empty_state(len(group), device=process.device) for group in self.groups]
         if self.resumed:
@@ -99,30 +122,6 @@ class Trainer:
         )
         self._introduce()
 
-    def _check_resumption(self) -> dict:
-        """The configuration's changes since the checkpoint; UserError where one may not change."""
-        if self.resumed is None:
-            return {}
-        saved = self.resumed.contents
-        if saved.corpus != self.train_corpus.fingerprint:
-            raise UserError(
-                f"data.corpus: {self.config.data.corpus} is not the corpus that this run was trained on (fingerprint"
-                f" {self.train_corpus.fingerprint[:12]}, the run has {saved.corpus[:12]}); bring that one back, or start a"
-                " fresh run in another --run-dir"
-            )
-        return self.config.changes_since(saved.config)
-
-    def _initial_checkpoint(self) -> checkpoint.Checkpoint:
-        """training.init_from; UserError where it was trained with another tokenizer."""
-        initial = checkpoint.open_one(Path(self.config.training.init_from))
-        found, expected = initial.contents.vocabulary.tokenizer_sha256, self.vocabulary.tokenizer_sha256
-        if found != expected:
-            raise UserError(
-                f"training.init_from: {initial.path} was trained with another tokenizer than the corpus has: sha256"
-                f" {found[:16]}, expected {expected[:16]}"
-            )
-        return initial
-
     # ---- the loop ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str | None:
@@ -132,21 +131,23 @@ class Trainer:
         if self.process.is_main and not self._done():
             (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one continues
         reason = self._evaluate_if_due()  # where the run was stopped before it could
+        readout_group = None if reason or self._done() else self._readout_group()
         skipped_in_a_row = 0
         while not (reason or self._done()):
             self._check_next_window()
             tokens_before = position.tokens
-            result = self._step()
+            trained = self._step(readout_group)
             reason = self._agreed_stop()
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+            skipped_in_a_row = 0 if trained.result.applied else skipped_in_a_row + 1
             if position.step % config.monitor.log_every_steps == 0 or self._done():
-                self._log(result)
+                self._log(trained)
             if skipped_in_a_row == config.training.skipped_steps_limit:
                 raise UserError(
                     f"training.skipped_steps_limit: the gradients of {skipped_in_a_row} steps in a row, up to step"
                     f" {position.step}, were not finite; the last checkpoint is of step {self.saved.step}. A lower"
                     " optimizer.learning_rate usually helps"
                 )
+            self._tell(self.curriculum.after_step(position.step, trained.nll, trained.labels))
             if not reason:
                 reason = self._evaluate_if_due()
             if reason or self._done() or crosses(tokens_before, position.tokens, config.checkpoint.every_tokens):
@@ -159,16 +160,36 @@ class Trainer:
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
         tick = self.position.tick
-        damage = self.process.spread(self.reader.damage(tick, tick + self.config.mrbp.window))
+        damage = self.process.spread(self.reader.damage(tick, tick + self.curriculum.window))
         if damage is not None:
             self._save()
             raise CorpusError(damage)
 
-    def _step(self) -> StepResult:
+    def _readout_group(self) -> int:
+        """mrbp.readout_group. "auto" is chosen once, by measuring a segment, and kept in the checkpoint.
+
+        The choice leaves room for the longest window to come. It is made anew where lane groups have another size.
+        """
+        configured, lanes, frozen = self.config.mrbp.readout_group, self.groups[0], self.chosen_group
+        if configured != "auto":
+            return configured
+        if frozen is None or frozen.lanes != len(lanes):
+            self._check_next_window()
+            segment, window = self.reader.segment(self.position.tick, lanes), self.curriculum.largest
+            choice = choose_readout_group(self.engine, segment, self.states[0], self.process, window=window)
+            self.chosen_group = ReadoutGroup(segments=choice.readout_group, lanes=len(lanes))
+            self.monitor.say(
+                f"mrbp.readout_group: {choice.readout_group} segments, for a segment of {len(lanes)} lanes takes"
+                f" {choice.segment_bytes / 2**20:,.1f} MiB, {choice.free_bytes / 2**20:,.0f} MiB are free, and"
+                f" a window has {window} segments at most; kept for the rest of the run"
+            )
+        return self.chosen_group.segments
+
+    def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
         began, waited = time.perf_counter(), self.reader.wait_s
         config, position, interval = self.config, self.position, self.interval
-        segments = config.mrbp.window
+        segments = self.curriculum.window
         valid_tokens = self.reader.valid_tokens(position.tick, position.tick + segments)
         losses = LossByAge(self.process.device, LOGGED_AGES)
         tokens = documents = 0
@@ -183,7 +204,7 @@ class Trainer:
             [self.reader.window(position.tick, segments, group) for group in self.groups],
             self.states,
             valid_tokens=valid_tokens,
-            readout_group=config.mrbp.readout_group,
+            readout_group=readout_group,
             observe=observe,
         )
         result = self.engine.step(
@@ -199,6 +220,7 @@ class Trainer:
         position.tokens += valid_tokens
         position.updates += result.applied
         interval.steps += 1
+        interval.ticks += segments
         interval.labels += valid_tokens
         interval.tokens += int(tokens)
         interval.documents += int(documents)
@@ -210,7 +232,9 @@ class Trainer:
         interval.wait_s += self.reader.wait_s - waited
         interval.step_s += time.perf_counter() - began
         position.seconds += time.perf_counter() - began
-        return result
+        ages = len(LOGGED_AGES)
+        nll, labels = (sum(sums[:ages]), sum(sums[ages:])) if result.applied else (0.0, 0.0)
+        return Trained(result, nll, labels, window.state_gradient_squares)
 
     def _finite_lanes(self, state: NamedTuple) -> NamedTuple:
         """After a window whose gradient was not finite: lanes whose state is not finite start again from the empty one."""
@@ -224,13 +248,20 @@ class Trainer:
         """Who asked any rank to stop: the same answer on all of them."""
         return self.process.spread(self.stop.reason())
 
+    def _tell(self, change: str | None) -> None:
+        if change:
+            self.monitor.say(f"step {self.position.step}: {change}")
+
     def _evaluate_if_due(self) -> str | None:
         """Evaluate once every training.evaluate_every_tokens; returns who asked to stop meanwhile."""
         position, training = self.position, self.config.training
         if self._done() or not crosses(position.evaluated, position.tokens, training.evaluate_every_tokens):
             return None
-        if self._evaluate("eval", training.evaluate_ticks) is not None:
+        losses = self._evaluate("eval", training.evaluate_ticks)
+        if losses is not None:
             position.evaluated = position.tokens
+            carried = losses["carried"].loss
+            self._tell(self.curriculum.after_evaluation(carried, losses["no_memory"].loss - carried))
         return self._agreed_stop()
 
     # ---- evaluation -------------------------------------------------------------------------------------------------------
@@ -309,6 +340,8 @@ class Trainer:
             version=checkpoint.VERSION,
             position=self.position,
             interval=self.interval,
+            curriculum=self.curriculum.progress,
+            readout_group=self.chosen_group,
             corpus=self.train_corpus.fingerprint,
             anchor=crosses(self.saved.tokens, self.position.tokens, self.config.checkpoint.anchor_every_tokens),
             vocabulary=self.vocabulary,
@@ -318,22 +351,24 @@ class Trainer:
         checkpoint.save(self.run_dir, self.engine, self.process, contents=contents, lanes=self.lanes, state=state)
         self.saved = self.position.model_copy()
 
-    def _log(self, result: StepResult) -> None:
-        """A record of the interval, which begins anew."""
+    def _log(self, trained: Trained) -> None:
+        """A record of the interval, which begins anew. Collective."""
         process, config, interval, position = self.process, self.config, self.interval, self.position
         losses = Losses.of(interval.losses, LOGGED_AGES)
-        positions = interval.steps * config.mrbp.window * config.data.lanes * config.data.segment_length
+        positions = interval.ticks * config.data.lanes * config.data.segment_length
+        window = len(trained.state_gradient_squares)
         rate = interval.labels / interval.step_s
         scalars = {
             "loss/train": losses.loss,
             **{f"loss/by_segment_age/{age}": loss for age, loss in losses.by_age.items()},
             "optim/lr": learning_rate(config.optimizer, position.tokens, config.training.tokens),
-            "optim/grad_norm": result.gradient_norm,
+            "optim/grad_norm": trained.result.gradient_norm,
             "optim/skipped": interval.skipped,
             **{f"memory/{name}": value for name, value in self._diagnose().items()},
+            "mrbp/window": window,
             "mrbp/replay_drift": interval.drift,
             "mrbp/rollout_share": interval.rollout_s / interval.step_s,
-            "mrbp/state_bytes": config.mrbp.window * sum(x.nbytes for x in self.states[0]),
+            "mrbp/state_bytes": window * sum(x.nbytes for x in self.states[0]),
             "data/pad_fraction": 1 - interval.tokens / positions,
             "data/wait_s": interval.wait_s,
             "data/documents_started": interval.documents,
@@ -346,7 +381,10 @@ class Trainer:
         if process.device.type == "cuda":
             scalars["device/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             scalars["device/alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-        self.monitor.log(position, scalars)
+        curves = {}
+        if window > 1:
+            curves["memory/grad_norm_by_boundary"] = monitor.boundary_norms(trained.state_gradient_squares, process)
+        self.monitor.log(position, scalars, curves)
         self.monitor.advance(position, losses.loss, rate)
         self.interval = Interval()
 
@@ -364,7 +402,7 @@ class Trainer:
         """Say what is about to happen, and record how the run was started."""
         if not self.process.is_main:
             return
-        data, say = self.config.data, self.monitor.say
+        data, window, say = self.config.data, self.config.mrbp.window, self.monitor.say
         (self.run_dir / "config.json").write_text(self.config.to_json())
         shutil.copyfile(Path(data.corpus) / "tokenizer.model", self.run_dir / "tokenizer.model")
         monitor.record_start(self.run_dir, self.process.world_size, self.position.step)
@@ -372,12 +410,15 @@ class Trainer:
             f"{self.parameters:,} parameters, vocabulary {self.vocabulary.size}; {len(self.train_corpus.lengths):,} documents,"
             f" {self.train_corpus.total_tokens:,} tokens; {self.process.world_size} ranks on {self.process.device.type}, ZeRO"
             f" {self.config.zero_stage}, {self.config.training.precision}; a step is {data.lanes} lanes x"
-            f" {self.config.mrbp.window} segments x {data.segment_length} tokens"
+            f" {self.curriculum.window} segments x {data.segment_length} tokens"
+            + ("" if isinstance(window, int) else f"; mrbp.window: {window}")
         )
         if self.resumed:
             say(f"resumed from {self.resumed.path} at step {self.position.step}, {self.position.tokens:,} tokens")
         for name, (then, now) in self.changes.items():
             say(f"changed since: {name} was {then!r}, is {now!r}")
+        if "mrbp.window" in self.changes:
+            say(f"windows of {self.curriculum.window} segments from here")
         copies = self.schedule.concurrent_copies()
         if copies > 1:
             say(

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from memformer_dist import checkpoint
-from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, Position, Vocabulary
+from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, Position, ReadoutGroup, Vocabulary
 from memformer_dist.config import RunConfig
+from memformer_dist.curriculum import Progress
 from memformer_dist.errors import UserError
 from memformer_dist.runtime import Process
 from tests.conftest import ROOT
@@ -41,7 +42,7 @@ def contents(step: int, *, keep: int = 2, anchor: bool = False, model: dict = MO
     config = RunConfig(
         model=model,
         data={"corpus": "nowhere", "lanes": LANES, "segment_length": SEGMENT_LENGTH},
-        mrbp={"window": 2},
+        mrbp={"window": {"first": 1, "last": 9, "metric": "loss/train", "threshold": 0.1, "every_steps": 5}},
         training={"tokens": 1000},
         checkpoint={"keep": keep},
     )
@@ -50,6 +51,8 @@ def contents(step: int, *, keep: int = 2, anchor: bool = False, model: dict = MO
     return Contents(
         version=checkpoint.VERSION,
         position=position,
+        curriculum=Progress(window=step + 1, steps=step, nll=step / 3, labels=7.0),
+        readout_group=ReadoutGroup(segments=2, lanes=4),
         corpus="f" * 64,
         anchor=anchor,
         vocabulary=vocabulary,
@@ -308,15 +311,34 @@ def test_an_interrupted_save_is_no_checkpoint(tmp_path, process):
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, process):
-    """It stays where it is: an older program can still read it."""
-    path = save(tmp_path, process, 1)
+def rewrite(path, change) -> None:
+    """Change checkpoint.json as another version of the program might have written it, manifest included."""
     raw = json.loads((path / "checkpoint.json").read_text())
-    raw["config"]["mrbp"]["renamed"] = raw["config"]["mrbp"].pop("window")
+    change(raw)
     (path / "checkpoint.json").write_text(json.dumps(raw))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["checkpoint.json"] = checkpoint._digest(path / "checkpoint.json").model_dump()
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_from_before_there_were_curricula(tmp_path, process):
+    def before(raw: dict) -> None:
+        del raw["curriculum"], raw["readout_group"], raw["interval"]["ticks"]
+        raw["config"]["mrbp"] = {"window": 2, "readout_group": 1, "lanes_per_group": None}
+
+    rewrite(save(tmp_path, process, 1), before)
+    found = checkpoint.newest(tmp_path, process).contents
+    assert found.curriculum is None and found.readout_group is None
+    assert found.config.mrbp.window == 2 and found.config.mrbp.reduce == "window"
+
+
+def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, process):
+    """It stays where it is: an older program can still read it."""
+
+    def rename(raw: dict) -> None:
+        raw["config"]["mrbp"]["renamed"] = raw["config"]["mrbp"].pop("window")
+
+    rewrite(save(tmp_path, process, 1), rename)
     message = "checkpoint.json: was written by another version of this program; config.mrbp.window: Field required"
     with pytest.raises(UserError, match=message):
         checkpoint.newest(tmp_path, process).contents

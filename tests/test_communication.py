@@ -13,11 +13,11 @@ LANES = 4
 ADVANCE = ("embedding", "mix", "write", "initial")  # of the toy cell; its readout uses embedding and head
 
 
-def new_engine(process, stage, name="toy", overlap_comm=False, **options):
+def new_engine(process, stage, name="toy", overlap_comm=False, bucket=10**6, **options):
     from memformer_dist.engine import Engine
 
     cell = new_cell(name)
-    zero = {"stage": stage, "overlap_comm": overlap_comm}
+    zero = {"stage": stage, "overlap_comm": overlap_comm, "reduce_bucket_size": bucket}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or all parameters of so small a cell would be kept for good
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)

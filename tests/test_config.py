@@ -47,7 +47,13 @@ def test_the_configuration_of_the_other_tests_is_good(config):
         ("data.segment_length", 0, "data.segment_length: found 0; input should be greater than 0"),
         ("data.corpus", 5, "data.corpus: found 5; input should be a valid string"),
         ("training.tokens", None, "training.tokens: found None; input should be a valid integer"),
-        ("training.precision", "fp8", "training.precision: found 'fp8'; input should be 'fp32' or 'bf16'"),
+        ("training.precision", "fp8", "training.precision: found 'fp8'; input should be 'fp32', 'bf16' or 'bf16_par"),
+        ("mrbp.readout_group", 0, "mrbp.readout_group: found 0; input should be greater than 0"),
+        ("mrbp.readout_group", "all", "mrbp.readout_group: found 'all'; expected an integer or \"auto\""),
+        ("mrbp.readout_group", None, 'mrbp.readout_group: found None; expected an integer or "auto"'),
+        ("mrbp.state_store", "disk", "mrbp.state_store: found 'disk'; input should be 'device' or 'host'"),
+        ("mrbp.reduce", "step", "mrbp.reduce: found 'step'; input should be 'window' or 'segment'"),
+        ("mrbp.keep_gathered", True, "mrbp.keep_gathered: found True; input should be 'none', 'readout' or 'all'"),
         ("optimizer.betas", [0.9], "optimizer.betas.1: missing"),
         (
             "optimizer.gradient_clipping",
@@ -122,6 +128,105 @@ def test_every_zero_stage_is_taken(config, stage):
     assert RunConfig.check(config).zero_stage == stage
 
 
+# ---- the window as a schedule ----------------------------------------------------------------------------------------
+
+BY_METRIC = {"first": 2, "last": 5, "metric": "loss/train", "threshold": 1.2, "every_steps": 50}
+BY_GAP = {"first": 2, "last": 5, "metric": "eval/gap", "threshold": 0.01}
+
+
+@pytest.mark.parametrize(
+    "window",
+    [7, {"by_step": {"0": 2}}, {"by_step": {"0": 2, "10": 8, "20": 3}}, BY_METRIC, BY_METRIC | {"last": 2}, BY_GAP],
+)
+def test_windows(config, window):
+    put(config, "mrbp.window", window)
+    put(config, "training.evaluate_every_tokens", 100)
+    checked = RunConfig.check(config)
+    assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
+    put(config, "mrbp.window", 6)
+    other = RunConfig.check(config)
+    assert list(other.changes_since(checked)) == list(checked.changes_since(other)) == ["mrbp.window"]
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        (0, "mrbp.window: found 0; input should be greater than 0"),
+        (2.5, "mrbp.window: found 2.5; input should be a valid integer"),
+        ("long", 'mrbp.window: found \'long\'; expected an integer, or {"by_step": {"0": 2, "1000": 8}}, or {"first"'),
+        ([2, 3], "mrbp.window: found [2, 3]; expected an integer, or {"),
+        ({}, "mrbp.window: found {}; expected an integer, or {"),
+        ({"by_steps": {"0": 2}}, "mrbp.window: found {'by_steps': {'0': 2}}; expected an integer, or {"),
+        ({"by_step": {}}, "mrbp.window.by_step: found the steps none; expected 0 and then increasing ones"),
+        ({"by_step": {"1": 2}}, "mrbp.window.by_step: found the steps 1; expected 0 and then increasing ones"),
+        (
+            {"by_step": {"0": 2, "9": 3, "8": 4}},
+            "mrbp.window.by_step: found the steps 0, 9, 8; expected 0 and then incr",
+        ),
+        ({"by_step": {"0": 2, "-9": 3}}, "mrbp.window.by_step: found the steps 0, -9; expected 0 and then increasing"),
+        ({"by_step": {"0": 2, "1e3": 3}}, "mrbp.window.by_step.1e3: found '1e3'; input should be a valid integer"),
+        ({"by_step": {"0": 2, "9": 0}}, "mrbp.window.by_step.9: found 0; input should be greater than 0"),
+        ({"by_step": [2, 3]}, "mrbp.window.by_step: found [2, 3]; input should be a valid dictionary"),
+        ({"by_step": {"0": 2}, "last": 3}, "mrbp.window.last: unknown key, expected one of by_step"),
+        (BY_METRIC | {"last": 1}, "mrbp.window.last: found 1, expected at least first (2)"),
+        (BY_METRIC | {"first": 0}, "mrbp.window.first: found 0; input should be greater than 0"),
+        (BY_METRIC | {"every_step": 3}, "mrbp.window.every_step: unknown key, did you mean every_steps?"),
+        (BY_METRIC | {"threshold": float("nan")}, "mrbp.window.threshold: found nan; input should be a finite number"),
+        (
+            BY_METRIC | {"metric": "loss"},
+            "mrbp.window.metric: found 'loss'; input should be 'loss/train', 'eval/loss' or",
+        ),
+        (BY_METRIC | {"every_steps": None}, "mrbp.window.every_steps: missing; steps that loss/train is averaged over"),
+        (
+            {"first": 1, **BY_GAP, "every_steps": 3},
+            "mrbp.window.every_steps: found 3, expected none: eval/gap is compared",
+        ),
+        (
+            {k: v for k, v in BY_METRIC.items() if k != "last"},
+            "mrbp.window.last: missing; segments that the window does",
+        ),
+        (
+            {k: v for k, v in BY_METRIC.items() if k != "every_steps"},
+            "mrbp.window.every_steps: missing; steps that loss",
+        ),
+    ],
+)
+def test_mistakes_in_a_schedule_of_windows(config, window, expected):
+    """Of the shape that was meant alone."""
+    put(config, "mrbp.window", window)
+    put(config, "training.evaluate_every_tokens", 100)
+    (problem,) = problems(config)
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/gap"])
+def test_a_window_that_grows_by_evaluations_needs_some(config, metric):
+    put(config, "mrbp.window", BY_GAP | {"metric": metric})
+    (problem,) = problems(config)
+    assert problem.startswith(
+        f"mrbp.window.metric: found '{metric}', which is measured on the way only where training.ev"
+    )
+    put(config, "training.evaluate_every_tokens", 100)
+    RunConfig.check(config)
+
+
+@pytest.mark.parametrize(
+    "in_file, override, expected",
+    [
+        ({"by_step": {"0": 2, "10": 8}}, "mrbp.window=64", 64),
+        (BY_METRIC, "mrbp.window=64", 64),
+        (7, 'mrbp.window={"by_step": {"0": 3}}', {"by_step": {0: 3}}),
+        ({"by_step": {"0": 2, "10": 8}}, "mrbp.window.by_step.20=4", {"by_step": {0: 2, 10: 8, 20: 4}}),
+        (BY_METRIC, "mrbp.window.last=20", BY_METRIC | {"last": 20}),
+        (BY_METRIC, "mrbp.window.every_steps=7", BY_METRIC | {"every_steps": 7}),
+    ],
+)
+def test_set_overrides_a_schedule_of_windows(config, tmp_path, in_file, override, expected):
+    put(config, "mrbp.window", in_file)
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    assert RunConfig.load(tmp_path / "run.json", [override]).model_dump()["mrbp"]["window"] == expected
+
+
 # ---- relations -------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +247,25 @@ def test_lanes_per_group_must_divide_the_lanes_of_a_rank(config):
     assert RunConfig.check(config, 1).lanes_per_group(1) == RunConfig.check(config, 2).lanes_per_group(2) == 4
     (problem,) = problems(config, 4)
     assert problem.startswith("mrbp.lanes_per_group: found 4, which does not divide the 2 lanes of a rank")
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("reduce", ["window", "segment"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_parameters"])
+def test_reductions_and_precisions_that_need_a_stage_that_shards(config, stage, reduce, precision):
+    put(config, "mrbp.reduce", reduce)
+    put(config, "training.precision", precision)
+    put(config, "deepspeed.zero_optimization", {"stage": stage})
+    expected = []
+    if reduce == "segment" and stage < 2:
+        expected.append(f"mrbp.reduce: found 'segment' with deepspeed.zero_optimization.stage {stage}, which does not")
+    if precision == "bf16_parameters" and (reduce == "window" or stage < 2):
+        expected.append("training.precision: found 'bf16_parameters', whose fp32 gradients are sharded; expected with")
+    if not expected:
+        assert RunConfig.check(config).mrbp.reduce == reduce
+    else:
+        found = problems(config)
+        assert len(found) == len(expected) and all(map(str.startswith, found, expected))
 
 
 def test_a_corpus_without_shards(config, tmp_path):
@@ -198,6 +322,8 @@ def test_all_problems_come_in_one_message(config, tmp_path):
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
         ("optimizer.betas=[0.8,0.9]", "optimizer.betas", (0.8, 0.9)),
         ("mrbp.lanes_per_group=null", "mrbp.lanes_per_group", None),
+        ("mrbp.readout_group=auto", "mrbp.readout_group", "auto"),
+        ("mrbp.readout_group=4", "mrbp.readout_group", 4),
         ("training.init_from=runs/old", "training.init_from", "runs/old"),
         ("training.init_from=runs/a=b.c", "training.init_from", "runs/a=b.c"),
         ('training.init_from="7"', "training.init_from", "7"),
@@ -266,6 +392,7 @@ def every_field(config: BaseModel) -> list[str]:
 
 ALLOWED = {
     *("mrbp.window", "mrbp.readout_group", "mrbp.lanes_per_group"),
+    *("mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),

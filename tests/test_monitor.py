@@ -7,7 +7,10 @@ import time
 import numpy
 import pytest
 import torch
+from tensorboard import data_compat
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util import tensor_util
 from torch.utils.tensorboard import SummaryWriter
 
 from memformer_dist import monitor
@@ -124,6 +127,72 @@ def test_values_that_are_not_finite(train, tmp_path):
     assert math.isnan(curves.Scalars("nan")[0].value) and curves.Scalars("below")[0].value == -math.inf
     train(1, 2)  # such records can be read again
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+NAME = "memory/grad_norm_by_boundary"
+
+
+def drawn(folder, name: str) -> dict[int, list[list[float]]]:
+    """By x of the record: the bars [left, right, height > 0] that TensorBoard makes of a folder's histograms."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for item in event.summary.value:
+                if item.tag == name:
+                    bars = tensor_util.make_ndarray(data_compat.migrate_value(item).tensor).tolist()
+                    found[event.step] = [bar for bar in bars if bar[2]]
+    return found
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [[0.5], [0.125, 0.25, 3.0], [0.0, 0.25, 0.0, 3.0], [2.0, 1e-30, 0.0, 0.0], [0.0, 0.0], [1 / 3] * 70],
+    ids=["one", "three", "zeros far back", "zeros near", "zeros alone", "many"],
+)
+def test_a_curve_is_a_list_and_a_histogram(norms, train, tmp_path):
+    """Bar x, from x - 1/2 to x + 1/2, is as high as the norm x segments before the window's end."""
+    running = train(0, 0, close=False)
+    running.log(at(1), {"loss/train": 0.5}, {NAME: norms})
+    running.close()
+    (record,) = records(tmp_path)
+    assert record[NAME] == norms and record["loss/train"] == 0.5
+    by_distance = dict(enumerate(reversed(norms), start=1))
+    expected = [[x - 0.5, x + 0.5, float(numpy.float32(norm))] for x, norm in by_distance.items() if norm]
+    for folder, name, x in (("steps", NAME, 1), ("tokens", f"tokens/{NAME}", STEP_TOKENS)):
+        folder = tmp_path / "tensorboard" / folder
+        (event,) = EventAccumulator(str(folder)).Reload().Histograms(name)
+        stored = event.histogram_value
+        assert event.step == x and stored.bucket == list(by_distance.values())  # in float64, as it was
+        assert stored.bucket_limit == [distance + 0.5 for distance in by_distance]
+        assert stored.num == sum(reversed(norms))
+        assert stored.sum == sum(distance * norm for distance, norm in by_distance.items())
+        assert drawn(folder, name) == {x: expected}
+
+
+def test_curves_of_a_resumed_run(train, tmp_path):
+    """As scalars: every one once; their length may change with the window."""
+    for first, last in ((0, 4), (2, 5)):
+        running = train(first, first, close=False)
+        for step in range(first + 1, last + 1):
+            running.log(at(step), {}, {NAME: [float(step)] * step})
+        running.close()
+    for folder, name, x in (("steps", NAME, 1), ("tokens", f"tokens/{NAME}", STEP_TOKENS)):
+        every = {"histograms": 0}
+        events = EventAccumulator(str(tmp_path / "tensorboard" / folder), every).Reload().Histograms(name)
+        assert [(event.step, len(event.histogram_value.bucket)) for event in events] == [
+            (x * n, n) for n in range(1, 6)
+        ]
+    assert [record[NAME] for record in records(tmp_path)] == [[float(step)] * step for step in range(1, 6)]
+
+
+def test_a_curve_that_is_not_finite(train, tmp_path):
+    running = train(0, 0, close=False)
+    running.log(at(1), {}, {NAME: [math.inf, 1.0, math.nan]})
+    running.close()
+    assert records(tmp_path)[0][NAME] == [None, 1.0, None]
+    assert not EventAccumulator(str(tmp_path / "tensorboard/steps")).Reload().Tags()["histograms"]
 
 
 def test_closed_twice_nothing_more_is_written(train, tmp_path):

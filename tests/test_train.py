@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from memformer_dist.checkpoint import Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
 from memformer_dist.data.corpus import CorpusError, open_corpora
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
+from memformer_dist.runtime import reseed
 from memformer_dist.train import crosses, learning_rate
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_ranks
@@ -94,9 +96,9 @@ DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm
 
 
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
-    """With dropout, on two ranks, for every ZeRO stage, in fp32 and bf16: weights, moments, lane states and logged figures."""
+    """With dropout, on two ranks, for every ZeRO stage and precision: weights, moments, lane states, logged figures."""
     cases = []
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16_parameters"), (3, "bf16")):
         raw = settings(
             corpus_dir,
             stage=stage,
@@ -105,6 +107,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
         )
         raw["mrbp"] |= {"lanes_per_group": 2, "readout_group": 2}
         raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 4}  # the stop, at step 9, falls into an interval
+        if stage == 2:
+            raw["mrbp"] |= {"reduce": "segment", "state_store": "host"}
         if stage == 3:
             raw["training"] |= {"evaluate_every_tokens": 3 * STEP_TOKENS, "evaluate_ticks": 3}
         cases.append((raw, tmp_path / f"stage{stage}"))
@@ -176,18 +180,137 @@ def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
         assert max(abs(x[2] - y[2]) for x, y in zip(found, expected)) <= 2e-5, name
 
 
-def test_the_window_may_change_on_resume(corpus_dir, tmp_path):
-    """Position is the tick: windows of 3, then of 2 segments read on without a gap. The same tokens, whatever the windows."""
+def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
+    """To a schedule by step, to growth from the window at hand, to other bounds, to a number; no gap in the data."""
     raw = settings(corpus_dir, tokens=18 * STEP_TOKENS)
-    run_ranks(1, several_runs, [(raw, tmp_path / "run", 4), (raw | {"mrbp": {"window": 2}}, tmp_path / "run", None)])
-    lengths = [row[1] for row in records(tmp_path / "run")]
+    growing = {"first": 1, "last": 6, "metric": "loss/train", "threshold": 99.0, "every_steps": 2}
+    parts = [
+        (3, 2, [3, 3]),
+        ({"by_step": {"0": 1, "3": 2, "5": 4}}, 6, [1, 2, 2, 4]),
+        (growing, 9, [4, 4, 5]),
+        (growing | {"last": 3}, 11, [3, 3]),
+        (2, None, None),
+    ]
+    cases = [(raw | {"mrbp": {"window": window}}, tmp_path / "run", stop) for window, stop, _ in parts]
+    run_ranks(1, several_runs, cases)
+    rows = records(tmp_path / "run", "mrbp/window")
+    expected = [n for _, _, windows in parts[:-1] for n in windows]
+    windows = [window for _, _, window in rows]
+    assert windows == expected + [2] * (len(rows) - len(expected)) and len(rows) > len(expected)
     checkpoint = json.loads((last_checkpoint(tmp_path / "run") / "checkpoint.json").read_text())
-    position = checkpoint["position"]
-    assert position["tick"] == 4 * 3 + (position["step"] - 4) * 2
+    assert checkpoint["position"]["tick"] == sum(windows)
+    assert checkpoint["curriculum"]["window"] == 2
     train, _ = open_corpora(corpus_dir)
     schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
     reader = WindowReader(train, schedule, lanes=range(8))
-    assert lengths[-1] == reader.valid_tokens(0, position["tick"])
+    assert [tokens for _, tokens, _ in rows] == [
+        reader.valid_tokens(0, sum(windows[: n + 1])) for n in range(len(rows))
+    ]
+    said = "".join(capfd.readouterr())
+    for window in (1, 4, 3, 2):
+        assert f"windows of {window} segments from here\n" in said
+    for change in (
+        "2 segments from here, 1 until now: by",
+        "4 segments from here, 2 until",
+        "5 segments from here, 4 until",
+    ):
+        assert f"windows of {change}" in said
+    assert "changed since: mrbp.window was 3, is {'by_step': {0: 1, 3: 2, 5: 4}}" in said
+    assert (
+        "8 lanes x 4 segments x 16 tokens; mrbp.window: from 1 to 6, one more whenever loss/train is below 99" in said
+    )
+
+
+def chosen_rank(process, cases) -> None:
+    """Each case is (raw, folder, stop, choice): what measuring would choose in this part, None where it may not."""
+    from memformer_dist import train
+    from memformer_dist.grouping import Choice
+
+    for raw, run_dir, stop_after, choice in cases:
+        asked = []
+
+        def choose(engine, segment, state, process, *, window):
+            asked.append(window)
+            assert len(segment.tokens) == len(state.memory)
+            return Choice(choice, 3 << 20, 64 << 20)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "choose_readout_group", choose)
+            run_rank(process, raw, run_dir, stop_after)
+        assert asked == ([] if choice is None else [3])
+
+
+def test_a_chosen_readout_group_is_kept(corpus_dir, tmp_path, capfd):
+    """Dropout masks depend on it, so a run that is resumed where more memory is free has to go on with what it had.
+
+    It is chosen anew where lane groups have another size, and where none is in the checkpoint: the control.
+    """
+    raw = settings(corpus_dir, dropout=0.2, tokens=5 * STEP_TOKENS, mrbp={"readout_group": "auto"})
+    halves = settings(
+        corpus_dir, dropout=0.2, tokens=5 * STEP_TOKENS, mrbp={"readout_group": "auto", "lanes_per_group": 4}
+    )
+    fixed = settings(corpus_dir, dropout=0.2, tokens=5 * STEP_TOKENS, mrbp={"readout_group": 2})
+    cases = [(raw, tmp_path / "whole", None, 2), (raw, tmp_path / "parts", 2, 2), (raw, tmp_path / "parts", None, None)]
+    cases += [
+        (raw, tmp_path / "moved", 2, 2),
+        (halves, tmp_path / "moved", 3, 1),
+        (halves, tmp_path / "moved", None, None),
+    ]
+    cases += [
+        (fixed, tmp_path / "fixed", 2, None),
+        (raw, tmp_path / "fixed", 3, 3),
+        (fixed, tmp_path / "fixed", 4, None),
+    ]
+    run_ranks(1, chosen_rank, cases)
+    weights = {name: tensors(last_checkpoint(tmp_path / name), "weights") for name in ("whole", "parts")}
+    assert all(torch.equal(weights["parts"][name], weight) for name, weight in weights["whole"].items())
+    assert records(tmp_path / "whole", *DETERMINISTIC) == records(tmp_path / "parts", *DETERMINISTIC)
+    losses = [records(tmp_path / name, "loss/train")[:3] for name in ("whole", "fixed")]
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
+
+    def kept(name: str):
+        return json.loads((last_checkpoint(tmp_path / name) / "checkpoint.json").read_text())["readout_group"]
+
+    assert kept("whole") == kept("parts") == {"segments": 2, "lanes": 8}
+    assert kept("moved") == {"segments": 1, "lanes": 4} and kept("fixed") is None
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if line.startswith("mrbp.readout_group: ")]
+    assert len(said) == 5
+    assert said[0] == (
+        "mrbp.readout_group: 2 segments, for a segment of 8 lanes takes 3.0 MiB, 64 MiB are free, and a window has 3"
+        " segments at most; kept for the rest of the run"
+    )
+
+
+def test_gradient_norms_at_the_boundaries_equal_full_bptt(corpus_dir, tmp_path):
+    """||dL/d(state)|| at every boundary of the first window, over 2 ranks and 2 lane groups each, against float64."""
+    raw = settings(
+        corpus_dir, stage=1, tokens=STEP_TOKENS, mrbp={"window": 5, "lanes_per_group": 2, "readout_group": 2}
+    )
+    run_ranks(2, several_runs, [(raw, tmp_path / "run", None)])
+    ((_, tokens, found),) = records(tmp_path / "run", "memory/grad_norm_by_boundary")
+
+    train, _ = open_corpora(corpus_dir)
+    schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
+    reader = WindowReader(train, schedule, lanes=range(8))
+    config = RunConfig.check(raw)
+    reseed(torch.device("cpu"), config.training.seed)
+    cell = build_cell(config, Vocabulary.of(train)).double()
+
+    def norms(segments: int, mean: float) -> list[float]:
+        """By one graph over the first `segments` segments, the loss divided by `mean`."""
+        state, memories, loss = cell.empty_state(8), [], 0.0
+        state = state._replace(memory=state.memory.double())
+        for tick in range(segments):
+            segment = reader.segment(tick)
+            memories.append(state.memory.requires_grad_())
+            features, state = cell("advance", segment, state)
+            loss = loss + cell("readout", segment, features).sum() / mean
+        return [float(x.norm()) for x in torch.autograd.grad(loss, memories[1:])]
+
+    expected = norms(5, tokens)
+    assert len(found) == 4 and found == pytest.approx(expected, rel=1e-5)
+    for wrong in (expected[::-1], norms(5, tokens / 2), norms(6, tokens)[:4], norms(6, tokens)[1:]):
+        assert found != pytest.approx(wrong, rel=1e-3), "the control"
 
 
 def damaged_rank(process, raw, run_dir, expected) -> None:

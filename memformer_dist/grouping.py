@@ -1,0 +1,150 @@
+"""`mrbp.readout_group: "auto"`: how many segments' readout to run as one batch, from what one takes and what is free.
+
+A group of C segments keeps C graphs of `advance` and one graph of `readout` over C times the lanes until its readout
+goes backward, and there a window's memory peaks:
+
+    peak = what is held anyway + group + C x segment
+
+`footprint` finds both terms by running one segment with gradient and adding up what autograd would save for the
+backward: saved by each advance, and by the readout for each segment more; the tensors on the cut between the two halves
+and their gradients; and the largest tensor twice more (the logits, usually: the loss's backward makes the gradient of
+its output, then that of its input). Nothing is kept and nothing goes backward, so that measuring takes less memory than
+training on one segment does. Parameters are held anyway, but their copies in bf16 count: those of `advance` with every
+segment, because each has a graph of its own, those of `readout` once a group.
+
+On a CPU the peak was seen to grow by MEASURED_RANGE of this sum for each segment (docs/mrbp.md); SAFETY covers the rest.
+
+Not all that training needs is allocated before its first step. What can be reckoned is subtracted from the free memory
+(`first_step_bytes`). For what cannot, half of the remainder is left alone (SHARE): fragments of the allocator, workspaces
+of kernels, buckets of the collectives, modules that ZeRO-3 gathers, prefetched segments, the evaluation's larger batch.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Iterable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memformer_dist.mrbp import as_leaves
+from memformer_dist.runtime import Process, free_bytes
+from memformer_dist.segment import Segment, concatenate
+from memformer_dist.states import DeviceStates
+
+if TYPE_CHECKING:  # a measurement needs no DeepSpeed
+    from memformer_dist.engine import Engine
+
+SAFETY = 1.25  # of what is measured, for what is not; see the top
+SHARE = 0.5  # of the free memory that a group may fill
+
+
+class Choice(NamedTuple):
+    """The same on every rank."""
+
+    readout_group: int  # segments
+    segment_bytes: int  # that one more segment in a group adds to the peak, safety included
+    free_bytes: int  # on the rank that has the least, after what the first step will allocate in any case
+
+
+class Footprint(NamedTuple):
+    segment: int  # bytes that each segment of a group adds to the peak
+    group: int  # bytes of a group of whatever size: the readout's parameters as autocast rounds them
+
+
+def choose_readout_group(
+    engine: "Engine", segment: Segment, state: NamedTuple, process: Process, *, window: int
+) -> Choice:
+    """Run one segment with gradient and see how many of its kind fit. A collective call; leaves no trace in the engine.
+
+    Args:
+        segment, state: of a group of lanes as large as any in training; the numbers in them do not matter.
+        window: the most segments that a window will have.
+    """
+    measured = footprint(engine, segment.to(process.device), state)
+    free = free_bytes(process.device) - first_step_bytes(engine, state, window) - measured.group
+    segment_bytes = math.ceil(SAFETY * measured.segment)
+    # The smallest number over the ranks, from a sum: each fills in its own place.
+    everyone = process.sum([free if rank == process.rank else 0 for rank in range(process.world_size)])
+    free = max(0, int(min(everyone)))
+    return Choice(even_group(window, int(SHARE * free) // segment_bytes), segment_bytes, free)
+
+
+def even_group(window: int, room: int) -> int:
+    """The smallest group that works a window through in no more groups than `room` segments at a time would."""
+    groups = math.ceil(window / max(1, room))
+    return math.ceil(window / groups)
+
+
+def footprint(engine: "Engine", segment: Segment, state: NamedTuple) -> Footprint:
+    """What a segment takes in training, on `segment`'s device. A collective call under ZeRO-3: three forwards."""
+    device, module = segment.tokens.device, engine.module
+    parameters, training = list(module.parameters()), module.training
+    module.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        with saved_storages(parameters) as advance:
+            features, output = engine("advance", segment, as_leaves(state))
+        keep(advance, [*features, *output])  # memory replay holds them until the segment's backward
+        readouts = []
+        for segments in (1, 2):
+            leaves = as_leaves(features._make(torch.cat([x.detach()] * segments) for x in features))
+            with saved_storages(parameters) as readout:
+                nll = engine("readout", concatenate([segment] * segments), leaves)
+            keep(readout, [*leaves, nll])
+            readouts.append(readout)
+    module.train(training)
+    one, two = (sum(readout.values()) for readout in readouts)
+    gradients = sum(x.nbytes for x in features if x.is_floating_point())
+    # Of what grows with the lanes; the largest tensor of twice the lanes is two of a segment's.
+    transients = max(Counter(readouts[1].values()) - Counter(readouts[0].values()), default=0)
+    return Footprint(segment=sum(advance.values()) + two - one + gradients + transients, group=max(0, 2 * one - two))
+
+
+@contextlib.contextmanager
+def saved_storages(parameters: list[Tensor]) -> Iterator[dict[StorageWeakRef, int]]:
+    """Bytes of each storage, those of `parameters` apart, that graphs built inside would keep for the backward.
+
+    The graphs keep nothing and cannot go backward. Storages are told apart by weak references, because the memory of one
+    that is freed is given to the next. Parameters are looked up anew each time: under ZeRO-3 they have their storage only
+    while their module runs.
+    """
+    sizes: dict[StorageWeakRef, int] = {}
+
+    def pack(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if not any(parameter.untyped_storage()._cdata == storage._cdata for parameter in parameters):
+            keep(sizes, [tensor])
+
+    def unpack(_) -> Tensor:
+        raise AssertionError("this graph was built to be measured, not to go backward")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield sizes
+
+
+def keep(sizes: dict[StorageWeakRef, int], tensors: Iterable[Tensor]) -> None:
+    """Count the storages of `tensors` among `sizes`, each once."""
+    for storage in (tensor.untyped_storage() for tensor in tensors):
+        sizes[StorageWeakRef(storage)] = storage.nbytes()
+
+
+def first_step_bytes(engine: "Engine", state: NamedTuple, window: int) -> int:
+    """What training will hold on this rank's device besides activations, and an engine before its first step does not.
+
+    Of an engine that has taken steps, moments are counted again: the choice is then on the safe side.
+    """
+    # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in engine.module.parameters()]
+    numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+    sharers = 1 if engine.zero_stage == 0 else engine.process.world_size
+    moments = 2 * 4 * numbers // sharers
+    if engine.reduction.reduce == "window":
+        gradient = whole
+    else:  # a bucket on its way at a time, and this rank's share, which ZeRO-3 holds from the start
+        bucket = engine.engine.zero_reduce_bucket_size()
+        gradient = 4 * (bucket + (numbers // sharers if engine.zero_stage == 2 else 0))
+    gathered = whole if engine.gathering is not None and engine.gathering.keep != "none" else 0
+    on_device = isinstance(engine.states, DeviceStates) or engine.process.device.type == "cpu"
+    stored = window * sum(x.nbytes for x in state) if on_device else 0
+    return moments + gradient + gathered + stored
