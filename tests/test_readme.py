@@ -1,0 +1,81 @@
+"""The README's example of memory replay without DeepSpeed: it runs, learns as it says, and its gradient is that of BPTT."""
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memformer_dist.mrbp import memory_replay
+from tests.conftest import ROOT, run_script
+from tests.toy import full_bptt, gradients, labels_in, random_window, relative_error, seeded_call
+
+README = ROOT / "README.md"
+
+
+def example() -> str:
+    """The one block of Python in the README that calls memory_replay."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = (block for block in blocks if "memory_replay(" in block)
+    return found
+
+
+def definitions() -> dict:
+    """What the example defines before it begins to do something."""
+    body = ast.parse(example()).body
+    begins = next(number for number, statement in enumerate(body) if isinstance(statement, ast.Expr))
+    names: dict = {"__name__": "example"}
+    exec(compile(ast.Module(body[:begins], []), "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_learns_what_it_says(tmp_path: Path):
+    program = tmp_path / "example.py"
+    program.write_text(example() + "import sys\nassert 'deepspeed' not in sys.modules\n")
+    done = run_script(program)
+    assert done.returncode == 0, done.stderr
+    error = re.search(r"^largest difference from the gradient of BPTT: (\S+)$", done.stdout, re.MULTILINE)
+    assert float(error[1]) <= 1e-5
+    found = re.findall(r"^step +\d+ +loss in the last segment (\S+)$", done.stdout, re.MULTILINE)
+    losses = [float(loss) for loss in found]
+    assert losses[0] == pytest.approx(math.log(8), abs=0.2)
+    assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("readout_group", [1, 3, 100])
+def test_gradient_of_the_example_cell_equals_full_bptt(readout_group):
+    """In float64, with dropout and resets; detached states and other masks are the negative controls."""
+    names = definitions()
+    own_segment, state_of, features_of = (names[name] for name in ("Segment", "State", "Features"))
+
+    class Dropping(names["GRUCell"]):
+        dropout = nn.Dropout(0.3)
+
+        def advance(self, segment, state):
+            features, state = super().advance(segment, state)
+            return features_of(self.dropout(features.outputs)), state_of(self.dropout(state.hidden))
+
+        def readout(self, segment, features):
+            return super().readout(segment, features_of(self.dropout(features.outputs)))
+
+    torch.manual_seed(3)
+    cell, lanes = Dropping().double(), 4
+    nn.init.normal_(cell.initial)
+    state = state_of(torch.randn(lanes, names["WIDTH"], dtype=torch.float64))
+    window = random_window(7, lanes, 5, seed=2, vocabulary=names["SYMBOLS"])
+    assert any(segment.reset.any() for segment in window[1:])
+    window = [own_segment(segment.tokens, segment.labels, segment.reset) for segment in window]
+    settings = {"loss_scale": 1 / labels_in(window), "readout_group": readout_group}
+
+    def gradient_of(method, *arguments, seed=0, **more):
+        cell.zero_grad()
+        method(seeded_call(cell, seed), *arguments, window, state, **settings, **more)
+        return gradients(cell)
+
+    replayed = gradient_of(memory_replay, torch.Tensor.backward)
+    assert relative_error(replayed, gradient_of(full_bptt)) <= 1e-10
+    assert relative_error(replayed, gradient_of(full_bptt, detach_memory=True)) > 1e-4
+    assert relative_error(replayed, gradient_of(full_bptt, seed=1)) > 1e-4
