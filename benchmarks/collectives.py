@@ -4,15 +4,15 @@
         engine.accumulate(...)
     seen.bytes("all_reduce", torch.float32), seen.calls("all_gather")
 
-Every collective of torch.distributed ends in an operator of the namespace c10d, whatever function it was called by, and a dispatch
-mode sees operators: also those of DeepSpeed's hooks, because the autograd engine takes the modes of the thread that calls
-backward along into its own. Replacing the functions of torch.distributed would miss what DeepSpeed took hold of when it was
-imported (its all_gather_into_tensor and reduce_scatter_tensor).
+Every collective of torch.distributed ends in an operator of the namespace c10d, whatever function it was called by, and
+a dispatch mode sees operators: also those of DeepSpeed's hooks, because the autograd engine takes the modes of the
+thread that calls backward along into its own. Replacing the functions of torch.distributed would miss what DeepSpeed
+took hold of when it was imported (its all_gather_into_tensor and reduce_scatter_tensor).
 
-Bytes are those of the payload, the whole tensor that the ranks deal with: the input of all_reduce, reduce and reduce_scatter, the
-output of all_gather, the tensor of broadcast. What a ring moves over the wire is proportional: 2 (W - 1) / W of it for
-all_reduce, (W - 1) / W for reduce_scatter and all_gather. A coalesced collective is one call. Slow (every operator passes
-through Python): for counting, never around what is timed.
+Bytes are those of the payload, the whole tensor that the ranks deal with: the input of all_reduce, reduce and
+reduce_scatter, the output of all_gather, the tensor of broadcast. What a ring moves over the wire is proportional:
+2 (W - 1) / W of it for all_reduce, (W - 1) / W for reduce_scatter and all_gather. A coalesced collective is one call.
+Slow (every operator passes through Python): for counting, never around what is timed.
 """
 
 from typing import Iterator, NamedTuple
@@ -49,7 +49,7 @@ WITHOUT_PAYLOAD = {"barrier": "barrier", "monitored_barrier_": "barrier"}
 class Collective(NamedTuple):
     """One call on this rank."""
 
-    kind: str  # all_reduce, reduce_scatter, all_gather, broadcast, reduce, all_to_all, gather, scatter, send, recv, barrier
+    kind: str  # of OPERATORS or WITHOUT_PAYLOAD
     dtype: torch.dtype | None  # None for a barrier
     bytes: int
 

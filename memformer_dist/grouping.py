@@ -12,7 +12,8 @@ its output, then that of its input). Nothing is kept and nothing goes backward, 
 training on one segment does. Parameters are held anyway, but their copies in bf16 count: those of `advance` with every
 segment, because each has a graph of its own, those of `readout` once a group.
 
-On a CPU the peak was seen to grow by MEASURED_RANGE of this sum for each segment (docs/mrbp.md); SAFETY covers the rest.
+On a CPU the peak grows by 0.93 to 1.01 of this sum for each segment where freed memory is given back at once, and by up
+to 1.2, with small tensors 1.34, under malloc's default, which keeps some of it (docs/mrbp.md). Hence SAFETY.
 
 Not all that training needs is allocated before its first step. What can be reckoned is subtracted from the free memory
 (`first_step_bytes`). For what cannot, half of the remainder is left alone (SHARE): fragments of the allocator, workspaces
@@ -36,7 +37,7 @@ from memformer_dist.states import DeviceStates
 if TYPE_CHECKING:  # a measurement needs no DeepSpeed
     from memformer_dist.engine import Engine
 
-SAFETY = 1.25  # of what is measured, for what is not; see the top
+SAFETY = 1.25  # bytes of the allocator for each byte of tensors
 SHARE = 0.5  # of the free memory that a group may fill
 
 

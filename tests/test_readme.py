@@ -1,4 +1,4 @@
-"""The README's example of memory replay without DeepSpeed: it runs, learns as it says, and its gradient is that of BPTT."""
+"""What README.md and docs/mrbp.md show: the example of memory replay without DeepSpeed, and the decay of a memory's gradient."""
 
 import ast
 import math
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.mrbp import memory_replay
+from memformer_dist.segment import IGNORE
 from tests.conftest import ROOT, run_script
 from tests.toy import full_bptt, gradients, labels_in, random_window, relative_error, seeded_call
 
@@ -79,3 +81,58 @@ def test_gradient_of_the_example_cell_equals_full_bptt(readout_group):
     assert relative_error(replayed, gradient_of(full_bptt)) <= 1e-10
     assert relative_error(replayed, gradient_of(full_bptt, detach_memory=True)) > 1e-4
     assert relative_error(replayed, gradient_of(full_bptt, seed=1)) > 1e-4
+
+
+# ---- docs/mrbp.md --------------------------------------------------------------------------------------------------------
+
+
+def shares_passed_on(bmn_init_norm: float, *, alone: bool) -> torch.Tensor:
+    """What each boundary but the last passes on of the norm of the state's gradient, for a loss on the last segment.
+
+    A slot is `alone` where no token is real: a segment of length 0.
+    """
+    torch.manual_seed(0)
+    config = MemformerConfig(
+        layout="decoder",
+        width=16,
+        heads=2,
+        feed_forward=32,
+        slots=4,
+        encoder_layers=0,
+        decoder_layers=2,
+        dropout=0.0,
+        bmn_init_norm=bmn_init_norm,
+    )
+    segments, lanes, length = 8, 2, 6
+    cell = Memformer(config, vocab_size=11, bos_id=1, segment_length=length).double()
+    window = [
+        segment._replace(
+            length=torch.full((lanes,), 0 if alone else length),
+            reset=torch.full((lanes,), t == 0),
+            labels=segment.tokens if t == segments - 1 else torch.full_like(segment.labels, IGNORE),
+        )
+        for t, segment in enumerate(random_window(segments, lanes, length, seed=1))
+    ]
+    replayed = memory_replay(
+        lambda part, t, *arguments: cell(part, *arguments),
+        torch.Tensor.backward,
+        window,
+        cell.empty_state(lanes),
+        loss_scale=1.0,
+    )
+    norms = replayed.state_gradient_squares[1:].sqrt()  # the first is that of a state which the reset replaces
+    return norms[:-1] / norms[1:]
+
+
+def test_the_table_of_decays():
+    """A slot that keeps to itself passes on 1 / (1 + |v|) of the gradient; one that reads tokens does not."""
+    rows = re.findall(
+        r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", (ROOT / "docs/mrbp.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 4
+    for norm, formula, measured, horizon in (map(float, row) for row in rows):
+        found = shares_passed_on(norm, alone=True)
+        assert torch.allclose(found, torch.tensor(measured).double(), atol=1e-4), norm
+        assert formula == pytest.approx(1 / (1 + norm), abs=1e-4)
+        assert horizon == round(math.log(0.05) / (2 * math.log(formula)))
+        assert (shares_passed_on(norm, alone=False) - formula).abs().max() > 0.01, norm
