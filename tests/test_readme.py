@@ -39,8 +39,6 @@ def test_the_example_learns_what_it_says(tmp_path: Path):
     program.write_text(example() + "import sys\nassert 'deepspeed' not in sys.modules\n")
     done = run_script(program)
     assert done.returncode == 0, done.stderr
-    error = re.search(r"^largest difference from the gradient of BPTT: (\S+)$", done.stdout, re.MULTILINE)
-    assert float(error[1]) <= 1e-5
     found = re.findall(r"^step +\d+ +loss in the last segment (\S+)$", done.stdout, re.MULTILINE)
     losses = [float(loss) for loss in found]
     assert losses[0] == pytest.approx(math.log(8), abs=0.2)
