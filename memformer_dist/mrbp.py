@@ -4,14 +4,14 @@
     replay     for t = N-1 ... 0: recompute segment t from state_t with gradient, back-propagate its loss together with
                the gradient that arrived at its output state, hand the gradient of state_t on to segment t-1
 
-This is Algorithm 1 of Wu et al. (arXiv 2010.06891v2), with two differences. The last segment is never rolled out: its
-replay gives its output state. And since every input state is known before the replay starts, `readout`, which no later
-segment waits for, runs over `readout_group` segments as one batch, with the features as the leaf where the two halves of
-the graph meet. A parameter that a window does not use, such as the writer's in a window of one segment, gets no gradient.
+This is Algorithm 1 of Wu et al. (arXiv 2010.06891); docs/mrbp.md goes through its lines. What differs most: since every
+input state is known before the replay starts, `readout`, which no later segment waits for, runs over `readout_group`
+segments as one batch, with the features as the leaf where the two halves of the graph meet. A parameter that a window
+does not use, such as the writer's in a window of one segment, gets no gradient.
 
 Plain torch: this module knows no model and no DeepSpeed. It is given two callables,
-    call(part, t, *arguments)   run the cell's "advance" or "readout"; `t` lets the caller set the random state, which must be
-                                the same in rollout and replay (dropout); the readout of a group is called with its first t
+    call(part, t, *arguments)   run the cell's "advance" or "readout"; `t` lets the caller set the random state, which must
+                                be the same in rollout and replay (dropout); a group's readout gets its first t
     backward(scalar)            accumulate gradients; DeepSpeed's engine.backward, or torch's
 """
 
@@ -29,9 +29,7 @@ class Replayed(NamedTuple):
     state: NamedTuple  # detached state after the window's last segment: where the next window starts
     rollout_s: float  # seconds
     drift: Tensor  # largest |recomputed - stored| over all states: 0 when replay repeats the rollout bit by bit
-    state_gradient_squares: (
-        Tensor  # [N], item t: ||dL/d(state that segment t starts from)||^2, over all lanes and leaves
-    )
+    state_gradient_squares: Tensor  # [N], item t: squared norm of dL/d(state entering segment t), all lanes and leaves
 
 
 def as_leaves(tensors: Tensors) -> Tensors:
@@ -81,8 +79,8 @@ def memory_replay(
     Args:
         call: call(part, t, segment, tensors) runs the cell's part on segment t of the window.
         backward: accumulates the gradient of a scalar; `torch.Tensor.backward` where nothing else is wanted.
-        segments: the window, N segments of L lanes (NamedTuples of lane-first tensors); item t is asked for once in the rollout and once in the replay, in the
-            order 0 ... N-2, N-1 ... 0, and may be made on demand.
+        segments: the window, N segments of L lanes (NamedTuples of lane-first tensors); item t is asked for once in the
+            rollout and once in the replay, in the order 0 ... N-2, N-1 ... 0, and may be made on demand.
         state: where the window starts, lanes first; no gradient flows out of it.
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.
         readout_group: C, segments whose readout runs as one batch of C L lanes. The activations of that many segments are
@@ -90,15 +88,15 @@ def memory_replay(
         states: where the stored states lie, empty; on the device unless given.
         observe: called as observe(t, segment, nll [L, S]) for every segment, last to first, with nll detached.
 
-    The comments name the lines of Algorithm 1 as the paper has it: the gradient of a memory is "nabla M", and the replay
-    buffer is `states`.
+    The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a memory,
+    and the replay buffer is `states`.
     """
     states = DeviceStates() if states is None else states
     last = len(segments) - 1
     _wait_for(state)
     began = time.perf_counter()
     states.push(state)
-    with torch.no_grad():  # the forward pass: fill the replay buffer
+    with torch.no_grad():  # lines 3-6: the rollout fills the replay buffer
         for t in range(last):
             _, state = call("advance", t, segments[t], state)
             states.push(state)
@@ -109,10 +107,10 @@ def memory_replay(
     final = following = None  # the window's last state; the stored state that segment t was rolled out to
     drift = torch.zeros((), device=state[0].device)
     squares: list[Tensor] = []  # of the gradients of the input states, last to first
-    for stop in range(last + 1, 0, -readout_group):
+    for stop in range(last + 1, 0, -readout_group):  # line 8
         group = range(max(0, stop - readout_group), stop)
         advances = []  # of this group, last to first: (segment, leaves of the input state, features, output state)
-        for t in reversed(group):  # recompute each segment from its entry of the replay buffer, with a graph
+        for t in reversed(group):  # line 9: recompute from the replay buffer, with a graph
             segment, inputs = segments[t], as_leaves(states.pop())
             features, output = call("advance", t, segment, inputs)
             advances.append((segment, inputs, features, output))
@@ -126,7 +124,7 @@ def memory_replay(
         leaves = as_leaves(made[0]._make(torch.cat(column) for column in zip(*made)))
         del made
         nll = call("readout", group.start, concatenate([segment for segment, *_ in reversed(advances)]), leaves)
-        backward(nll.sum() * loss_scale)
+        backward(nll.sum() * loss_scale)  # lines 10-11
 
         lanes = nll.shape[0] // len(group)
         for position, t in reversed(list(enumerate(group))):
@@ -136,7 +134,7 @@ def memory_replay(
             surrogate = inner_product(features, leaves._make(x[rows] for x in gradients_of(leaves)))
             if gradient is not None:
                 surrogate = surrogate + inner_product(output, gradient)
-            backward(surrogate)
+            backward(surrogate)  # lines 11-12, in one walk through the graph
             gradient = gradients_of(inputs)  # nabla M_t, for the segment before
             squares.append(_norm_square(gradient))
             del features, output, surrogate  # this segment's graph, before the next is built
