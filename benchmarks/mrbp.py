@@ -109,9 +109,9 @@ def layouts(device: str, quick: bool) -> dict[str, Layout]:
     return {layout.name: layout for layout in sizes}
 
 
-LONG = Layout(  # 2 + 2 layers; what a segment keeps is many times a stored state
+LONG = Layout(  # 1 + 1 layers; what a segment keeps is many times a stored state
     "long",
-    dict(layout="encoder_decoder", encoder_layers=2, decoder_layers=2, width=64, heads=4, feed_forward=256, slots=16),
+    dict(layout="encoder_decoder", encoder_layers=1, decoder_layers=1, width=64, heads=4, feed_forward=256, slots=16),
     256,
     lanes=1,
     length=512,

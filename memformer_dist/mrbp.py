@@ -106,7 +106,8 @@ def memory_replay(
     gradient = None  # dL/d(output state of segment t); none behind the window's last
     final = following = None  # the window's last state; the stored state that segment t was rolled out to
     drift = torch.zeros((), device=state[0].device)
-    squares: list[Tensor] = []  # of the gradients of the input states, last to first
+    floating = next(x for x in state if x.is_floating_point())
+    squares = torch.zeros(last + 1, dtype=floating.dtype, device=floating.device)  # of the input states' gradients
     for stop in range(last + 1, 0, -readout_group):  # line 8
         group = range(max(0, stop - readout_group), stop)
         advances = []  # of this group, last to first: (segment, leaves of the input state, features, output state)
@@ -136,6 +137,6 @@ def memory_replay(
                 surrogate = surrogate + inner_product(output, gradient)
             backward(surrogate)  # lines 11-12, in one walk through the graph
             gradient = gradients_of(inputs)  # nabla M_t, for the segment before
-            squares.append(_norm_square(gradient))
+            squares[t] = _norm_square(gradient)
             del features, output, surrogate  # this segment's graph, before the next is built
-    return Replayed(final, rollout_s, drift, torch.stack(squares[::-1]))
+    return Replayed(final, rollout_s, drift, squares)

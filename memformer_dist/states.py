@@ -4,8 +4,8 @@
     HostStates(device)    in pinned host memory, so that the window's length is bounded by the host's memory alone
 
 From a GPU, states are copied out on a stream of their own, behind the rollout, and back one state ahead of the replay, so
-that the kernels of neither wait for a copy. The pinned buffers come from torch's caching allocator, which hands those of one
-window to the next. Without a GPU it is the same code without streams.
+that the kernels of neither wait for a copy. The pinned buffers come from torch's caching allocator, which hands those of
+one window to the next. Without a GPU it is the same code without streams.
 """
 
 import contextlib
@@ -30,42 +30,56 @@ class DeviceStates:
 
 
 class HostStates:
-    """Copies in host memory of states that live on `device`."""
+    """Copies in host memory of states that live on `device`, of one window at a time.
+
+    They lie in blocks of BLOCK states a leaf: a million tokens are thousands of states, and as many tensors of their own
+    would take more memory to keep account of than some states have.
+    """
+
+    BLOCK = 16
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stack: list[NamedTuple] = []
+        self._blocks: list[NamedTuple] = []  # of tensors [BLOCK, lanes, ...]
+        self._held = 0  # states in the blocks
         self._next: NamedTuple | None = None  # the newest state, on its way back to the device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def push(self, state: NamedTuple) -> None:
         assert self._next is None, "the window's states are being taken back"
+        place = self._held % self.BLOCK
+        if place == 0:
+            self._blocks.append(state._make(map(self._block_like, state)))
+        self._held += 1
         with self._copying():
-            self._stack.append(state._make(map(self._to_host, state)))
+            for tensor, block in zip(state, self._blocks[-1]):
+                block[place].copy_(tensor, non_blocking=True)
+                if self._stream is not None:
+                    tensor.record_stream(self._stream)
 
     def pop(self) -> NamedTuple:
-        """The newest state that is left, on the device; the one below it sets out."""
+        """The newest state that is left, on the device; the one below it sets out. IndexError where none is left."""
         state = self._next or self._fetch()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
             for tensor in state:
-                tensor.record_stream(
-                    current
-                )  # its memory is the copying stream's, which may not have it back too early
-        self._next = self._fetch() if self._stack else None
+                tensor.record_stream(current)  # its memory is the copying stream's, which may not have it back too early
+        self._next = self._fetch() if self._held else None
         return state
 
     def _fetch(self) -> NamedTuple:
+        blocks = self._blocks[-1]
+        self._held -= 1
+        place = self._held % self.BLOCK
+        if place == 0:
+            self._blocks.pop()
         with self._copying():
-            host = self._stack.pop()
-            return host._make(tensor.to(self.device, non_blocking=True) for tensor in host)
+            return blocks._make(block[place].to(self.device, non_blocking=True) for block in blocks)
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
-        host = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
-        if self._stream is not None:
-            tensor.record_stream(self._stream)
-        return host.copy_(tensor, non_blocking=True)
+    def _block_like(self, tensor: Tensor) -> Tensor:
+        shape = (self.BLOCK, *tensor.shape)
+        return torch.empty(shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
 
     def _copying(self):
         """Within, copies follow all that has been asked of the device so far, and hold up nothing that comes later."""
