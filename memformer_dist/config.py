@@ -54,6 +54,11 @@ class MrbpConfig(Section):
         " that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times; auto: as many as the free"
         " memory of the device holds, measured before the first step and kept for the run",
     )
+    readout_parts: PositiveInt = Field(
+        1,
+        description="parts that a segment's readout is worked through in, lanes after lanes, where activations do not fit"
+        " (readout_group 1)",
+    )
     lanes_per_group: PositiveInt | None = Field(
         None, description="lanes of a rank worked on at once; null: all of them"
     )
@@ -339,6 +344,15 @@ def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
                 f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {share} lanes of a rank"
                 f" (data.lanes {data.lanes} on {world_size} ranks)"
             )
+    if mrbp is not None and mrbp.readout_parts > 1 and mrbp.readout_group != 1:
+        problems.append(
+            f"mrbp.readout_parts: found {mrbp.readout_parts} with mrbp.readout_group {mrbp.readout_group!r}, which is for"
+            " the opposite; expected one of them to be 1"
+        )
+    if mrbp is not None and data is not None and mrbp.readout_parts > (lanes := mrbp.lanes_per_group or share):
+        problems.append(
+            f"mrbp.readout_parts: found {mrbp.readout_parts}, expected no more than the {lanes} lanes that are worked on at once"
+        )
     if mrbp is None or training is None:
         return problems
     window = mrbp.window

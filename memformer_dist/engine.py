@@ -114,7 +114,7 @@ class Engine:
         # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model. Where no full gradient is
         # to be anywhere, the bucket must not be one.
         numbers = sum(parameter.numel() for parameter in cell.parameters())
-        bucket = numbers if reduce == "window" else numbers // 8
+        bucket = numbers if reduce == "window" else max(1, numbers // 8)
         zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, bucket)}
         zero |= settings.get("zero_optimization", {})
         cell.to(process.device)
@@ -145,6 +145,7 @@ class Engine:
         *,
         valid_tokens: int,
         readout_group: int = 1,
+        readout_parts: int = 1,
         observe: Callable = lambda t, segment, nll: None,
     ) -> Accumulated:
         """The gradient of the mean loss over one window of every lane, reduced once.
@@ -153,13 +154,15 @@ class Engine:
             windows: this rank's lanes in groups, each a Window (same ticks, equal numbers of lanes on every rank).
             states: where each group starts.
             valid_tokens: labels in the window over the lanes of ALL ranks.
+            readout_group, readout_parts, observe: see mrbp.memory_replay; dropout differs between parts.
         """
         # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
         loss_scale = self.process.world_size / max(1, valid_tokens)
         results = []
         with self.reduction.of_a_step(), self._gathered():
             for group, (window, state) in enumerate(zip(windows, states, strict=True)):
-                replay = _Replay(self, window.start, group, is_last=group == len(windows) - 1)
+                is_last = group == len(windows) - 1
+                replay = _Replay(self, window.start, group, is_last=is_last, readout_parts=readout_parts)
                 results.append(
                     memory_replay(
                         replay.call,
@@ -168,6 +171,7 @@ class Engine:
                         state,
                         loss_scale=loss_scale,
                         readout_group=readout_group,
+                        readout_parts=readout_parts,
                         states=self.states,
                         observe=observe,
                     )
@@ -277,23 +281,26 @@ class Engine:
 class _Replay:
     """The two callables that memory replay works a lane group of a window through with; `is_last` of the step's groups."""
 
-    def __init__(self, engine: Engine, start: int, group: int, *, is_last: bool):
+    def __init__(self, engine: Engine, start: int, group: int, *, is_last: bool, readout_parts: int):
         self.engine, self.start, self.group, self.is_last = engine, start, group, is_last
+        self.readout_parts = readout_parts
+        self.readouts = 0  # parts of the present readout that were begun
         self.replayed = 0  # segments that were advanced with gradient and not yet gone backward through
         self.part, self.t = "advance", 0  # of the last call
 
     def call(self, part: str, t: int, segment: Segment, tensors: NamedTuple):
         """A part of the cell on the window's segment t, with the random state that belongs to it."""
         process, gathering = self.engine.process, self.engine.gathering
-        reseed(process.device, self.engine.seed, self.start + t, process.rank, self.group, part == "readout")
         if part == "readout":
-            if gathering is not None:
+            self.readouts += 1
+            if gathering is not None and self.readouts == 1:
                 gathering.begin_readout()
         elif torch.is_grad_enabled():
             self.replayed += 1
             if gathering is not None:
                 gathering.begin_advance()
         self.part, self.t = part, t
+        reseed(process.device, self.engine.seed, self.start + t, process.rank, self.group, self.readouts)
         return self.engine(part, segment.to(process.device), tensors)
 
     def backward(self, scalar: Tensor) -> None:
@@ -302,5 +309,7 @@ class _Replay:
         self.replayed -= not of_readout
         is_last = self.is_last and self.t == self.replayed == 0 and not of_readout
         self.engine.reduction.backward(scalar, is_last=is_last)
-        if of_readout and self.engine.gathering is not None:
-            self.engine.gathering.end_readout()
+        if of_readout and self.readouts == self.readout_parts:
+            self.readouts = 0
+            if self.engine.gathering is not None:
+                self.engine.gathering.end_readout()

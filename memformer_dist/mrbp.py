@@ -71,6 +71,7 @@ def memory_replay(
     *,
     loss_scale: float,
     readout_group: int = 1,
+    readout_parts: int = 1,
     states: DeviceStates | HostStates | None = None,
     observe: Callable[[int, Segment, Tensor], None] = lambda t, segment, nll: None,
 ) -> Replayed:
@@ -85,6 +86,8 @@ def memory_replay(
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.
         readout_group: C, segments whose readout runs as one batch of C L lanes. The activations of that many segments are
             alive at once.
+        readout_parts: parts that the lanes of a readout batch are worked through in, one after the other: each keeps its
+            share of the readout's activations alone, which are most of a segment's where `advance` is small. At most C L.
         states: where the stored states lie, empty; on the device unless given.
         observe: called as observe(t, segment, nll [L, S]) for every segment, last to first, with nll detached.
 
@@ -124,14 +127,21 @@ def memory_replay(
         made = [features for _, _, features, _ in reversed(advances)]
         leaves = as_leaves(made[0]._make(torch.cat(column) for column in zip(*made)))
         del made
-        nll = call("readout", group.start, concatenate([segment for segment, *_ in reversed(advances)]), leaves)
-        backward(nll.sum() * loss_scale)  # lines 10-11
+        batch = concatenate([segment for segment, *_ in reversed(advances)])  # [C L] rows
+        nlls = []
+        bounds = [len(leaves[0]) * number // readout_parts for number in range(readout_parts + 1)]
+        for part in map(slice, bounds, bounds[1:]):
+            some = batch._make(column[part] for column in batch)
+            nll = call("readout", group.start, some, leaves._make(x[part] for x in leaves))
+            backward(nll.sum() * loss_scale)  # lines 10-11
+            nlls.append(nll.detach())
+        nll = torch.cat(nlls)
 
         lanes = nll.shape[0] // len(group)
         for position, t in reversed(list(enumerate(group))):
             segment, inputs, features, output = advances.pop(0)
             rows = slice(position * lanes, (position + 1) * lanes)
-            observe(t, segment, nll[rows].detach())
+            observe(t, segment, nll[rows])
             surrogate = inner_product(features, leaves._make(x[rows] for x in gradients_of(leaves)))
             if gradient is not None:
                 surrogate = surrogate + inner_product(output, gradient)

@@ -64,7 +64,9 @@ class HostStates:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
             for tensor in state:
-                tensor.record_stream(current)  # its memory is the copying stream's, which may not have it back too early
+                tensor.record_stream(
+                    current
+                )  # its memory is the copying stream's, which may not have it back too early
         self._next = self._fetch() if self._held else None
         return state
 

@@ -205,6 +205,7 @@ class Trainer:
             self.states,
             valid_tokens=valid_tokens,
             readout_group=readout_group,
+            readout_parts=config.mrbp.readout_parts,
             observe=observe,
         )
         result = self.engine.step(

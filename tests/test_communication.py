@@ -24,7 +24,7 @@ def new_engine(process, stage, name="toy", overlap_comm=False, bucket=10**6, **o
     return Engine(cell, optimizer, process, settings={"zero_optimization": zero}, **options)
 
 
-def collectives_of_a_window(process, engine, segments, groups, readout_group) -> Collectives:
+def collectives_of_a_window(process, engine, segments, groups, readout_group, readout_parts=1) -> Collectives:
     """Of the second step: the first shows the engine which part uses what."""
     share = LANES // process.world_size // groups
     first = process.rank * share * groups
@@ -37,6 +37,7 @@ def collectives_of_a_window(process, engine, segments, groups, readout_group) ->
                 [engine.module.empty_state(share) for _ in range(groups)],
                 valid_tokens=labels_in(window),
                 readout_group=readout_group,
+                readout_parts=readout_parts,
             )
         engine.step(0.1)
     return seen
@@ -155,7 +156,7 @@ AROUND = ("embedding.", "normalise.", "memory_norm.", "encoder.", "writer.")
 
 def memformer_gathers_rank(process):
     engine = new_engine(process, 3, "encoder_decoder")
-    seen = collectives_of_a_window(process, engine, 6, 1, 3)
+    seen = collectives_of_a_window(process, engine, 6, 1, 3, readout_parts=2)
     decoder, rest = (bytes_of("encoder_decoder", *names, ranks=2) for names in (["decoder."], AROUND))
     assert seen.bytes("all_gather") == rest + 2 * decoder
     assert seen.calls("all_gather") == 1 + 2

@@ -75,6 +75,7 @@ def engine_run(
     stage,
     groups=1,
     readout_group=1,
+    readout_parts=1,
     clipping=0.0,
     engine=None,
     skip=(),
@@ -114,7 +115,12 @@ def engine_run(
             result = engine.step(learning_rate)
             assert not result.applied and not math.isfinite(result.gradient_norm)
         accumulated = engine.accumulate(
-            parts, states, valid_tokens=labels_in(window), readout_group=readout_group, observe=observe
+            parts,
+            states,
+            valid_tokens=labels_in(window),
+            readout_group=readout_group,
+            readout_parts=readout_parts,
+            observe=observe,
         )
         states = accumulated.states
         result = engine.step(learning_rate)
@@ -390,7 +396,16 @@ def other_reductions_rank(process, name, cases):
             cell, make_optimizer("sgd", cell, 0.2), process, settings={"zero_optimization": zero}, reduce=reduce
         )
         _, found_norms, _ = engine_run(
-            process, name, "sgd", 0.2, 3, stage=stage, groups=groups, readout_group=readout_group, engine=engine
+            process,
+            name,
+            "sgd",
+            0.2,
+            3,
+            stage=stage,
+            groups=groups,
+            readout_group=readout_group,
+            readout_parts=2 if groups == 1 else 1,
+            engine=engine,
         )
         case = f"ZeRO {stage}, {reduce}, overlap_comm {overlap}, {groups} lane groups"
         assert largest_difference(weights_of(engine), expected) <= 1e-6, case

@@ -105,6 +105,30 @@ def test_gradient_equals_full_bptt(cell_name, readout_group, segments):
 
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+@pytest.mark.parametrize("readout_group, readout_parts", [(1, 2), (1, 3), (2, 4)])
+def test_gradient_of_a_readout_in_parts_equals_full_bptt(cell_name, readout_group, readout_parts):
+    """The lanes of a readout one after the other, in parts of unequal size: the same gradient, every row observed once."""
+    cell = cell_named(cell_name)
+    window = random_window(5, LANES, LENGTH, seed=8)
+    settings = {"loss_scale": 1 / labels_in(window), "readout_group": readout_group, "readout_parts": readout_parts}
+    rows = {}
+    memory_replay(
+        seeded_call(cell),
+        torch.Tensor.backward,
+        window,
+        starting_state(cell),
+        observe=lambda t, segment, nll: rows.update({t: nll}),
+        **settings,
+    )
+    found = gradients(cell)
+    cell.zero_grad()
+    _, loss = full_bptt(seeded_call(cell), window, starting_state(cell), **settings)
+    assert relative_error(found, gradients(cell)) <= TOLERANCE
+    assert [nll.shape for nll in rows.values()] == 5 * [(LANES, LENGTH)]
+    torch.testing.assert_close(sum(nll.sum() for nll in rows.values()) / labels_in(window), loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
 def test_negative_controls_fail_the_comparison(cell_name):
     """Memories detached between segments; dropout masks of another seed: either must be seen."""
     cell = cell_named(cell_name)
@@ -277,6 +301,8 @@ def test_activations_and_segments_alive_do_not_grow_with_the_window(cell_name):
     assert most_alive(cell, 48, memory_replay) == (small, few) and few <= 3
     grouped, _ = most_alive(cell, 8, memory_replay, readout_group=4)
     assert most_alive(cell, 48, memory_replay, readout_group=4)[0] == grouped < 4.5 * small
+    if cell_name == "encoder_decoder":  # where the readout is most of a segment
+        assert most_alive(cell, 4, memory_replay, readout_parts=3)[0] < 0.75 * small
     whole, _ = most_alive(cell, 8, full_bptt)
     assert whole > 6 * small
 

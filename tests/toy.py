@@ -108,7 +108,7 @@ def seeded_call(cell: RecurrentCell, seed: int = 0):
     return call
 
 
-def full_bptt(call, window, state, *, loss_scale, readout_group=1, detach_memory=False):
+def full_bptt(call, window, state, *, loss_scale, readout_group=1, readout_parts=1, detach_memory=False):
     """One graph over the whole window, back-propagated once. The readout is batched as the replay batches it, because dropout
     masks depend on the batch. `detach_memory` cuts the gradient between segments: the negative control."""
     outputs, loss = [], 0.0
@@ -120,8 +120,11 @@ def full_bptt(call, window, state, *, loss_scale, readout_group=1, detach_memory
     for stop in range(len(window), 0, -readout_group):
         group = range(max(0, stop - readout_group), stop)
         features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group)))
-        nll = call("readout", group.start, concatenate([window[t] for t in group]), features)
-        loss = loss + nll.sum() * loss_scale
+        batch = concatenate([window[t] for t in group])
+        bounds = [len(features[0]) * number // readout_parts for number in range(readout_parts + 1)]
+        for rows in map(slice, bounds, bounds[1:]):
+            nll = call("readout", group.start, batch.rows(rows), features._make(x[rows] for x in features))
+            loss = loss + nll.sum() * loss_scale
     loss.backward()
     return state._make(x.detach() for x in state), loss.detach()
 
