@@ -36,6 +36,7 @@ from memformer_dist.segment import Segment, concatenate
 from memformer_dist.states import HostStates
 
 SEED = 1
+PARTS = 2  # of a readout, half of the lanes each
 BOS = 2
 RETURN_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -134,13 +135,23 @@ def replay(
     state: NamedTuple,
     loss_scale: float,
     group: int = 1,
+    parts: int = 1,
     states: HostStates | None = None,
 ) -> None:
     def call(part: str, t: int, segment: Segment, tensors: NamedTuple):
         reseed(segment.tokens.device, SEED, t, part == "readout")
         return cell(part, segment, tensors)
 
-    memory_replay(call, torch.Tensor.backward, window, state, loss_scale=loss_scale, readout_group=group, states=states)
+    memory_replay(
+        call,
+        torch.Tensor.backward,
+        window,
+        state,
+        loss_scale=loss_scale,
+        readout_group=group,
+        readout_parts=parts,
+        states=states,
+    )
 
 
 def alive_segments(layout: Layout, method: str) -> int:
@@ -148,7 +159,7 @@ def alive_segments(layout: Layout, method: str) -> int:
     return {"bptt": layout.segments, "bptt_grouped": layout.segments, "grouped": layout.group}.get(method, 2)
 
 
-METHODS = ("bptt", "bptt_grouped", "checkpoint", "plain", "grouped")
+METHODS = ("bptt", "bptt_grouped", "checkpoint", "plain", "parts", "grouped")
 
 
 def method_of(measurement: Measurement) -> Callable[[Memformer, RandomWindow, NamedTuple, float], None]:
@@ -159,6 +170,7 @@ def method_of(measurement: Measurement) -> Callable[[Memformer, RandomWindow, Na
         "bptt_grouped": lambda *arguments: bptt(*arguments, group=group),
         "checkpoint": bptt_with_checkpoints,
         "plain": lambda *arguments: replay(*arguments, states=states),
+        "parts": lambda *arguments: replay(*arguments, parts=PARTS, states=states),
         "grouped": lambda *arguments: replay(*arguments, group=group, states=states),
     }[measurement.method]
 

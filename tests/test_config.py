@@ -240,6 +240,16 @@ def test_the_world_size_must_divide_the_lanes(config, lanes, world_size, would_d
     RunConfig.check(config, world_size)
 
 
+def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
+    config["mrbp"] |= {"readout_parts": 4}
+    assert RunConfig.check(config, 1).mrbp.readout_parts == 4
+    with pytest.raises(UserError, match="mrbp.readout_parts: found 4, expected no more than the 2 lanes"):
+        RunConfig.check(config, 2)
+    config["mrbp"]["readout_group"] = "auto"
+    with pytest.raises(UserError, match="mrbp.readout_parts: found 4 with mrbp.readout_group 'auto'"):
+        RunConfig.check(config, 1)
+
+
 def test_lanes_per_group_must_divide_the_lanes_of_a_rank(config):
     config["data"]["lanes"] = 8
     assert RunConfig.check(config, 2).lanes_per_group(2) == 4
