@@ -349,7 +349,7 @@ def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
             f"mrbp.readout_parts: found {mrbp.readout_parts} with mrbp.readout_group {mrbp.readout_group!r}, which is for"
             " the opposite; expected one of them to be 1"
         )
-    if mrbp is not None and data is not None and mrbp.readout_parts > (lanes := mrbp.lanes_per_group or share):
+    if mrbp is not None and data is not None and mrbp.readout_parts > max(1, lanes := mrbp.lanes_per_group or share):
         problems.append(
             f"mrbp.readout_parts: found {mrbp.readout_parts}, expected no more than the {lanes} lanes that are worked on at once"
         )
