@@ -401,7 +401,7 @@ def every_field(config: BaseModel) -> list[str]:
 
 
 ALLOWED = {
-    *("mrbp.window", "mrbp.readout_group", "mrbp.lanes_per_group"),
+    *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
     *("mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
