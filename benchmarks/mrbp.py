@@ -87,8 +87,8 @@ def layouts(device: str, quick: bool) -> dict[str, Layout]:
     tiny = dict(width=64, heads=4, feed_forward=128)
     if quick:
         sizes = [
-            Layout("4+16", middle | tiny, 256, lanes=4, length=32, segments=8, group=8),
-            Layout("few", small | tiny, 256, lanes=1, length=32, segments=8, group=8),
+            Layout("4+16", middle | tiny, 256, lanes=4, length=32, segments=4, group=4),
+            Layout("few", small | tiny, 256, lanes=1, length=32, segments=4, group=4),
             Layout("table3, horizon 4", decoder | tiny, 256, lanes=2, length=32, segments=4, group=4),
             Layout("windows", middle | tiny, 256, lanes=1, length=64, segments=8, group=8),
         ]
