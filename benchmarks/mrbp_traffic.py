@@ -32,10 +32,6 @@ LAYOUT = Layout(
 )
 
 
-class Window(RandomWindow):
-    start = 0  # the engine seeds dropout by it
-
-
 def new_engine(process: Process, stage: int, **settings: Any) -> Engine:
     torch.manual_seed(0)
     cell = Memformer(
@@ -53,7 +49,7 @@ def reduced(seen: Collectives) -> int:
 def plain_data_parallel(process: Process, stage: int) -> int:
     """Bytes reduced for one optimiser step with one backward."""
     engine = new_engine(process, stage)
-    window, state, loss = Window(LAYOUT, 2, process.device), engine.module.empty_state(LAYOUT.lanes), 0.0
+    window, state, loss = RandomWindow(LAYOUT, 2, process.device), engine.module.empty_state(LAYOUT.lanes), 0.0
     with Collectives() as seen:
         for t in range(len(window)):
             features, state = engine.engine("advance", window[t], state)
@@ -67,7 +63,7 @@ def replayed(process: Process, stage: int, **settings: Any) -> tuple[Collectives
     engine = new_engine(process, stage, **settings)
     gathers = count_gathers(engine) if stage == 3 else Counter()
     lanes = LAYOUT.lanes
-    windows = [Window(LAYOUT, SEGMENTS, process.device)] * LANE_GROUPS
+    windows = [RandomWindow(LAYOUT, SEGMENTS, process.device)] * LANE_GROUPS
     states = [engine.module.empty_state(lanes)] * LANE_GROUPS
     tokens = SEGMENTS * LANE_GROUPS * lanes * LAYOUT.length * process.world_size
     for _ in range(2):  # the second window: whatever is set up once is set up by then

@@ -80,6 +80,8 @@ class Measurement:
 class RandomWindow:
     """A window of random tokens that makes each segment when it is asked for, the same every time."""
 
+    start = 0  # the engine seeds dropout by it
+
     def __init__(self, layout: Layout, segments: int, device: torch.device):
         self.layout, self.segments, self.device = layout, segments, device
 

@@ -49,10 +49,6 @@ LAYOUT = Layout(
 MIB = 2**20
 
 
-class Window(RandomWindow):
-    start = 0  # the engine seeds dropout by it
-
-
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
@@ -87,7 +83,7 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
         def step() -> None:
             tokens = segments * LAYOUT.lanes * LAYOUT.length * process.world_size
             engine.accumulate(
-                [Window(LAYOUT, segments, process.device)],
+                [RandomWindow(LAYOUT, segments, process.device)],
                 [engine.module.empty_state(LAYOUT.lanes)],
                 valid_tokens=tokens,
             )

@@ -15,6 +15,9 @@ from typing_extensions import Self
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.curriculum import SHAPES, Window, WindowByMetric
 from memformer_dist.errors import UserError
+from memformer_dist.reduction import Reduce
+from memformer_dist.states import Store
+from memformer_dist.zero3 import Keep
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -62,17 +65,17 @@ class MrbpConfig(Section):
     lanes_per_group: PositiveInt | None = Field(
         None, description="lanes of a rank worked on at once; null: all of them"
     )
-    state_store: Literal["device", "host"] = Field(
+    state_store: Store = Field(
         "device",
         description="where a window's N states wait for the replay; host: pinned memory of the host, for windows whose"
         " states (mrbp/state_bytes) do not fit beside the activations",
     )
-    reduce: Literal["window", "segment"] = Field(
+    reduce: Reduce = Field(
         "window",
         description="window: one reduction a step, each rank holds one whole gradient; segment: at every backward,"
         " about N times the bytes, gradients stay sharded (needs ZeRO 2 or 3): where a whole gradient does not fit",
     )
-    keep_gathered: Literal["none", "readout", "all"] = Field(
+    keep_gathered: Keep = Field(
         "all",
         description="ZeRO-3: all: advance's parameters are gathered once a window, the readout's once a group, the"
         " fewest bytes on the wire; readout: only the latter, where both do not fit; none: every module at every use",

@@ -11,7 +11,7 @@ Everything here rests on what DeepSpeed 0.19.8 was measured to do under many bac
 
 import contextlib
 import warnings
-from typing import Callable, Iterator, Literal, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import deepspeed
 import torch
@@ -31,7 +31,7 @@ from memformer_dist.mrbp import memory_replay
 from memformer_dist.reduction import Reduce, Reduction
 from memformer_dist.runtime import Process, reseed
 from memformer_dist.segment import Segment
-from memformer_dist.states import DeviceStates, HostStates
+from memformer_dist.states import DeviceStates, HostStates, Store
 from memformer_dist.zero3 import Gathering, Keep
 
 # Of torch, at every collective that DeepSpeed 0.19.8 makes by its old name.
@@ -89,7 +89,7 @@ class Engine:
         gradient_clipping: float = 0.0,
         seed: int = 0,
         reduce: Reduce = "window",
-        state_store: Literal["device", "host"] = "device",
+        state_store: Store = "device",
         keep_gathered: Keep = "all",
     ):
         self.process, self.seed = process, seed

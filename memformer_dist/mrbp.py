@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from memformer_dist.segment import Segment, Tensors, concatenate
+from memformer_dist.segment import Segment, Tensors, concatenate, select_rows
 from memformer_dist.states import DeviceStates, HostStates
 
 
@@ -75,7 +75,12 @@ def memory_replay(
     states: DeviceStates | HostStates | None = None,
     observe: Callable[[int, Segment, Tensor], None] = lambda t, segment, nll: None,
 ) -> Replayed:
-    """Accumulate the gradient of `loss_scale * sum(nll)` over a window into the parameters.
+    """Accumulate the gradient of L = `loss_scale` * sum of nll over a window into the parameters.
+
+    With F_t and M_{t+1} what `advance` makes of segment t and the state M_t, f_t = dL/dF_t and g_t = dL/dM_t, g_N = 0:
+
+        g_t = f_t dF_t/dM_t + g_{t+1} dM_{t+1}/dM_t
+        dL/dtheta = sum over t of  dL/dtheta through the readout + f_t dF_t/dtheta + g_{t+1} dM_{t+1}/dtheta
 
     Args:
         call: call(part, t, segment, tensors) runs the cell's part on segment t of the window.
@@ -92,7 +97,7 @@ def memory_replay(
         observe: called as observe(t, segment, nll [L, S]) for every segment, last to first, with nll detached.
 
     The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a memory,
-    and the replay buffer is `states`.
+    and the replay buffer is `states`. Raises what `call`, `backward` and `segments` raise; `states` is then to be thrown away.
     """
     states = DeviceStates() if states is None else states
     last = len(segments) - 1
@@ -131,8 +136,7 @@ def memory_replay(
         nlls = []
         bounds = [len(leaves[0]) * number // readout_parts for number in range(readout_parts + 1)]
         for part in map(slice, bounds, bounds[1:]):
-            some = batch._make(column[part] for column in batch)
-            nll = call("readout", group.start, some, leaves._make(x[part] for x in leaves))
+            nll = call("readout", group.start, select_rows(batch, part), select_rows(leaves, part))
             backward(nll.sum() * loss_scale)  # lines 10-11
             nlls.append(nll.detach())
         nll = torch.cat(nlls)
@@ -142,7 +146,7 @@ def memory_replay(
             segment, inputs, features, output = advances.pop(0)
             rows = slice(position * lanes, (position + 1) * lanes)
             observe(t, segment, nll[rows])
-            surrogate = inner_product(features, leaves._make(x[rows] for x in gradients_of(leaves)))
+            surrogate = inner_product(features, select_rows(gradients_of(leaves), rows))
             if gradient is not None:
                 surrogate = surrogate + inner_product(output, gradient)
             backward(surrogate)  # lines 11-12, in one walk through the graph

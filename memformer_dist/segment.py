@@ -30,11 +30,12 @@ class Segment(NamedTuple):
     def to(self, device: torch.device) -> "Segment":
         return Segment(*(column.to(device, non_blocking=True) for column in self))
 
-    def rows(self, index: slice) -> "Segment":
-        """The same tick of some of the lanes."""
-        return Segment(*(column[index] for column in self))
-
 
 def concatenate(segments: Sequence[Tensors]) -> Tensors:
     """Several segments of equal length S as one of more rows. Any NamedTuple of lane-first tensors will do."""
     return segments[0]._make(map(torch.cat, zip(*segments)))
+
+
+def select_rows(tensors: Tensors, rows: slice | Tensor) -> Tensors:
+    """The same of some of the lanes. Any NamedTuple of lane-first tensors will do."""
+    return tensors._make(column[rows] for column in tensors)

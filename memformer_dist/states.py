@@ -9,10 +9,12 @@ one window to the next. Without a GPU it is the same code without streams.
 """
 
 import contextlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Store = Literal["device", "host"]
 
 
 class DeviceStates:
@@ -63,10 +65,8 @@ class HostStates:
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
-            for tensor in state:
-                tensor.record_stream(
-                    current
-                )  # its memory is the copying stream's, which may not have it back too early
+            for tensor in state:  # its memory is the copying stream's, which may not have it back too early
+                tensor.record_stream(current)
         self._next = self._fetch() if self._held else None
         return state
 

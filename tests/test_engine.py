@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memformer_dist.config import OptimizerConfig
+from memformer_dist.segment import select_rows
 from tests.ranks import run_ranks
 from tests.test_mrbp import memformer
 from tests.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window, seeded_call
@@ -39,7 +40,7 @@ class Rows:
         return len(self.window)
 
     def __getitem__(self, t):
-        return self.window[t].rows(self.rows)
+        return select_rows(self.window[t], self.rows)
 
 
 def make_optimizer(kind, cell, learning_rate):

@@ -21,7 +21,7 @@ from memformer_dist.cells.memformer import (
     MemformerConfig,
     MemformerState,
 )
-from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.segment import IGNORE, Segment, select_rows
 
 VOCABULARY, BOS, SIZE = 11, 1, 5  # SIZE: tokens of a segment
 SMALL = {"width": 8, "decoder_layers": 2, "heads": 2, "feed_forward": 12, "slots": 3, "dropout": 0.0}
@@ -431,7 +431,7 @@ def test_lanes_do_not_see_one_another():
     together = cell.readout(segment, cell.advance(segment, state)[0])
     for lane in range(3):
         one = slice(lane, lane + 1)
-        alone = segment.rows(one)
+        alone = select_rows(segment, one)
         nll = cell.readout(alone, cell.advance(alone, state._make(x[one] for x in state))[0])
         assert torch.allclose(nll, together[one], atol=1e-12)
 

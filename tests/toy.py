@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.runtime import reseed
-from memformer_dist.segment import IGNORE, Segment, concatenate
+from memformer_dist.segment import IGNORE, Segment, concatenate, select_rows
 
 VOCABULARY = 11
 
@@ -123,7 +123,7 @@ def full_bptt(call, window, state, *, loss_scale, readout_group=1, readout_parts
         batch = concatenate([window[t] for t in group])
         bounds = [len(features[0]) * number // readout_parts for number in range(readout_parts + 1)]
         for rows in map(slice, bounds, bounds[1:]):
-            nll = call("readout", group.start, batch.rows(rows), features._make(x[rows] for x in features))
+            nll = call("readout", group.start, select_rows(batch, rows), select_rows(features, rows))
             loss = loss + nll.sum() * loss_scale
     loss.backward()
     return state._make(x.detach() for x in state), loss.detach()
