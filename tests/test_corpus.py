@@ -12,10 +12,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data.corpus import Corpus, CorpusError, SplitWriter
+from memformer_dist.data.corpus import Corpus, CorpusError
+from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.errors import UserError
 
-FACTS = dict(vocab_size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
+FACTS = Facts(vocab_size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 def random_documents(number=20, vocab_size=1000, seed=0):
@@ -25,8 +26,8 @@ def random_documents(number=20, vocab_size=1000, seed=0):
     return documents, masks
 
 
-def write(path, documents, masks=None, **options):
-    with SplitWriter(path, has_mask=masks is not None, **(FACTS | options)) as writer:
+def write(path, documents, masks=None, *, shard_tokens=10**6, **facts):
+    with SplitWriter(path, FACTS._replace(has_mask=masks is not None, **facts), shard_tokens=shard_tokens) as writer:
         for number, document in enumerate(documents):
             writer.add(document, masks and masks[number])
     return path
@@ -79,7 +80,8 @@ def test_webdataset_reads_the_shards(split):
     corpus = Corpus.open(split)
     urls = [str(split / shard.name) for shard in corpus.manifest.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(len(documents))]
+    keys = [f"{n:06d}-{d:08d}" for n, shard in enumerate(corpus.manifest.shards) for d in range(shard.documents)]
+    assert [sample["__key__"] for sample in samples] == keys
     for sample, document, mask in zip(samples, documents, masks):
         assert np.frombuffer(sample["u16"], "<u2").tolist() == document.tolist()
         assert np.frombuffer(sample["mask"], np.uint8).tolist() == mask.tolist()
@@ -127,7 +129,7 @@ def test_a_flipped_bit_names_shard_document_and_offset(split, what, suffix):
     raw[member.offset_data] ^= 1
     shard.write_bytes(raw)
     corpus = Corpus.open(split)  # sizes are as they were
-    damaged = int(member.name.split(".")[0])
+    damaged = corpus.manifest.shards[0].documents + int(member.name.split(".")[0].split("-")[1])
     place = f"{re.escape(str(shard))}: the {what} of document {damaged} at byte {member.offset_data} are damaged"
     with pytest.raises(CorpusError, match=place + ": crc32 is .* the index says"):
         corpus.check(damaged)
@@ -164,7 +166,7 @@ def damage_manifest(field, value):
         (lambda split: (split / "index.safetensors").unlink(), "index.safetensors: not found"),
         (lambda split: (split / "corpus.json").unlink(), "corpus.json: not found"),
         (lambda split: (split / "corpus.json").write_text("{"), "corpus.json: .*JSON"),
-        (damage_manifest("version", 2), "corpus.json: version: .*1, found 2"),
+        (damage_manifest("version", 1), "corpus.json: version: .*2, found 1; prepare the corpus again"),
         (damage_manifest("tokens", "many"), "corpus.json: tokens: .*found 'many'"),
         (damage_manifest("token", 1), "corpus.json: token: "),
     ],
@@ -177,16 +179,16 @@ def test_open_refuses_what_is_not_whole(split, damage, message):
 
 
 def test_nothing_half_written_is_left(tmp_path):
-    with pytest.raises(KeyboardInterrupt), SplitWriter(tmp_path / "a", **FACTS) as writer:
+    with pytest.raises(KeyboardInterrupt), SplitWriter(tmp_path / "a", FACTS) as writer:
         writer.add(np.array([5]))
         assert not (tmp_path / "a").exists()
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="no document"):
-        SplitWriter(tmp_path / "a", **FACTS).close()
+        SplitWriter(tmp_path / "a", FACTS).close()
     assert not list(tmp_path.iterdir())
-    killed = SplitWriter(tmp_path / "a", **FACTS)  # a run that is killed leaves what the next one removes
+    killed = SplitWriter(tmp_path / "a", FACTS)  # a run that is killed leaves what the next one removes
     killed.add(np.array([5]))
     write(tmp_path / "a", [np.array([6, 7])])
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and Corpus.open(tmp_path / "a").lengths.tolist() == [2]
     with pytest.raises(UserError, match="exists already"):
-        SplitWriter(tmp_path / "a", **FACTS)
+        SplitWriter(tmp_path / "a", FACTS)

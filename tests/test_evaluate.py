@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from memformer_dist.data.corpus import Corpus, SplitWriter
+from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
 from memformer_dist.segment import IGNORE, Segment
 from tests.conftest import ROOT, make_corpus, run_script
@@ -20,7 +21,7 @@ from tests.toy import VOCABULARY, ToyCell
 LENGTH = 6  # of a segment
 EOS = 2
 LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
-FACTS = dict(vocab_size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
+FACTS = Facts(vocab_size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
 EXACT = 1e-12  # relative, in float64
 
 
@@ -44,7 +45,7 @@ def random_documents(lengths=LENGTHS, seed=0) -> tuple[list[np.ndarray], list[np
 
 
 def write(path, tokens, masks=None) -> Corpus:
-    with SplitWriter(path, has_mask=masks is not None, **FACTS) as writer:
+    with SplitWriter(path, FACTS._replace(has_mask=masks is not None)) as writer:
         for number, document in enumerate(tokens):
             writer.add(document, masks and masks[number])
     return Corpus.open(path)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data.corpus import Corpus, CorpusError, SplitWriter
+from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.segment import IGNORE, concatenate, select_rows
 
@@ -24,9 +25,7 @@ def make_corpus(path, lengths, masked=False, seed=0):
     generator = np.random.default_rng(seed)
     documents = [generator.integers(4, 1000, length) for length in lengths]
     masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(
-        path, vocab_size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256="", has_mask=masked, shard_tokens=60
-    ) as writer:
+    with SplitWriter(path, Facts(1000, 1, EOS, "", has_mask=masked), shard_tokens=60) as writer:
         for document, mask in zip(documents, masks):
             writer.add(document, mask if masked else None)
     return Corpus.open(path), documents, masks

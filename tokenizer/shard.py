@@ -26,8 +26,9 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SetMinLogLevel
 from tqdm import tqdm
 
-from memformer_dist.data.corpus import SHARD_TOKENS, Corpus, SplitWriter
+from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.documents import Document, discover, read_documents
+from memformer_dist.data.shards import SHARD_TOKENS, Facts, SplitWriter
 from memformer_dist.errors import UserError
 
 RECORD = "sharding.json"
@@ -96,9 +97,8 @@ def shard(
             eos_id=model.eos_id(),
             tokenizer_sha256=model_sha256,
             has_mask=found.has_mask,
-            shard_tokens=shard_tokens,
         )
-        splits = write_splits(partial, files + valid_files, found, valid, model, threads, settings)
+        splits = write_splits(partial, files + valid_files, found, valid, model, threads, settings, shard_tokens)
         shutil.copyfile(tokenizer, partial / "tokenizer.model")
         with open(partial / "quarantine.jsonl", "w") as file:
             for document in found.unreadable:
@@ -192,10 +192,11 @@ def write_splits(
     model: SentencePieceProcessor,
     threads: int,
     settings: dict,  # of SplitWriter
+    shard_tokens: int,
 ) -> dict[str, dict]:
     """Tokenise the usable documents into folder/train and folder/valid; returns the figures of the splits."""
     split_of = np.where(valid, "valid", "train")[found.usable]
-    writers = {split: SplitWriter(folder / split, **settings) for split in np.unique(split_of).tolist()}
+    writers = {split: SplitWriter(folder / split, Facts(**settings), shard_tokens=shard_tokens) for split in np.unique(split_of).tolist()}
     characters, labels = dict.fromkeys(writers, 0), dict.fromkeys(writers, 0)
     usable = (document for document, use in zip(read_documents(files), found.usable, strict=True) if use)
     with tqdm(desc="tokenising", total=found.characters, unit=" characters", unit_scale=True, disable=None) as progress:

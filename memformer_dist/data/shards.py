@@ -1,0 +1,306 @@
+"""The corpus on disk: documents as rows of token ids in webdataset tar shards, with an index for random access.
+
+tokenizer/shard.py writes a corpus, a folder of two splits:
+
+    CORPUS/tokenizer.model
+    CORPUS/train/
+        corpus.json         what the split holds; its hash identifies the split in a checkpoint
+        index.safetensors   for every document: length, place in its shard, crc32 (12 bytes; 16 with loss masks)
+        shard-000000.tar    one sample a document: 000000-00000042.u16 (token ids) and, with a loss mask, .mask
+    CORPUS/valid/           the same
+
+A shard is an ordinary uncompressed webdataset tar, so other tools can read it. Here it is memory-mapped and read through
+the index, because lanes take documents in any order and resume in their middle. Payloads start at multiples of 512
+bytes, as in any tar. Token ids are little-endian, uint16 where the vocabulary allows. Neither BOS nor EOS is stored.
+
+The mask is one byte per token: mask[i] = 1 if label i, the prediction of token i + 1 (of EOS for the last token), counts
+in the loss. Its member follows that of the tokens, so that its place needs no column.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Iterable, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from memformer_dist.errors import UserError
+
+MANIFEST, INDEX = "corpus.json", "index.safetensors"
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes: of a header, and what payloads are padded to
+SHARD_TOKENS = 100_000_000  # tokens of a SplitWriter's shard, unless a single document is longer
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+    @field_validator("name")
+    @classmethod
+    def _in_this_folder(cls, name: str) -> str:
+        if name in ("", "..") or "\0" in name or Path(name).name != name:  # a corpus from elsewhere reads nothing else
+            raise ValueError("expected the plain name of a file in the split's folder")
+        return name
+
+
+class Manifest(BaseModel):
+    """corpus.json"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[2] = 2
+    token_dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+    has_mask: bool
+    documents: int
+    tokens: int
+    shards: list[Shard]
+    index_sha256: str
+
+
+class Index(NamedTuple):
+    """A row for every document, in the order of the shards."""
+
+    length: np.ndarray  # uint32 [documents], tokens
+    block: np.ndarray  # uint32 [documents], where the tokens start in their shard, in blocks of 512 bytes
+    crc32: np.ndarray  # uint32 [documents], of the tokens
+    mask_crc32: np.ndarray | None = None  # uint32 [documents], of the masks, where there are some
+
+
+class Split(NamedTuple):
+    manifest: Manifest
+    fingerprint: str  # sha256 of corpus.json, which holds the hashes of everything else
+    index: Index
+
+
+def read_split(folder: Path, name: str | None = None) -> Split:
+    """corpus.json and the index of a split. `name`: what messages call the folder, where it is a copy.
+
+    Raises UserError naming the file if one is missing or is not the one that was written.
+    """
+    name = name or str(folder)
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = Manifest.model_validate_json(raw)
+        index = (folder / INDEX).read_bytes()
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise UserError(f"{name}/{missing}: not found; a corpus split (CORPUS/train, CORPUS/valid) holds it") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        hint = "; prepare the corpus again with tokenizer/shard.py" if field == "version" else ""
+        raise UserError(f"{name}/{MANIFEST}: {field}: {problem['msg']}, found {problem['input']!r}{hint}") from None
+    found = hashlib.sha256(index).hexdigest()
+    if found != manifest.index_sha256:
+        raise UserError(f"{name}/{INDEX}: sha256 is {found}, {MANIFEST} says {manifest.index_sha256}")
+    return Split(manifest, hashlib.sha256(raw).hexdigest(), Index(**load_safetensors(index)))
+
+
+def wrong_size(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard as far as its size tells."""
+    file = folder / shard.name
+    size = file.stat().st_size if file.exists() else None
+    if size == shard.bytes:
+        return None
+    return f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes"
+
+
+def blocks(size: int | np.ndarray) -> int | np.ndarray:
+    """Blocks of a tar that `size` bytes fill."""
+    return -(-size // BLOCK)
+
+
+class WrittenShard(NamedTuple):
+    shard: Shard
+    index: Index
+
+
+class ShardWriter:
+    """Writes one shard under `<path>.partial`, which `close` renames: a shard that exists is whole.
+
+    The bytes depend on the number of the shard and its documents alone. Leaving a `with` block without having closed it
+    removes what was written. Raises OSError where the disk is full.
+    """
+
+    def __init__(self, path: Path, number: int, token_dtype: np.dtype, has_mask: bool = False):
+        self.path, self.number = path, number
+        self._dtype = np.dtype(token_dtype).newbyteorder("<")
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = open(self._partial, "wb")
+        self._hash = hashlib.sha256()
+        self._blocks = 0
+        self._columns: dict[str, list[int]] = {"length": [], "block": [], "crc32": []}
+        if has_mask:
+            self._columns["mask_crc32"] = []
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.discard()
+
+    @property
+    def documents(self) -> int:
+        return len(self._columns["length"])
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append a document of at least one token; without a mask every label counts.
+
+        tokens  integers [n], without BOS and EOS
+        mask    0 or 1 [n], by label (see the top of this file); only where the writer was made with `has_mask`
+        """
+        has_mask = "mask_crc32" in self._columns
+        assert 0 < len(tokens) < 2**32 and (mask is None or (has_mask and len(mask) == len(tokens)))
+        key = f"{self.number:06d}-{self.documents:08d}"
+        self._columns["block"].append(self._blocks + 1)  # behind the member's header
+        self._columns["crc32"].append(
+            self._append(f"{key}.u{8 * self._dtype.itemsize}", np.asarray(tokens, self._dtype))
+        )
+        if has_mask:
+            mask = np.ones(len(tokens)) if mask is None else mask
+            self._columns["mask_crc32"].append(self._append(f"{key}.mask", np.asarray(mask, np.uint8)))
+        self._columns["length"].append(len(tokens))
+
+    def close(self) -> WrittenShard:
+        ending = 2 * BLOCK  # of a tar: two empty blocks, then to the end of the record
+        self._write(bytes(ending + -(self._blocks * BLOCK + ending) % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.rename(self.path)
+        shard = Shard(
+            name=self.path.name,
+            bytes=self._blocks * BLOCK,
+            sha256=self._hash.hexdigest(),
+            documents=self.documents,
+            tokens=sum(self._columns["length"]),
+        )
+        return WrittenShard(shard, Index(**{name: np.array(x, np.uint32) for name, x in self._columns.items()}))
+
+    def discard(self) -> None:
+        """Nothing to do once it is closed."""
+        try:
+            self._file.close()  # may find the disk full once more
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _append(self, name: str, payload: np.ndarray) -> int:
+        raw = payload.tobytes()
+        member = tarfile.TarInfo(name)  # no time, no owner: the bytes depend on the documents alone
+        member.size = len(raw)
+        self._write(member.tobuf(tarfile.USTAR_FORMAT) + raw + bytes(-len(raw) % BLOCK))
+        return zlib.crc32(raw)
+
+    def _write(self, raw: bytes) -> None:
+        self._file.write(raw)
+        self._hash.update(raw)
+        self._blocks += len(raw) // BLOCK
+
+
+class Facts(NamedTuple):
+    """What a manifest says of the tokens."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+    has_mask: bool = False
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+def write_manifest(folder: Path, facts: Facts, written: Iterable[WrittenShard]) -> Manifest:
+    """Index and corpus.json of the shards in `folder`; corpus.json last: a split that has one is whole."""
+    shards, indices = zip(*written)
+    columns = {
+        name: np.concatenate([getattr(index, name) for index in indices])
+        for name in Index._fields
+        if name != "mask_crc32" or facts.has_mask
+    }
+    index = save_safetensors(columns)
+    manifest = Manifest(
+        token_dtype=facts.token_dtype.name,
+        documents=len(columns["length"]),
+        tokens=sum(shard.tokens for shard in shards),
+        shards=shards,
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        **facts._asdict(),
+    )
+    (folder / INDEX).write_bytes(index)
+    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+    return manifest
+
+
+class SplitWriter:
+    """Writes one split in one process, a shard after `shard_tokens` tokens. Same documents, same bytes.
+
+    Everything goes to `<split>.partial`, which `close` renames: a split that exists is whole. Leaving a `with` block by
+    an exception removes it.
+    """
+
+    def __init__(self, split: str | Path, facts: Facts, *, shard_tokens: int = SHARD_TOKENS):
+        self.path, self._facts, self._shard_tokens = Path(split), facts, shard_tokens
+        if self.path.exists():
+            raise UserError(f"{self.path} exists already")
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # of an interrupted run
+        self._partial.mkdir(parents=True)
+        self._shard: ShardWriter | None = None
+        self._tokens_in_shard = 0
+        self._written: list[WrittenShard] = []
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append a document, as ShardWriter.add does."""
+        if self._shard and self._tokens_in_shard + len(tokens) > self._shard_tokens:
+            self._finish_shard()
+        if not self._shard:
+            number = len(self._written)
+            path = self._partial / f"shard-{number:06d}.tar"
+            self._shard = ShardWriter(path, number, self._facts.token_dtype, self._facts.has_mask)
+        self._shard.add(tokens, mask)
+        self._tokens_in_shard += len(tokens)
+
+    def close(self) -> None:
+        """Raises UserError if there is no document."""
+        if not self._shard:
+            self.discard()
+            raise UserError(f"{self.path}: no document to write")
+        self._finish_shard()
+        write_manifest(self._partial, self._facts, self._written)
+        self._partial.rename(self.path)
+
+    def discard(self) -> None:
+        if self._shard:
+            self._shard.discard()
+        shutil.rmtree(self._partial)
+
+    def _finish_shard(self) -> None:
+        self._written.append(self._shard.close())
+        self._shard, self._tokens_in_shard = None, 0
