@@ -1,4 +1,7 @@
-"""Run a function on several ranks of a gloo group, each a process of its own, as the launchers would start them."""
+"""Run a function on several ranks of a gloo group, each a process of its own, as the launchers would start them.
+
+The ranks are forks of one server that has imported what takes seconds and done nothing else.
+"""
 
 import os
 import socket
@@ -12,8 +15,13 @@ from memformer_dist import runtime
 
 def run_ranks(world_size: int, function, *arguments) -> None:
     """function(process, *arguments) on every rank; an assertion that fails on one of them fails the test."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for it when it is imported
+    # The first optimiser imports torch._dynamo, the first engine by its Muon torch._inductor: three seconds for each rank.
+    multiprocessing.set_forkserver_preload(
+        ["memformer_dist.train", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
     multiprocessing.start_processes(
-        _rank, args=(world_size, free_port(), function, arguments), nprocs=world_size, start_method="spawn"
+        _rank, args=(world_size, free_port(), function, arguments), nprocs=world_size, start_method="forkserver"
     )
 
 

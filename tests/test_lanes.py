@@ -19,8 +19,9 @@ sizes = dict(lengths=corpora, seed=st.integers(0, 5), lane_count=st.integers(1, 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So that a few documents fill several blocks."""
-    monkeypatch.setattr(lanes, "DEALS_PER_BLOCK", 5)
+    """So that a few documents are more than are held and dealt at once."""
+    monkeypatch.setattr(lanes, "DEALS_AT_ONCE", 5)
+    monkeypatch.setattr(lanes, "deals_of_a_block", lambda lanes: 2)
 
 
 def permutation(seed, epoch, documents):

@@ -71,8 +71,8 @@ def interrupted_rank(process, cases) -> None:
     """Each case is (raw, folder): a run of its own, and the same run stopped half-way and resumed."""
     for raw, folder in cases:
         run_rank(process, raw, folder / "whole")
-        run_rank(process, raw, folder / "parts", stop_after=9)
-        assert not list((folder / "parts" / "checkpoints").glob("step-00000020"))
+        run_rank(process, raw, folder / "parts", stop_after=5)
+        assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 5
         run_rank(process, raw, folder / "parts")
 
 
@@ -103,31 +103,31 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             corpus_dir,
             stage=stage,
             dropout=0.2,
-            training={"precision": precision, "tokens": 20 * STEP_TOKENS * 9 // 10},
+            training={"precision": precision, "tokens": 9 * STEP_TOKENS},
         )
         raw["mrbp"] |= {"lanes_per_group": 2, "readout_group": 2}
-        raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 4}  # the stop, at step 9, falls into an interval
+        raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 3}  # the stop, at step 5, falls into an interval
         if stage == 2:
             raw["mrbp"] |= {"reduce": "segment", "state_store": "host"}
         if stage == 3:
-            raw["training"] |= {"evaluate_every_tokens": 3 * STEP_TOKENS, "evaluate_ticks": 3}
+            raw["training"] |= {"evaluate_every_tokens": 2 * STEP_TOKENS, "evaluate_ticks": 3}
         cases.append((raw, tmp_path / f"stage{stage}"))
     run_ranks(2, interrupted_rank, cases)
     for raw, folder in cases:
         whole, parts = last_checkpoint(folder / "whole"), last_checkpoint(folder / "parts")
-        assert whole.name == parts.name and int(whole.name.removeprefix("step-")) > 15
+        assert whole.name == parts.name and int(whole.name.removeprefix("step-")) > 8
         for prefix in ("weights", "moments", "lanes"):
             expected, found = tensors(whole, prefix), tensors(parts, prefix)
             assert expected.keys() == found.keys() and expected
             assert all(torch.equal(expected[name], found[name]) for name in expected), (folder.name, prefix)
         assert records(folder / "whole", *DETERMINISTIC) == records(folder / "parts", *DETERMINISTIC)
         losses = [loss for _, _, loss in records(folder / "whole", "loss/train")]
-        assert len(losses) > 15 / raw["monitor"]["log_every_steps"] and losses[-1] < losses[0]
+        assert len(losses) > 8 / raw["monitor"]["log_every_steps"] and losses[-1] < losses[0]
         if raw["training"].get("evaluate_every_tokens"):
             evaluated = [
                 records(folder / part, "eval/loss", "eval/gap", having="eval/loss") for part in ("whole", "parts")
             ]
-            assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 5
+            assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 4
 
 
 def test_dropout_masks_depend_on_the_seed(corpus_dir, tmp_path):
@@ -169,10 +169,11 @@ def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
 
 def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
     """Stopped on 2 ranks at ZeRO 2, resumed on 1 at ZeRO 0 and on 2 at ZeRO 3: the losses of the run that was left alone."""
-    raw = settings(corpus_dir, stage=2)
-    run_ranks(2, several_runs, [(raw, tmp_path / "whole", None), (raw, tmp_path / "a", 8), (raw, tmp_path / "b", 8)])
-    run_ranks(1, several_runs, [(settings(corpus_dir, stage=0), tmp_path / "a", None)])
-    run_ranks(2, several_runs, [(settings(corpus_dir, stage=3), tmp_path / "b", None)])
+    tokens = 12 * STEP_TOKENS
+    raw = settings(corpus_dir, stage=2, tokens=tokens)
+    run_ranks(2, several_runs, [(raw, tmp_path / "whole", None), (raw, tmp_path / "a", 6), (raw, tmp_path / "b", 6)])
+    run_ranks(1, several_runs, [(settings(corpus_dir, stage=0, tokens=tokens), tmp_path / "a", None)])
+    run_ranks(2, several_runs, [(settings(corpus_dir, stage=3, tokens=tokens), tmp_path / "b", None)])
     expected = records(tmp_path / "whole", "loss/train")
     for name in ("a", "b"):
         found = records(tmp_path / name, "loss/train")

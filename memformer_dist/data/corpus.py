@@ -14,9 +14,14 @@ from typing import Iterable
 
 import numpy as np
 
+from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
 from memformer_dist.data.shards import BLOCK, Manifest, Split, blocks, read_split, wrong_size
 from memformer_dist.errors import UserError
 from memformer_dist.segment import IGNORE
+
+
+def is_url(corpus: str | Path) -> bool:
+    return "://" in str(corpus)
 
 
 class CorpusError(UserError):
@@ -36,6 +41,11 @@ class LocalShards:
     def path(self, number: int) -> Path:
         return self.folder / self._names[number]
 
+    def map(self, number: int) -> np.ndarray:
+        """The bytes of the shard, uint8."""
+        # A plain array: slicing np.memmap, a subclass, takes several times as long.
+        return np.memmap(self.path(number), np.uint8, "r").view(np.ndarray)
+
     def name(self, number: int) -> str:
         """What messages call the shard."""
         return str(self.path(number))
@@ -43,6 +53,10 @@ class LocalShards:
     def expect(self, numbers: list[int]) -> set[int]:
         """The shards that are read next, in the order of need -> those whose maps may stay open."""
         return set(range(len(self._names)))
+
+    def tokenizer(self) -> Path:
+        """The tokenizer of the corpus, on this machine."""
+        return self.folder.parent / "tokenizer.model"
 
 
 class Corpus:
@@ -66,8 +80,19 @@ class Corpus:
         self._checked = np.zeros(len(self.lengths), bool)
 
     @classmethod
-    def open(cls, split: str | Path) -> "Corpus":
-        """Raises UserError naming the file if one is missing, was cut short, or is not the one that was written."""
+    def open(cls, split: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB) -> "Corpus":
+        """Raises UserError naming the file if one is missing, was cut short, or is not the one that was written.
+
+        split            a folder, or a URL, whose shards are fetched when they are needed (remote.py)
+        cache, cache_gib  where shards from a URL are kept, and how many GiB of them
+        """
+        if is_url(split):
+            from memformer_dist.data.remote import open_remote  # imports fsspec
+
+            found, remote = open_remote(str(split), Path(cache), int(cache_gib * 2**30))
+            corpus = cls(split, found, remote)
+            remote.forget = lambda number: corpus._maps.pop(number, None)
+            return corpus
         folder = Path(split)
         found = read_split(folder)
         return cls(folder, found, LocalShards(folder, found.manifest))
@@ -127,7 +152,31 @@ class Corpus:
         shards = np.searchsorted(self._ends, np.fromiter(documents, np.int64), side="right")
         kept = self._shards.expect(list(dict.fromkeys(shards.tolist())))
         for number in self._maps.keys() - kept:
-            del self._maps[number]
+            self._maps.pop(number, None)
+
+    def tokenizer(self) -> Path:
+        """The tokenizer that the split was made with, on this machine: CORPUS/tokenizer.model, fetched from a URL.
+
+        Raises UserError where it is missing or is another.
+        """
+        file = self._shards.tokenizer()
+        try:
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise UserError(
+                f"{file}: not found; the tokenizer that the shards in {self.path} were made with is needed"
+            ) from None
+        if found != self.tokenizer_sha256:
+            raise UserError(
+                f"{file}: is not the tokenizer that the shards in {self.path} were made with:"
+                f" sha256 {found[:16]}, the shards say {self.tokenizer_sha256[:16]}"
+            )
+        return file
+
+    def place(self, document: int) -> tuple[str, int]:
+        """The shard that a document lies in, as messages call it, and the byte in it at which the tokens start."""
+        shard, start = self._place(document)
+        return self._shards.name(shard), start
 
     def _place(self, document: int) -> tuple[int, int]:
         """The number of the shard, and the byte in it at which the tokens start."""
@@ -136,8 +185,7 @@ class Corpus:
     def _map(self, shard: int) -> np.ndarray:
         found = self._maps.get(shard)
         if found is None:
-            # A plain array: slicing np.memmap, a subclass, takes several times as long.
-            found = self._maps[shard] = np.memmap(self._shards.path(shard), np.uint8, "r").view(np.ndarray)
+            found = self._maps[shard] = self._shards.map(shard)
         return found
 
     def _tokens(self, document: int) -> np.ndarray:
@@ -159,23 +207,15 @@ class Corpus:
             )
 
 
-def open_corpora(folder: Path) -> tuple[Corpus, Corpus]:
-    """The training and validation split of a corpus.
+def open_corpora(
+    corpus: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB
+) -> tuple[Corpus, Corpus]:
+    """The training and validation split of a corpus in a folder or at a URL (see Corpus.open).
 
     Raises UserError where one of them was made with another tokenizer than the corpus holds.
     """
-    tokenizer = folder / "tokenizer.model"
-    train, valid = Corpus.open(folder / "train"), Corpus.open(folder / "valid")
-    try:
-        found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise UserError(
-            f"{tokenizer}: not found; the tokenizer that the shards of {folder} were made with is needed"
-        ) from None
+    folder = str(corpus).rstrip("/")
+    train, valid = (Corpus.open(f"{folder}/{name}", cache=cache, cache_gib=cache_gib) for name in ("train", "valid"))
     for split in (train, valid):
-        if split.tokenizer_sha256 != found:
-            raise UserError(
-                f"{tokenizer}: is not the tokenizer that the shards in {split.path} were made with:"
-                f" sha256 {found[:16]}, the shards say {split.tokenizer_sha256[:16]}"
-            )
+        split.tokenizer()
     return train, valid

@@ -1,9 +1,9 @@
 """The lane schedule: which segment of which document every lane reads at every tick.
 
 G lanes, fixed by the configuration and independent of the number of processes, each read one document after the other,
-a segment of S tokens a tick. Every epoch is a seeded permutation of the documents, dealt like cards: the next document
-goes to the lane that is free first, of several to the lowest. No lane waits at the end of an epoch, so lanes may be in
-different epochs.
+a segment of S tokens a tick. Every epoch is a seeded permutation of the documents (order.py), dealt like cards: the next
+document goes to the lane that is free first, of several to the lowest. No lane waits at the end of an epoch, so lanes may
+be in different epochs.
 
     tick        0    1    2    3    4    5    6
     lane 0     [document 7  ][2  ][document 5   ...
@@ -12,16 +12,36 @@ different epochs.
 The schedule is a pure function of its arguments. Each process computes all of it and reads its own lanes, so the
 batches are the same on any number of processes, the position of the data is one number (the tick), and the tokens of a
 window can be counted without communication.
+
+An epoch is dealt when a tick in it is asked for, about 0.3 s for a million documents, and a few epochs are held. What is
+kept for good is where each epoch found the lanes, so any epoch can be dealt again. Within an epoch the first ticks of its
+deals only grow, which makes a tick a matter of bisection.
 """
 
-import heapq
+import hashlib
+import os
+import zlib
 from bisect import bisect_right
-from threading import Lock
-from typing import NamedTuple
+from collections import OrderedDict
+from heapq import heapreplace
+from pathlib import Path
+from threading import RLock
+from typing import Callable, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-DEALS_PER_BLOCK = 4096
+from memformer_dist.data.order import EpochOrder, Source
+
+DEALS_AT_ONCE = 1_000_000
+EPOCHS_HELD = 3
+CACHE_FROM = 100_000  # deals of an epoch; fewer are dealt in no time
+
+
+def deals_of_a_block(lanes: int) -> int:
+    """Deals between two notes of what the lanes read: so many that the notes take no more room than the deals."""
+    return max(512, 4 * lanes)
 
 
 class LaneTick(NamedTuple):
@@ -33,115 +53,212 @@ class LaneTick(NamedTuple):
     reset: np.ndarray  # bool [G], the document's first segment
 
 
-class Block(NamedTuple):
-    """Consecutive deals, ordered by the tick they start at, and what the lanes read before them."""
+class Stretches(NamedTuple):
+    """Consecutive segments of one document on one lane. Several stretches, int64 [stretches] each."""
 
-    lane: np.ndarray  # int64 [deals]
-    deals: np.ndarray  # int64 [3, deals]: document, epoch, first tick
-    before: np.ndarray  # int64 [3, G]: the same of the lanes' last deals
+    lane: np.ndarray
+    document: np.ndarray
+    segment: np.ndarray  # the first one
+    tick: np.ndarray  # of the first one
+    ticks: np.ndarray  # how many there are
+
+
+class Deals(NamedTuple):
+    """An epoch, dealt."""
+
+    document: np.ndarray  # uint32 [deals]
+    lane: np.ndarray  # uint32 [deals]
+    start: np.ndarray  # int64 [deals], first ticks; they do not fall
+    before: np.ndarray  # int64 [blocks, 3, G]: what the lanes read before each block of deals: document, epoch, first tick
+    free: np.ndarray  # int64 [G], the heap behind the last deal
+    reading: np.ndarray  # int64 [3, G] behind the last deal
+
+
+class Found(NamedTuple):
+    """How an epoch finds the lanes."""
+
+    free: np.ndarray  # int64 [G], a heap of tick * G + lane, when and which lane is free: ties go to the lowest lane
+    reading: np.ndarray  # int64 [3, G]: document, epoch and first tick of each lane's last deal
 
 
 class LaneSchedule:
     """The schedule of documents of `lengths` tokens on `lanes` lanes, endless or of some `epochs`.
 
-    Documents are dealt on demand and kept in blocks; a tick is looked up in its block, so that `at` costs the same
-    wherever it looks and does not depend on what was asked before. Safe to use from several threads.
+    order   documents that an epoch deals; a permutation of all of them, unless given
+    cache   a folder in which large epochs are kept, under a hash of what they depend on; `key` then names the order
+
+    What `at` and `stretches` answer does not depend on what was asked before. Safe to use from several threads.
     """
 
-    def __init__(self, lengths: np.ndarray, *, seed: int, lanes: int, segment_length: int, epochs: int | None = None):
+    def __init__(
+        self,
+        lengths: np.ndarray,  # int [documents], at least 1 each
+        *,
+        seed: int = 0,
+        lanes: int,
+        segment_length: int,
+        epochs: int | None = None,
+        order: Callable[[int], np.ndarray] | None = None,
+        cache: Path | None = None,
+        key: str = "",
+    ):
         assert len(lengths) > 0 and np.min(lengths) > 0 and lanes > 0 and segment_length > 0
         self.lanes = lanes
         self.segment_length = segment_length
         self.segments = -(-np.asarray(lengths, np.int64) // segment_length)  # [documents], segments of each
-        self._seed = seed
+        self._order = order or EpochOrder([Source(np.arange(len(lengths)))], seed=seed)
         self._epochs = epochs
-        # The tick at which each lane is free, with ties going to the lowest lane, as one integer: tick * lanes + lane.
-        self._free = list(range(lanes))
-        self._dealt = 0
-        self._blocks: list[Block] = []
-        self._block_starts: list[int] = []  # the first tick of each block
-        self._reading = np.tile(np.array([[-1], [-1], [0]]), lanes)  # [3, G]: document, epoch, first tick
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # an epoch and its permutation
-        self._lock = Lock()
+        self._block = deals_of_a_block(lanes)
+        self._cache = cache
+        facts = f"1 {lanes} {segment_length} {seed} {key} {zlib.crc32(self.segments)} {len(lengths)}"
+        self._key = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        reading = np.tile(np.array([[-1], [-1], [0]]), lanes)
+        self._found = [Found(np.arange(lanes), reading)]  # by epoch
+        self._first_ticks = [0]  # of each epoch of _found
+        self._held: OrderedDict[int, Deals] = OrderedDict()
+        self._lock = RLock()
 
     def at(self, tick: int) -> LaneTick:
-        self._deal_until(tick)
-        block = self._blocks[bisect_right(self._block_starts, tick) - 1]
-        started = np.searchsorted(block.deals[2], tick, side="right")
-        reading = block.before.copy()
-        reading[:, block.lane[:started]] = block.deals[:, :started]  # of a lane's deals the last one stays
-        document, epoch, start = reading
+        document, epoch, start = self._reading(tick)
         segment = tick - start
         dry = (document < 0) | (segment >= self.segments[document])
         document[dry] = epoch[dry] = -1
         segment[dry] = 0
         return LaneTick(document, segment, epoch, (segment == 0) & ~dry)
 
+    def stretches(self, start: int, stop: int, lanes: range | None = None) -> Stretches:
+        """What some lanes (all unless given) read in start <= tick < stop, in the order in which it begins."""
+        lanes = range(self.lanes) if lanes is None else lanes
+        document, _, tick = self._reading(start)[:, lanes.start : lanes.stop]
+        columns = [(np.arange(lanes.start, lanes.stop), document, tick)]
+        for epoch in range(self._epoch_at(start), self._epoch_at(stop - 1) + 1):
+            deals = self._deals(epoch)
+            within = slice(*np.searchsorted(deals.start, [start + 1, stop]))
+            lane = deals.lane[within].astype(np.int64)
+            chosen = (lane >= lanes.start) & (lane < lanes.stop)
+            column = lane, deals.document[within].astype(np.int64), deals.start[within]
+            columns.append(tuple(x[chosen] for x in column))
+        lane, document, tick = map(np.concatenate, zip(*columns))
+        first = np.maximum(tick, start)
+        stretches = Stretches(
+            lane, document, first - tick, first, np.minimum(tick + self.segments[document], stop) - first
+        )
+        live = (document >= 0) & (stretches.ticks > 0)
+        return Stretches(*(column[live] for column in stretches))
+
     @property
     def ticks(self) -> int:
         """Ticks until every lane has run dry. Raises ValueError if the schedule is endless."""
         if self._epochs is None:
             raise ValueError("an endless schedule has no number of ticks")
-        self._deal_documents(self._epochs * len(self.segments))
-        return max(self._free) // self.lanes
+        for epoch in range(self._epochs):
+            free = self._deals(epoch).free
+        return int(free.max()) // self.lanes
 
     def concurrent_copies(self) -> int:
         """How many lanes at most read the same document at once, in the first epochs.
 
         More than 1 means that there are many lanes for so few documents, or one very long document.
         """
-        documents = len(self.segments)
         # Those that the lanes hold at first, and the next one.
-        epochs = min(self.lanes // documents + 2, self._epochs or 2**62)
-        self._deal_documents(epochs * documents)
-        deals = np.concatenate([block.deals for block in self._blocks], axis=1)[:, : epochs * documents]
-        start = np.empty((epochs, documents), np.int64)
-        start[deals[1], deals[0]] = deals[2]
-        return max(
-            int((start[: epoch + 1] + self.segments > start[epoch]).sum(axis=0).max()) for epoch in range(epochs)
-        )
+        epochs = min(self.lanes // len(self.segments) + 2, self._epochs or 2**62)
+        dealt = [self._deals(epoch) for epoch in range(epochs)]
+        document = np.concatenate([deals.document for deals in dealt]).astype(np.int64)
+        start = np.concatenate([deals.start for deals in dealt])
+        end = start + self.segments[document]
+        span = int(end.max()) + 1
+        starts, ends = np.sort(document * span + start), np.sort(document * span + end)
+        # At each start: so many copies of this and all smaller documents have begun, less those that have ended.
+        return int((np.arange(1, len(starts) + 1) - np.searchsorted(ends, starts, side="right")).max())
 
-    def _deal_until(self, tick: int) -> None:
-        """Deal all documents that start at `tick` or before."""
+    def _epoch_at(self, tick: int) -> int:
+        """The last epoch with a deal that starts at `tick` or before."""
         with self._lock:
-            while self._free[0] // self.lanes <= tick and self._deal_block():
-                pass
+            known = len(self._first_ticks) - 1  # the epochs that were dealt once
+            while self._first_ticks[known] <= tick and known != self._epochs:
+                self._deals(known)
+                known += 1
+        epoch = bisect_right(self._first_ticks, tick) - 1
+        return epoch if self._epochs is None else min(epoch, self._epochs - 1)
 
-    def _deal_documents(self, number: int) -> None:
+    def _reading(self, tick: int) -> np.ndarray:
+        """int64 [3, G]: document, epoch and first tick of the last deal of each lane that starts at `tick` or before."""
+        epoch = self._epoch_at(tick)
+        deals = self._deals(epoch)
+        number = int(np.searchsorted(deals.start, tick, side="right"))
+        block = max(number - 1, 0) // self._block
+        some = slice(block * self._block, number)
+        reading = deals.before[block].copy()
+        self._apply(reading, epoch, deals.document[some], deals.lane[some], deals.start[some])
+        return reading
+
+    @staticmethod
+    def _apply(reading: np.ndarray, epoch: int, document: np.ndarray, lane: np.ndarray, start: np.ndarray) -> None:
+        reading[0, lane] = document  # of a lane's deals the last one stays
+        reading[1, lane] = epoch
+        reading[2, lane] = start
+
+    def _deals(self, epoch: int) -> Deals:
+        """Of an epoch whose predecessor was dealt once."""
         with self._lock:
-            while self._dealt < number and self._deal_block():
-                pass
+            deals = self._held.pop(epoch, None) or self._load(epoch) or self._deal(epoch)
+            self._held[epoch] = deals
+            while len(self._held) > EPOCHS_HELD and sum(len(held.lane) for held in self._held.values()) > DEALS_AT_ONCE:
+                self._held.popitem(last=False)
+            if epoch + 1 == len(self._found):
+                self._found.append(Found(deals.free, deals.reading))
+                self._first_ticks.append(int(deals.free.min()) // self.lanes)
+            return deals
 
-    def _deal_block(self) -> bool:
-        """False if all epochs are dealt."""
-        document, epoch = self._next_documents()
-        if not len(document):
-            return False
-        keys = []
-        for step in (self.segments[document] * self.lanes).tolist():
-            key = self._free[0]
-            keys.append(key)
-            heapq.heapreplace(self._free, key + step)
-        start, lane = np.divmod(np.array(keys), self.lanes)
-        block = Block(lane, np.stack([document, epoch, start]), self._reading.copy())
-        self._reading[:, lane] = block.deals
-        self._blocks.append(block)
-        self._block_starts.append(keys[0] // self.lanes)
-        self._dealt += len(document)
-        return True
+    def _deal(self, epoch: int) -> Deals:
+        order = self._order(epoch)
+        keys = np.empty(len(order), np.int64)
+        free, reading = self._found[epoch].free.tolist(), self._found[epoch].reading.copy()
+        for first in range(0, len(order), DEALS_AT_ONCE):
+            steps = self.segments[order[first : first + DEALS_AT_ONCE]] * self.lanes
+            # The lane that is free first takes the document and is free again when it has read it.
+            keys[first : first + len(steps)] = [heapreplace(free, free[0] + step) for step in steps.tolist()]
+        start, lane = np.divmod(keys, self.lanes)
+        before = []
+        for first in range(0, max(len(order), 1), self._block):
+            before.append(reading.copy())
+            some = slice(first, first + self._block)
+            self._apply(reading, epoch, order[some], lane[some], start[some])
+        document, lane = order.astype(np.uint32), lane.astype(np.uint32)
+        deals = Deals(document, lane, start, np.stack(before), np.array(free), reading)
+        if self._cache is not None and len(order) >= CACHE_FROM:
+            self._store(epoch, deals)
+        return deals
 
-    def _next_documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next documents to deal and their epochs, int64 [<= DEALS_PER_BLOCK] each."""
-        documents = len(self.segments)
-        stop = self._dealt + DEALS_PER_BLOCK
-        if self._epochs is not None:
-            stop = min(stop, self._epochs * documents)
-        epoch, place = np.divmod(np.arange(self._dealt, stop), documents)
-        permutations = [self._permutation(e)[place[epoch == e]] for e in np.unique(epoch)]
-        return np.concatenate([np.empty(0, np.int64), *permutations]), epoch
+    def _file(self, epoch: int) -> Path:
+        return self._cache / f"{self._key}-{epoch:06d}.safetensors"
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.segments)))
-        return self._order[1]
+    def _load(self, epoch: int) -> Deals | None:
+        """From the cache. What is damaged is dealt again."""
+        if self._cache is None:
+            return None
+        try:
+            with safe_open(self._file(epoch), "numpy") as file:
+                deals = Deals(*map(file.get_tensor, Deals._fields))
+                whole = file.metadata()["crc32"] == _crc32(deals)
+        except (OSError, SafetensorError):
+            return None
+        return deals if whole else None
+
+    def _store(self, epoch: int, deals: Deals) -> None:
+        """A folder that cannot be written to has no cache; nothing is lost but time."""
+        file = self._file(epoch)
+        partial = file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            save_file(deals._asdict(), partial, metadata={"crc32": _crc32(deals)})
+            partial.rename(file)
+        except (OSError, SafetensorError):
+            partial.unlink(missing_ok=True)
+
+
+def _crc32(deals: Deals) -> str:
+    value = 0
+    for column in deals:
+        value = zlib.crc32(np.ascontiguousarray(column).view(np.uint8).reshape(-1), value)
+    return f"{value:08x}"

@@ -1,0 +1,369 @@
+"""From inputs to a corpus, unit by unit, on many workers: survey, write, merge.
+
+tokenizer/shard.py is the command line; units.py holds what the workers do.
+
+The inputs are cut into units before anything is read (documents.cut_units). Workers go through the units twice: `survey`
+counts the documents and finds those that cannot be used; then the validation documents are chosen, and `write_unit` makes
+of each unit at most one shard for either split, which bears the unit's number. So no shard depends on what another
+worker does, and the corpus is the same bytes for any number of workers.
+
+Until the corpus is whole, everything lies in CORPUS.partial:
+
+    sharding.json       the recipe: inputs, sizes, times, settings; another one starts anew
+    survey.json         what the survey found
+    units/000042.json   a finished unit: its shards and figures, written last; 000042-train.safetensors: its index
+    corpus/             what is renamed to CORPUS at the end
+    lock                held by the process that works here
+
+An interrupted run goes on with the units that are not finished.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, NamedTuple, Sequence
+
+import numpy as np
+from safetensors.numpy import load as load_safetensors
+from tqdm import tqdm
+
+from memformer_dist.data.documents import File, Unit, cut_units, discover
+from memformer_dist.data.shards import Facts, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
+from memformer_dist.data.units import (
+    Found,
+    WriteTask,
+    cannot_write,
+    finished_record,
+    index_path,
+    load_tokenizer,
+    store,
+    survey_unit,
+    write_unit,
+)
+from memformer_dist.data.workers import Pool, open_pool
+from memformer_dist.errors import UserError
+
+RECORD = "sharding.json"
+PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
+
+
+def shard(
+    output: Path,
+    tokenizer: Path,
+    inputs: Sequence[str],
+    valid_inputs: Sequence[str] = (),
+    *,
+    exclude: Sequence[str] = (),
+    valid_fraction: float = 0.05,
+    seed: int = 0,
+    unit_mib: float = 64,
+    workers: int = 1,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> dict | None:
+    """Write the corpus, or find it already there; returns the report (under MPI in rank 0, None in the others).
+
+    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the units that are
+    finished by then stay in CORPUS.partial.
+    """
+    with open_pool(workers) as pool:
+        if pool is None:
+            return None
+        if not 0 <= valid_fraction < 1:
+            raise UserError(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
+        if unit_mib <= 0:
+            raise UserError(f"--unit-mib {unit_mib}: expected more than 0")
+        model, raw_model = load_tokenizer(tokenizer)
+        sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(unit_mib * 2**20)))
+        recipe = {
+            "version": 2,
+            "tokenizer_sha256": hashlib.sha256(raw_model).hexdigest(),
+            "inputs": _listing(sources, held_out=False),
+            "valid_inputs": _listing(sources, held_out=True),
+            "valid_fraction": valid_fraction,
+            "seed": seed,
+            "unit_mib": unit_mib,
+        }
+        partial = output.with_name(output.name + ".partial")
+        if (output / RECORD).exists():
+            if not overwrite:
+                return find_existing(output, recipe)
+        elif output.exists() and any(output.iterdir()):
+            raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
+
+        found = earlier_survey(partial, recipe) or survey(pool, sources)
+        quarantine = unreadable(sources, found)
+        for line in quarantine[:5]:
+            print(f"cannot read {_place(line)}", file=sys.stderr)
+        if strict and quarantine:
+            first = "; ".join(map(_place, quarantine[:5]))
+            raise UserError(f"--strict: {len(quarantine)} documents cannot be read, nothing is written. {first}")
+        valid = held_out_documents(sources, found, valid_fraction, seed)
+        facts = Facts(
+            vocab_size=model.vocab_size(),
+            bos_id=model.bos_id(),
+            eos_id=model.eos_id(),
+            tokenizer_sha256=recipe["tokenizer_sha256"],
+            has_mask=any(unit.masked for unit in found),
+        )
+        with _claimed(partial):
+            begin(partial, recipe, found, raw_model)
+            tasks = [
+                WriteTask(number, partial, source.unit, held_out, unit, facts)
+                for number, (source, held_out, unit) in enumerate(zip(sources, valid, found))
+            ]
+            records = write(pool, tasks)
+            splits = merge(partial, facts, records)
+            documents = sum(unit.documents for unit in found)
+            report = {
+                "splits": splits,
+                "empty": documents - len(quarantine) - sum(split["documents"] for split in splits.values()),
+                "unreadable": len(quarantine),
+                "ignored": ignored,
+            }
+            finish(partial, output, recipe | {"report": report}, quarantine)
+        return report
+
+
+def find_existing(output: Path, recipe: dict) -> dict:
+    """The report of the corpus at `output`. Raises UserError if it was made by another recipe or is damaged."""
+    record = json.loads((output / RECORD).read_text())
+    if differing := _differing(record, recipe):
+        raise UserError(f"--output: {output} is there, with other {', '.join(differing)}; --overwrite replaces it")
+    for split in record["report"]["splits"]:
+        for part in read_split(output / split).manifest.shards:
+            if problem := wrong_size(output / split, part):
+                raise UserError(problem)
+    print(f"{output} is there already, made of the same files with the same settings")
+    return record["report"]
+
+
+# ------------------------------------------------------------------------------------------------- what is to be read
+
+
+class Source(NamedTuple):
+    unit: Unit
+    held_out: bool  # from --valid-input
+
+
+def list_sources(
+    inputs: Sequence[str], valid_inputs: Sequence[str], exclude: Sequence[str], unit_bytes: int
+) -> tuple[list[Source], int]:
+    """The units in the order of the corpus, and the number of files that were passed over for their suffix."""
+    files, ignored = discover(inputs, exclude)
+    valid_files, valid_ignored = discover(valid_inputs, exclude)
+    if both := {_absolute(file) for file in files} & {_absolute(file) for file in valid_files}:
+        raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
+    groups = (files, False), (valid_files, True)
+    sources = [Source(unit, held_out) for group, held_out in groups for unit in cut_units(group, unit_bytes)]
+    return sources, ignored + valid_ignored
+
+
+def _absolute(file: File) -> str:
+    return file.name if "://" in file.name else os.path.realpath(file.name)
+
+
+def _listing(sources: Sequence[Source], held_out: bool) -> list[list]:
+    """[absolute path, size, time of the last change] of each file."""
+    pieces = [piece for source in sources if source.held_out == held_out for piece in source.unit.pieces]
+    files = dict.fromkeys(piece.file for piece in pieces)
+    return [[name if "://" in name else os.path.abspath(name), size, changed] for name, size, changed in files]
+
+
+# ------------------------------------------------------------------------------------------------------------- survey
+
+
+def survey(pool: Pool, sources: Sequence[Source]) -> list[Found]:
+    found: list[Found | None] = [None] * len(sources)
+    total = sum(source.unit.bytes for source in sources)
+    with tqdm(desc="reading", total=total, unit="B", unit_scale=True, disable=None) as progress:
+        for number, unit in pool.run(survey_unit, [(n, source.unit) for n, source in enumerate(sources)]):
+            found[number] = unit
+            progress.update(sources[number].unit.bytes)
+    return found
+
+
+def unreadable(sources: Sequence[Source], found: Sequence[Found]) -> list[dict]:
+    """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
+    before: dict[str, int] = {}  # lines of a .jsonl in the units up to here
+    lines = []
+    for source, unit in zip(sources, found):
+        piece = source.unit.pieces[-1]
+        offset = before.get(piece.file.name, 0)
+        if piece.stop is not None:
+            before[piece.file.name] = offset + unit.lines
+        lines += [
+            {"file": file, "position": position + offset, "reason": reason} for file, position, reason in unit.unreadable
+        ]
+    return lines
+
+
+def _place(line: dict) -> str:
+    position = f", line {line['position']}" if line["position"] else ""
+    return f"{line['file']}{position}: {line['reason']}"
+
+
+def held_out_documents(
+    sources: Sequence[Source], found: Sequence[Found], fraction: float, seed: int
+) -> list[np.ndarray]:
+    """Of each unit the numbers of the validation documents, int64 [n].
+
+    Raises UserError where a split would be empty that was asked for.
+    """
+    ends = np.cumsum([0] + [unit.documents for unit in found])
+    usable, held_out = np.ones(ends[-1], bool), np.zeros(ends[-1], bool)
+    for start, stop, source, unit in zip(ends, ends[1:], sources, found):
+        usable[start + np.array(unit.unusable, np.int64)] = False
+        held_out[start:stop] = source.held_out
+    unread = sum(len(unit.unreadable) for unit in found)
+    told = f"{len(usable) - usable.sum() - unread} are empty, {unread} unreadable"
+    given = any(source.held_out for source in sources)
+    for option, chosen in ("--input", ~held_out), ("--valid-input", held_out):
+        if (option == "--input" or given) and not np.any(usable & chosen):
+            raise UserError(f"{option}: no usable document; {told}")
+    valid = held_out if given else choose_validation(usable, fraction, seed)
+    if fraction > 0 and not np.any(valid):
+        raise UserError(
+            f"--input: found one usable document ({told}) and"
+            " documents are held out whole, so none can be; give others with --valid-input, or a second document"
+            " (one book in two files will do); --valid-fraction 0 writes no validation split, which training needs"
+        )
+    return [np.flatnonzero(valid[start:stop]) for start, stop in zip(ends, ends[1:])]
+
+
+def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [documents]: a seeded choice among the usable ones; of two or more, at least one for either split."""
+    candidates = np.flatnonzero(usable)
+    number = 0
+    if fraction > 0 and len(candidates) > 1:
+        number = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
+    chosen = np.zeros(len(usable), bool)
+    chosen[np.random.Generator(np.random.PCG64(seed)).permutation(candidates)[:number]] = True
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------------------------- write
+
+
+def write(pool: Pool, tasks: Sequence[WriteTask]) -> list[dict]:
+    """The records of all units, those that an earlier run has finished among them."""
+    records = [finished_record(task.folder, task.number) for task in tasks]
+    missing = [task for task, record in zip(tasks, records) if record is None]
+    if len(missing) < len(tasks):
+        print(f"{len(tasks) - len(missing)} of {len(tasks)} units were finished by an earlier run", file=sys.stderr)
+    total, left = (sum(task.unit.bytes for task in some) for some in (tasks, missing))
+    with tqdm(
+        desc="tokenising", total=total, initial=total - left, unit="B", unit_scale=True, disable=None
+    ) as progress:
+        for number, record in pool.run(write_unit, missing):
+            records[number] = record
+            progress.update(tasks[number].unit.bytes)
+    return records
+
+
+# --------------------------------------------------------------------------------------------------- CORPUS.partial
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Raises UserError while another process works there, or where the folder cannot be written."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = open(partial / "lock", "w")
+    except OSError as error:
+        raise cannot_write(partial, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another process is at work on this corpus") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(partial, error) from None
+
+
+def earlier_survey(partial: Path, recipe: dict) -> list[Found] | None:
+    """What an interrupted run of the same recipe has found."""
+    if not (partial / RECORD).exists() or _differing(json.loads((partial / RECORD).read_text()), recipe):
+        return None
+    return [Found(*unit) for unit in json.loads((partial / "survey.json").read_text())]
+
+
+def begin(partial: Path, recipe: dict, found: Sequence[Found], model: bytes) -> None:
+    """Make CORPUS.partial ready: what an interrupted run of this recipe has finished stays, all else goes."""
+    record = partial / RECORD
+    differing = _differing(json.loads(record.read_text()), recipe) if record.exists() else ["recipe"]
+    if differing:
+        if record.exists():
+            print(f"{partial} has other {', '.join(differing)}: starting anew", file=sys.stderr)
+        record.unlink(missing_ok=True)  # first: without it nothing there counts
+        for name in "units", "corpus":
+            shutil.rmtree(partial / name, ignore_errors=True)
+    for name in "units", "corpus/train", "corpus/valid":
+        (partial / name).mkdir(parents=True, exist_ok=True)
+    for path in partial.rglob("*.partial"):
+        path.unlink()
+    store(partial / "corpus" / "tokenizer.model", model)
+    if differing:
+        store(partial / "survey.json", json.dumps(found).encode())
+        store(record, json.dumps(recipe, indent=1).encode())
+
+
+def merge(partial: Path, facts: Facts, records: Sequence[dict]) -> dict[str, dict]:
+    """Index and corpus.json of the splits; returns their figures. Raises UserError where a split has nothing to learn."""
+    figures = {}
+    for split in "train", "valid":
+        units = {number: record[split] for number, record in enumerate(records) if split in record}
+        if not units:
+            (partial / "corpus" / split).rmdir()
+            continue
+        if not sum(unit["labels"] for unit in units.values()):
+            shutil.rmtree(partial)
+            raise UserError(
+                f"{split}: found no label that counts in the loss, expected some: its documents have only parts with"
+                ' "loss": false'
+            )
+        written = []
+        for number, unit in units.items():
+            if "shard" in unit:
+                raw = index_path(partial, number, split).read_bytes()
+                written.append(WrittenShard(Shard(**unit["shard"]), Index(**load_safetensors(raw))))
+        write_manifest(partial / "corpus" / split, facts, written)
+        lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
+        figures[split] = {
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "characters": sum(unit["characters"] for unit in units.values()),
+            "padding": {
+                str(length): 1 - lengths.sum() / (-(-lengths // length) * length).sum() for length in PADDING_AT
+            },
+        }
+    return figures
+
+
+def finish(partial: Path, output: Path, record: dict, quarantine: Sequence[dict]) -> None:
+    """The corpus takes its name, and CORPUS.partial goes."""
+    corpus = partial / "corpus"
+    store(corpus / "quarantine.jsonl", "".join(json.dumps(line) + "\n" for line in quarantine).encode())
+    store(corpus / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    for path in corpus.rglob("*"):
+        if path.is_file() and path.suffix != ".tar":  # these are on the disk already
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if output.exists():
+        shutil.rmtree(output)
+    corpus.rename(output)
+    shutil.rmtree(partial)
+
+
+def _differing(record: dict, recipe: dict) -> list[str]:
+    recipe = json.loads(json.dumps(recipe))
+    return [name for name in recipe if record.get(name) != recipe[name]]

@@ -1,0 +1,150 @@
+"""Inputs behind URLs, through fsspec: what a folder holds, how large a file is, its bytes.
+
+https://, s3://, gs://, file:// and whatever else fsspec knows. Over HTTP a URL that ends with / is a folder, whose page
+of links is its listing. A connection that breaks is tried again where it broke; one that stays broken ends the program,
+because what a network keeps back is no damaged document.
+"""
+
+import io
+import sys
+import time
+
+from memformer_dist.errors import UserError
+
+WAITS = (1, 2, 4, 8)  # seconds before another attempt
+VERSION_MARKS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
+BUFFER = 1 << 20  # bytes
+
+
+def matches(given: str) -> list[tuple[str, list[str] | None]]:
+    """Each file or folder of a URL or a glob of URLs, and what is in the folder, recursively and relative to it."""
+    system, path = _connect(given)
+    try:
+        if "*" in path or "[" in path:
+            found = [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+        else:
+            found = [given]
+        return [(name, _inside(name)) for name in found]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # each library behind fsspec raises its own
+        raise UserError(f"{given}: {type(error).__name__}: {error}") from None
+
+
+def look(url: str) -> tuple[int | None, str]:
+    """Size in bytes, and a mark of this version of the file ("" where there is none). Raises UserError naming the URL."""
+    system, path = _connect(url)
+    try:
+        system.invalidate_cache()
+        info = system.info(path)
+    except Exception as error:
+        raise UserError(f"{url}: {type(error).__name__}: {error}") from None
+    return info["size"], next((str(info[mark]) for mark in VERSION_MARKS if info.get(mark)), "")
+
+
+def open_url(url: str) -> io.BufferedReader:
+    return io.BufferedReader(_Remote(url), BUFFER)
+
+
+def _inside(url: str) -> list[str] | None:
+    system, path = _connect(url)
+    folder = url.endswith("/") if _is_http(url) else system.isdir(path)
+    if not folder:
+        return None
+    prefix = url.rstrip("/") + "/"
+    found = sorted(system.unstrip_protocol(name) for name in system.find(path))
+    return [name.removeprefix(prefix) for name in found if name.startswith(prefix) and name != prefix]
+
+
+class _Remote(io.RawIOBase):
+    """A file read from its start to its end, or after a `seek` in ranges."""
+
+    def __init__(self, url: str):
+        self._url, self._position = url, 0
+        self._size = look(url)[0]
+        self._file, self._in_ranges = None, False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._size is None:
+            raise UserError(f"{self._url}: the server does not tell how long the file is, which a .parquet needs")
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if whence != io.SEEK_CUR or offset:
+            self._drop()
+            self._in_ranges = True
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        for wait in (*WAITS, None):
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                read = self._file.read(len(buffer))
+                break
+            except FileNotFoundError:
+                raise UserError(f"{self._url}: changed while it was read: it is there no more") from None
+            except Exception as error:  # each library behind fsspec raises its own
+                self._drop()
+                if "range requests" in str(error):
+                    raise UserError(
+                        f"{self._url}: the server does not serve byte ranges, which a .parquet or a part of a .jsonl"
+                        " needs; fetch the file first, or for a .jsonl give a larger --unit-mib"
+                    ) from None
+                reason = f"{self._url}: byte {self._position}: {type(error).__name__}: {error}"
+                if wait is None:
+                    raise UserError(f"{reason}; given up after {len(WAITS) + 1} attempts") from None
+                print(f"{reason}; trying again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+        buffer[: len(read)] = read
+        self._position += len(read)
+        return len(read)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _open(self):
+        system, path = _connect(self._url)
+        # HTTP: block size 0 is one request for the whole file, others are ranges, which not every server serves.
+        stream = _is_http(self._url) and not self._in_ranges
+        file = system.open(path, "rb", **({"block_size": 0} if stream else {}))
+        if not stream:
+            file.seek(self._position)
+        else:
+            left = self._position  # after a broken connection
+            while left:
+                left -= len(file.read(min(left, BUFFER))) or left
+        return file
+
+    def _drop(self) -> None:
+        file, self._file = getattr(self, "_file", None), None
+        if file is not None:
+            file.close()
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _connect(url: str):
+    """The file system of a URL, and the path in it."""
+    import fsspec
+
+    options = {}
+    try:
+        if _is_http(url):
+            import aiohttp
+
+            # Its default ends every request after 5 minutes, also one that a slow reader is still reading.
+            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=60)}}
+        return fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:  # no such protocol, or its library is not there
+        raise UserError(f"{url}: {error}; for http(s): pip install 'memformer_dist[remote]'") from None

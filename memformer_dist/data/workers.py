@@ -1,0 +1,107 @@
+"""Functions called side by side: in processes of this machine, or in the ranks of an MPI job.
+
+    with open_pool(workers=8) as pool:
+        if pool is not None:  # None: this is another rank than 0; it has worked until rank 0 was done
+            for result in pool.run(function, tasks):
+                ...
+
+Under `mpirun -n 64 python ...` rank 0 hands out the tasks and 63 ranks work, whatever `workers` says. What is called must
+be a function of a module, its task and its result small: they travel between processes.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Callable, Iterator, Sequence, TypeVar
+
+from memformer_dist.errors import UserError
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
+
+
+class Pool:
+    def __init__(self, workers: int, executor: Executor | None = None):
+        self._workers, self._executor = workers, executor
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """The results as they come, in any order. Raises what the function raises, and UserError if a worker died."""
+        if self._executor is None and min(self._workers, len(tasks)) <= 1:
+            yield from map(function, tasks)
+            return
+        if self._executor is None:
+            self._executor = _processes(self._workers)
+        waiting = set()
+        try:
+            for task in tasks:
+                waiting.add(self._executor.submit(function, task))
+                if len(waiting) > 2 * self._workers:  # enough to keep them busy; each holds its task in memory
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died before its time (killed, perhaps for want of memory: fewer --workers take less);"
+                " what is finished is kept, the same command goes on from there"
+            ) from None
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def open_pool(workers: int) -> Iterator[Pool | None]:
+    """After an error the workers are ended where they are."""
+    if _under_mpi():
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            yield executor and Pool(MPI.COMM_WORLD.Get_size() - 1, executor)
+        return
+    others = set(multiprocessing.active_children())
+    pool = Pool(workers)
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.close()
+
+
+def _under_mpi() -> bool:
+    """Started by mpirun (MPICH, Intel MPI, Open MPI) or srun as one of several ranks."""
+    sizes = (os.environ.get(name, "1") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if not any(int(size) > 1 for size in sizes) and "PMIX_RANK" not in os.environ:
+        return False
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.Get_size() > 1
+
+
+def _processes(number: int) -> ProcessPoolExecutor:
+    # Not fork: threads of this process (of fsspec, of torch in tests) may hold locks. The server forks workers that
+    # have imported already what is needed.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memformer_dist.data.preparation"])
+    return ProcessPoolExecutor(number, mp_context=context, initializer=_begin)
+
+
+def _begin() -> None:
+    """In a worker: Ctrl-C ends it without a word, and so does the end of the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
