@@ -6,6 +6,7 @@ The ranks are forks of one server that has imported what takes seconds and done 
 import os
 import socket
 import traceback
+from multiprocessing.reduction import DupFd
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -21,8 +22,22 @@ def run_ranks(world_size: int, function, *arguments) -> None:
         ["memformer_dist.train", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
     )
     multiprocessing.start_processes(
-        _rank, args=(world_size, free_port(), function, arguments), nprocs=world_size, start_method="forkserver"
+        _rank,
+        args=(world_size, free_port(), Output(), function, arguments),
+        nprocs=world_size,
+        start_method="forkserver",
     )
+
+
+class Output:
+    """Standard output and error of the process that starts the ranks: the server's own are those of an earlier test."""
+
+    def __getstate__(self) -> dict:
+        return {"descriptors": [DupFd(1), DupFd(2)]}
+
+    def take_over(self) -> None:
+        for number, descriptor in enumerate(self.descriptors, start=1):
+            os.dup2(descriptor.detach(), number)
 
 
 def free_port() -> str:
@@ -31,7 +46,8 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _rank(rank: int, world_size: int, port: str, function, arguments) -> None:
+def _rank(rank: int, world_size: int, port: str, output: Output, function, arguments) -> None:
+    output.take_over()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

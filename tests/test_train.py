@@ -328,11 +328,10 @@ def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
     tick, lane = next((t, lane) for t in range(6, 60) for lane in range(4, 8) if schedule.at(t).reset[lane])
     document = int(schedule.at(tick).document[lane])
     assert all(document not in schedule.at(t).document for t in range(tick))
-    index = load_file(corpus / "train" / "index.safetensors")
-    shard = corpus / "train" / train.manifest.shards[int(index["shard"][document])].name
-    raw_bytes = bytearray(shard.read_bytes())
-    raw_bytes[int(index["offset"][document])] ^= 1
-    shard.write_bytes(raw_bytes)
+    shard, first_byte = train.place(document)
+    raw_bytes = bytearray(Path(shard).read_bytes())
+    raw_bytes[first_byte] ^= 1
+    Path(shard).write_bytes(raw_bytes)
     raw = settings(corpus, stage=2, tokens=60 * STEP_TOKENS, mrbp={"lanes_per_group": 2})
     run_ranks(2, damaged_rank, raw, tmp_path / "run", f"document {document} at byte")
     assert last_checkpoint(tmp_path / "run").name == f"step-{tick // 3:08d}"

@@ -1,9 +1,10 @@
 """Segments as they reach the training loop."""
 
 import itertools
-import tarfile
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.shards import Facts, SplitWriter
+from memformer_dist.data import windows as module
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.segment import IGNORE, concatenate, select_rows
 
@@ -161,6 +163,19 @@ def test_a_window_is_a_sequence(corpus):
         window[3]
 
 
+def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
+    readers, sizes = [make_reader(corpus) for _ in range(3)], set()
+    for tick in [*range(70), 3, 200, 64]:
+        segments = []
+        for reader, limit in zip(readers, (0, 200, 10**9)):
+            monkeypatch.setattr(module, "CHUNK_BYTES", limit)
+            segments.append(reader.segment(tick))
+            sizes.add(reader._chunk_of(tick, reader.lanes)[0].document.shape[0])
+            assert len(reader._chunks) <= module.CHUNKS_HELD
+        assert same(segments[0], segments[1]) and same(segments[0], segments[2])
+    assert sizes == {1, 5, 32}
+
+
 def test_replay_order_is_prepared_in_the_background(corpus, monkeypatch):
     reader = make_reader(corpus)
     read = reader.segment
@@ -196,13 +211,10 @@ def test_wait_is_counted(corpus, monkeypatch):
 
 
 def flip_a_token(corpus, document):
-    for shard in sorted(corpus.path.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            members = [member for member in tar if member.name == f"{document:09d}.u16"]
-        if members:
-            raw = bytearray(shard.read_bytes())
-            raw[members[0].offset_data] ^= 1
-            shard.write_bytes(raw)
+    shard, first_byte = corpus.place(document)
+    raw = bytearray(Path(shard).read_bytes())
+    raw[first_byte] ^= 1
+    Path(shard).write_bytes(raw)
 
 
 def test_damage_surfaces_where_the_segment_is_asked_for(corpus):
@@ -218,12 +230,35 @@ def test_damage_surfaces_where_the_segment_is_asked_for(corpus):
         window[tick]
     with pytest.raises(CorpusError, match="document 4 at byte"):  # resumed in the middle of the document
         make_reader(corpus).segment(tick + 2)
+    assert "document 4 at byte" in make_reader(corpus).damage(tick + 1, tick + 2)
+    assert make_reader(corpus).damage(0, tick) is None
 
 
-def test_a_document_is_checked_once(corpus, monkeypatch):
-    checked = []
-    monkeypatch.setattr(corpus, "check", checked.append)
+@pytest.mark.parametrize("what", ["written to", "cut short", "replaced"])
+def test_a_shard_that_changes_while_it_is_read(corpus, what):
     reader = make_reader(corpus)
     for tick in range(40):
         reader.segment(tick)
-    assert sorted(checked) == list(range(len(corpus.lengths)))
+    shard = Path(corpus.place(4)[0])
+    if what == "replaced":  # the map is that of the old file, as it was
+        raw = shard.read_bytes()
+        shard.unlink()
+        shard.write_bytes(raw[::-1])
+        fresh = make_reader(corpus)
+        assert reader.damage(0, 40) is None and same(reader.segment(39), fresh.segment(39))
+        return
+    with shard.open("r+b") as file:
+        file.truncate(100) if what == "cut short" else file.write(b"other")
+    expected = f"{shard}: was changed while it was read"
+    assert reader.damage(0, 40).startswith(expected)
+    with pytest.raises(CorpusError, match=re.escape(expected)):
+        make_reader(corpus).segment(39)
+
+
+def test_a_document_is_compared_once(corpus, monkeypatch):
+    compared = []
+    monkeypatch.setattr(corpus, "_compare", compared.append)
+    reader = make_reader(corpus)
+    for tick in range(40):
+        reader.segment(tick)
+    assert sorted(compared) == list(range(len(corpus.lengths)))

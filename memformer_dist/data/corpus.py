@@ -3,21 +3,24 @@
     corpus = Corpus.open("corpora/books/train")
     corpus.tokens(document=7, start=0, stop=100)  # a view on the file
 
-Whoever reads documents for training does it with `fill`, which writes tokens and labels of consecutive segments, after
-`check`, which compares a document with its crc32 when it is met first.
+Whoever reads documents for training calls `check` before, which compares a document with its crc32 when it is met first.
+
+mixture.py makes one of several corpora, stream.py one text of all documents. They answer to the same names.
 """
 
 import hashlib
+import os
 import zlib
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
+from memformer_dist.data.order import Source
 from memformer_dist.data.shards import BLOCK, Manifest, Split, blocks, read_split, wrong_size
 from memformer_dist.errors import UserError
-from memformer_dist.segment import IGNORE
+
+PAYLOADS = 4096  # documents whose views are at hand
 
 
 def is_url(corpus: str | Path) -> bool:
@@ -74,9 +77,12 @@ class Corpus:
         self.tokenizer_sha256, self.has_mask = manifest.tokenizer_sha256, manifest.has_mask
         self.total_tokens = manifest.tokens
         self.lengths = self._index.length.astype(np.int64)
-        self._ends = np.cumsum([shard.documents for shard in manifest.shards])  # of shards, in documents
-        self._dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
+        self.shard_ends = np.cumsum([shard.documents for shard in manifest.shards])  # of shards, in documents
+        self.token_dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
         self._maps: dict[int, np.ndarray] = {}
+        self._files: dict[int, str] = {}  # of the maps
+        self._stamps: dict[int, tuple[int, ...]] = {}  # of the files, as they were when they were mapped
+        self._payloads: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._checked = np.zeros(len(self.lengths), bool)
 
     @classmethod
@@ -99,60 +105,50 @@ class Corpus:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens start <= i < stop of a document: a view on the file, uint16 or uint32."""
-        return self._tokens(document)[start:stop]
+        return self._payload(document)[0][start:stop]
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """uint8 view: 1 where the label at that token counts in the loss. Only where `has_mask`."""
-        return self._mask(document)[start:stop]
+        return self._payload(document)[1][start:stop]
 
-    def fill(self, document: int, start: int, tokens: np.ndarray, labels: np.ndarray) -> None:
-        """Write the segments of a document from token `start` on; the last may end before its row does.
+    def last_labels(self, document: np.ndarray) -> np.ndarray:
+        """int64 [n]: what is to be predicted from the last token of documents."""
+        return np.full(len(document), self.eos_id)
 
-        tokens, labels   int64 [segments, S], padded with 0 and IGNORE
-        """
-        segments, length = tokens.shape
-        text = self._tokens(document)
-        stop = min(start + segments * length, len(text))
-        # Rows whose labels all stand in the text; what ends the document is one row more.
-        full = segments if stop < len(text) else (stop - start - 1) // length
-        middle = start + full * length
-        tokens[:full] = text[start:middle].reshape(full, length)
-        labels[:full] = text[start + 1 : middle + 1].reshape(full, length)
-        if full < segments:
-            rest = stop - middle
-            tokens[full, :rest], tokens[full, rest:] = text[middle:stop], 0
-            labels[full, : rest - 1], labels[full, rest:] = text[middle + 1 : stop], IGNORE
-            labels[full, rest - 1] = self.eos_id
-        if self.has_mask:
-            mask = self._mask(document)
-            labels[:full][mask[start:middle].reshape(full, length) == 0] = IGNORE
-            if full < segments:
-                labels[full, :rest][mask[middle:stop] == 0] = IGNORE
+    def sources(self, min_tokens: int = 1) -> list[Source]:
+        """What an epoch is dealt from: the documents of so many tokens. Raises UserError if there are none."""
+        usable = np.flatnonzero(self.lengths >= min_tokens)
+        if not len(usable):
+            raise UserError(
+                f"data.min_tokens: no document of {self.path} has {min_tokens} tokens; the longest has {self.lengths.max()}"
+            )
+        return [Source(usable)]
 
     def labels_between(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> int:
-        """Labels that count in the loss, over all the stretches start <= i < stop, int64 [n] each."""
+        """Labels that count in the loss, over all the stretches of tokens start <= i < stop, int64 [n] each."""
         if self.has_mask:
             return sum(np.count_nonzero(self.mask(*place)) for place in zip(document, start, stop))
         return int((stop - start).sum())
 
-    def check(self, document: int) -> None:
-        """Raises CorpusError if the bytes of the document are not those that were written. Compares once."""
-        if self._checked[document]:
-            return
-        shard, start = self._place(document)
-        tokens = self._tokens(document)
-        self._compare("tokens", document, shard, start, tokens, self._index.crc32)
-        if self.has_mask:
-            start += (blocks(tokens.nbytes) + 1) * BLOCK
-            self._compare("mask", document, shard, start, self._mask(document), self._index.mask_crc32)
-        self._checked[document] = True
+    def check(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
+        """Raises CorpusError where documents are not those that were written, or their shards have changed since.
 
-    def expect(self, documents: Iterable[int]) -> None:
-        """Say which documents are read next, in the order of need."""
-        shards = np.searchsorted(self._ends, np.fromiter(documents, np.int64), side="right")
+        Asked before stretches of tokens start <= i < stop are read, int64 [n] each. Whole documents are compared, once each.
+        """
+        shards = np.searchsorted(self.shard_ends, document, side="right")
+        for shard in self._maps.keys() & set(shards.tolist()):
+            self._check_unchanged(shard)
+        for number in np.unique(document[~self._checked[document]]).tolist():
+            self._compare(number)
+            self._checked[number] = True
+
+    def expect(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
+        """Say which stretches of tokens are read next, in the order of need, int64 [n] each: their shards are fetched."""
+        shards = np.searchsorted(self.shard_ends, document, side="right")
         kept = self._shards.expect(list(dict.fromkeys(shards.tolist())))
         for number in self._maps.keys() - kept:
             self._maps.pop(number, None)
+            self._payloads.clear()
 
     def tokenizer(self) -> Path:
         """The tokenizer that the split was made with, on this machine: CORPUS/tokenizer.model, fetched from a URL.
@@ -180,30 +176,60 @@ class Corpus:
 
     def _place(self, document: int) -> tuple[int, int]:
         """The number of the shard, and the byte in it at which the tokens start."""
-        return int(np.searchsorted(self._ends, document, side="right")), int(self._index.block[document]) * BLOCK
+        return int(np.searchsorted(self.shard_ends, document, side="right")), int(self._index.block[document]) * BLOCK
 
     def _map(self, shard: int) -> np.ndarray:
         found = self._maps.get(shard)
         if found is None:
             found = self._maps[shard] = self._shards.map(shard)
+            self._files[shard] = os.path.join(self._shards.folder, self.manifest.shards[shard].name)
+            self._stamps[shard] = self._stamp(shard)
         return found
 
-    def _tokens(self, document: int) -> np.ndarray:
-        shard, start = self._place(document)
-        return self._map(shard)[start : start + int(self.lengths[document]) * self._dtype.itemsize].view(self._dtype)
+    def _payload(self, document: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Views of a document's tokens and of its mask. Those of a document in reading are at hand."""
+        found = self._payloads.get(document)
+        if found is None:
+            shard, start = self._place(document)
+            raw, length = self._map(shard), int(self.lengths[document])
+            tokens, mask = raw[start : start + length * self.token_dtype.itemsize].view(self.token_dtype), None
+            if self.has_mask:
+                start += (blocks(tokens.nbytes) + 1) * BLOCK  # behind the tokens and a header
+                mask = raw[start : start + length]
+            if len(self._payloads) >= PAYLOADS:
+                self._payloads.clear()
+            found = self._payloads[document] = tokens, mask
+        return found
 
-    def _mask(self, document: int) -> np.ndarray:
+    def _compare(self, document: int) -> None:
         shard, start = self._place(document)
-        length = int(self.lengths[document])
-        start += (blocks(length * self._dtype.itemsize) + 1) * BLOCK
-        return self._map(shard)[start : start + length]
+        tokens, mask = self._payload(document)
+        members = [("tokens", tokens, start, self._index.crc32)]
+        if mask is not None:
+            members.append(("mask", mask, start + (blocks(tokens.nbytes) + 1) * BLOCK, self._index.mask_crc32))
+        for what, payload, place, crc32 in members:
+            found, expected = zlib.crc32(payload.view(np.uint8)), int(crc32[document])
+            if found != expected:
+                raise CorpusError(
+                    f"{self._shards.name(shard)}: the {what} of document {document} at byte {place} are damaged: "
+                    f"crc32 is {found:08x}, the index says {expected:08x}"
+                )
 
-    def _compare(self, what: str, document: int, shard: int, start: int, payload: np.ndarray, crc32: np.ndarray) -> None:
-        found, expected = zlib.crc32(payload.view(np.uint8)), int(crc32[document])
-        if found != expected:
+    def _stamp(self, shard: int) -> tuple[int, ...]:
+        """Inode, size and time of the last change; nothing if the file is gone. A map outlives its file."""
+        try:
+            status = os.stat(self._files[shard])
+        except FileNotFoundError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Another file of the same name leaves the map as it was; writing to the mapped file, or cutting it, does not."""
+        then, now = self._stamps[shard], self._stamp(shard)
+        if now != then and now[:1] == then[:1]:
             raise CorpusError(
-                f"{self._shards.name(shard)}: the {what} of document {document} at byte {start} are damaged: "
-                f"crc32 is {found:08x}, the index says {expected:08x}"
+                f"{self._shards.name(shard)}: was changed while it was read: it had {then[1]} bytes, it has {now[1]}, and"
+                " was written to since"
             )
 
 

@@ -69,7 +69,9 @@ class Deals(NamedTuple):
     document: np.ndarray  # uint32 [deals]
     lane: np.ndarray  # uint32 [deals]
     start: np.ndarray  # int64 [deals], first ticks; they do not fall
-    before: np.ndarray  # int64 [blocks, 3, G]: what the lanes read before each block of deals: document, epoch, first tick
+    before: (
+        np.ndarray
+    )  # int64 [blocks, 3, G]: what the lanes read before each block of deals: document, epoch, first tick
     free: np.ndarray  # int64 [G], the heap behind the last deal
     reading: np.ndarray  # int64 [3, G] behind the last deal
 

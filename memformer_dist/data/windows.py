@@ -6,24 +6,59 @@ loop visits them forwards (rollout), then backwards (replay), and a thread prepa
     reader = WindowReader(corpus, LaneSchedule(corpus.lengths, seed=0, lanes=16, segment_length=64), lanes=range(0, 8))
     window = reader.window(start_tick=0, segments=8)
     window[0].tokens  # int64 [8, 64]
+
+Text is copied from the shards a chunk of some ticks at a time, in which a lane mostly stays within one document: a copy of
+many segments costs hardly more than that of one. A segment is cut from its chunk and widened to int64.
 """
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from memformer_dist.data.corpus import Corpus, CorpusError
-from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.corpus import CorpusError
+from memformer_dist.data.lanes import LaneSchedule, Stretches
 from memformer_dist.segment import IGNORE, Segment
+
+CHUNK_BYTES, CHUNK_TICKS = 2**21, 32  # at most, unless one tick has more
+CHUNKS_HELD = 4
+
+
+class Documents(Protocol):
+    """What is read: a Corpus, a Mixture of several, a Stream."""
+
+    lengths: np.ndarray  # int64 [documents]
+    has_mask: bool
+    token_dtype: np.dtype
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray: ...
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray: ...
+    def last_labels(self, document: np.ndarray) -> np.ndarray: ...
+    def check(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None: ...
+    def expect(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None: ...
+    def labels_between(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> int: ...
+
+
+class Chunk(NamedTuple):
+    """K ticks of L lanes as they lie in the corpus."""
+
+    text: np.ndarray  # uint16 or uint32 [L, K S + 1], with the token behind the last one; 0 where a document has ended
+    mask: np.ndarray | None  # uint8 [L, K S]
+    document: np.ndarray  # int64 [K, L], -1 on a dry lane
+    segment: np.ndarray  # int64 [K, L], of the document
+    length: np.ndarray  # int64 [K, L], tokens that are not padding
+    last_label: np.ndarray  # int64 [K, L], of the token that ends its document; -1 where none does
 
 
 class WindowReader:
     """Reads the global lanes `lanes`. `wait_s`: seconds that callers have waited for segments of windows, in all."""
 
-    def __init__(self, corpus: Corpus, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
+    def __init__(self, corpus: Documents, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
         assert lanes.step == 1 and 0 <= lanes.start < lanes.stop <= schedule.lanes
         self.corpus = corpus
         self.schedule = schedule
@@ -31,77 +66,107 @@ class WindowReader:
         self.prefetch = prefetch
         self.wait_s = 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window-reader")
-        self._checked = np.zeros(len(corpus.lengths), bool)
+        self._chunks: OrderedDict[tuple[range, int], Chunk] = OrderedDict()
+        self._lock = Lock()  # chunks are asked for by this thread and by the caller's
 
     def segment(self, tick: int, lanes: range | None = None) -> Segment:
         """The rows of `lanes` (global numbers, all of the reader's unless given) at a tick, on the CPU.
 
-        A document is checked against its crc32 when this reader meets it first. Raises CorpusError.
+        A document is checked against its crc32 when this process meets it first. Raises CorpusError.
         """
         lanes = self.lanes if lanes is None else lanes
         assert lanes.step == 1 and self.lanes.start <= lanes.start < lanes.stop <= self.lanes.stop
-        now = self.schedule.at(tick)
-        rows = slice(lanes.start, lanes.stop)
-        document, offset = now.document[rows], now.segment[rows] * self.schedule.segment_length
-        tokens = np.zeros((len(lanes), self.schedule.segment_length), np.int64)
-        labels = np.full_like(tokens, IGNORE)
-        length = np.zeros(len(lanes), np.int64)
-        for row in np.flatnonzero(document >= 0):
-            length[row] = self._fill(tokens[row], labels[row], int(document[row]), int(offset[row]))
-        reset, forget = now.reset[rows], np.zeros(len(lanes), bool)
+        chunk, k, size = *self._chunk_of(tick, lanes), self.schedule.segment_length
+        columns = slice(k * size, (k + 1) * size)
+        tokens = chunk.text[:, columns].astype(np.int64)  # [L, S]
+        labels = chunk.text[:, columns.start + 1 : columns.stop + 1].astype(np.int64)
+        if chunk.mask is not None:
+            labels[chunk.mask[:, columns] == 0] = IGNORE
+        length, last_label = chunk.length[k], chunk.last_label[k]
+        for row in np.flatnonzero((length < size) | (last_label >= 0)).tolist():
+            end = int(length[row])
+            labels[row, end:] = IGNORE
+            if end and (chunk.mask is None or chunk.mask[row, columns.start + end - 1]):
+                labels[row, end - 1] = last_label[row]
+        document, segment = chunk.document[k], chunk.segment[k]
+        reset, forget = (segment == 0) & (document >= 0), np.zeros(len(lanes), bool)
+        offset = segment * size
         return Segment(*map(torch.from_numpy, (tokens, labels, length, reset, forget, document, offset)))
+
+    def _chunk_of(self, tick: int, lanes: range) -> tuple[Chunk, int]:
+        """The chunk that a tick lies in, and where."""
+        ticks = CHUNK_BYTES // (len(lanes) * self.schedule.segment_length * self.corpus.token_dtype.itemsize)
+        ticks = max(1, min(ticks, CHUNK_TICKS))
+        number, k = divmod(tick, ticks)
+        with self._lock:
+            chunk = self._chunks.pop((lanes, number), None)
+            if chunk is None:
+                try:
+                    chunk = self._read(number * ticks, (number + 1) * ticks, lanes)
+                except CorpusError:  # perhaps of a document that this tick has nothing to do with
+                    return self._read(tick, tick + 1, lanes), 0
+            self._chunks[lanes, number] = chunk
+            if len(self._chunks) > CHUNKS_HELD:
+                self._chunks.popitem(last=False)
+        return chunk, k
+
+    def _read(self, start: int, stop: int, lanes: range) -> Chunk:
+        """The ticks start <= tick < stop."""
+        size, shape = self.schedule.segment_length, (stop - start, len(lanes))
+        stretches = self.schedule.stretches(start, stop, lanes)
+        places = self._places(stretches)
+        self.corpus.check(*places)
+        width = shape[0] * size
+        text = np.zeros((shape[1], width + 1), self.corpus.token_dtype)
+        mask = np.zeros((shape[1], width), np.uint8) if self.corpus.has_mask else None
+        lane, tick = stretches.lane - lanes.start, stretches.tick - start
+        for row, at, document, first, last in zip(*(x.tolist() for x in (lane, tick * size, *places))):
+            # One more, for the last label. Where the document ends there is none, and the next one begins.
+            found = self.corpus.tokens(document, first, last + 1)[: width + 1 - at]
+            text[row, at : at + len(found)] = found
+            if mask is not None:
+                mask[row, at : at + last - first] = self.corpus.mask(document, first, last)
+        number = np.repeat(np.arange(len(lane)), stretches.ticks)  # of its stretch, for every segment read
+        within = np.arange(len(number)) - np.repeat(np.cumsum(stretches.ticks) - stretches.ticks, stretches.ticks)
+        where = tick[number] + within, lane[number]
+        document, segment = stretches.document[number], stretches.segment[number] + within
+        left = self.corpus.lengths[document] - segment * size
+        last_label = np.full(len(number), -1)
+        last_label[left <= size] = self.corpus.last_labels(document[left <= size])
+        columns = np.full(shape, -1), np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
+        for column, value in zip(columns, (document, segment, np.minimum(left, size), last_label)):
+            column[where] = value
+        return Chunk(text, mask, *columns)
 
     def window(self, start_tick: int, segments: int, lanes: range | None = None) -> "Window":
         return Window(self, start_tick, segments, lanes)
 
     def valid_tokens(self, start_tick: int, stop_tick: int) -> int:
         """Labels that count in the loss, over ALL lanes of the schedule and the ticks start <= tick < stop."""
-        count = 0
-        for tick in range(start_tick, stop_tick):
-            now = self.schedule.at(tick)
-            live = now.document >= 0
-            document, start = now.document[live], now.segment[live] * self.schedule.segment_length
-            stop = np.minimum(start + self.schedule.segment_length, self.corpus.lengths[document])
-            if self.corpus.has_mask:
-                count += sum(np.count_nonzero(self.corpus.mask(*place)) for place in zip(document, start, stop))
-            else:
-                count += int((stop - start).sum())
-        return count
+        return self.corpus.labels_between(*self._places(self.schedule.stretches(start_tick, stop_tick)))
+
+    def expect(self, start_tick: int, stop_tick: int) -> None:
+        """Say that the reader's lanes read these ticks next, so that what is far away is fetched ahead of need."""
+        self.corpus.expect(*self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes)))
 
     def damage(self, start_tick: int, stop_tick: int) -> str | None:
         """What is wrong with a document that the reader's lanes read in start <= tick < stop, or None.
 
         Asked before a window, so that all processes can stop together instead of one in the middle of a collective.
         """
-        rows = slice(self.lanes.start, self.lanes.stop)
+        places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
         try:
-            for tick in range(start_tick, stop_tick):
-                for document in self.schedule.at(tick).document[rows]:
-                    if document >= 0:
-                        self._check(int(document))
+            self.corpus.check(*places)
         except CorpusError as error:
             return str(error)
         return None
 
-    def _check(self, document: int) -> None:
-        if not self._checked[document]:
-            self.corpus.check(document)
-            self._checked[document] = True
-
-    def _fill(self, tokens: np.ndarray, labels: np.ndarray, document: int, start: int) -> int:
-        """Write one row, [S] each; returns the number of tokens that are not padding."""
-        self._check(document)
-        end = int(self.corpus.lengths[document])
-        stop = min(start + len(tokens), end)
-        length = stop - start
-        text = self.corpus.tokens(document, start, stop + 1)  # one more for the last label, unless the document ends
-        tokens[:length] = text[:length]
-        labels[: len(text) - 1] = text[1:]
-        if stop == end:
-            labels[length - 1] = self.corpus.eos_id
-        if self.corpus.has_mask:
-            labels[:length][self.corpus.mask(document, start, stop) == 0] = IGNORE
-        return length
+    def _places(self, stretches: Stretches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, first token and last + 1 of each stretch, int64 [stretches] each."""
+        length = self.schedule.segment_length
+        start = stretches.segment * length
+        stop = np.minimum(start + stretches.ticks * length, self.corpus.lengths[stretches.document])
+        return stretches.document, start, stop
 
 
 class Window(Sequence[Segment]):
