@@ -26,6 +26,12 @@ setup(
         "safetensors",
         "tqdm",
         "numpy",
+        "fsspec",
+        "backports.zstd; python_version < '3.14'",  # later Pythons have it as compression.zstd
     ],
-    extras_require={"test": ["pytest", "hypothesis"]},
+    extras_require={
+        "parquet": ["pyarrow"],
+        "remote": ["fsspec[http]"],
+        "test": ["pytest", "hypothesis", "pyarrow", "fsspec[http]", "mpich"],
+    },
 )

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from memformer_dist import runtime
 from memformer_dist.checkpoint import Checkpoint, open_one
-from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.mixture import open_mixture
+from memformer_dist.data.reading import as_read
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import AGES, Losses, evaluate, summary
 
@@ -29,9 +30,11 @@ NAMES = {
 }
 
 
-def open_corpus(saved: Checkpoint, folder: Path, split: str) -> Corpus:
-    """Raises UserError where its shards were made with another tokenizer than the run's."""
-    corpus = Corpus.open(folder / split)
+def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int):
+    """Those of `corpus`, or of the run. Raises UserError where they were made with another tokenizer than the run's."""
+    data = saved.contents.config.data
+    splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
+    corpus = as_read(splits[split == "valid"], data.mode, lanes)
     expected = saved.contents.vocabulary.tokenizer_sha256
     if corpus.tokenizer_sha256 != expected:
         raise UserError(
@@ -57,7 +60,7 @@ def table(losses: dict[str, Losses]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="the run whose newest checkpoint is evaluated")
-    parser.add_argument("--corpus", type=Path, help="folder written by tokenizer/shard.py (default: the run's)")
+    parser.add_argument("--corpus", help="folder or URL of a corpus (default: what the run was trained on)")
     parser.add_argument("--split", choices=["valid", "train"], default="valid")
     parser.add_argument(
         "--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)"
@@ -76,7 +79,8 @@ def main() -> None:
             raise UserError(f"--json: found no folder {options.json.parent}")
         saved = open_one(options.run_dir)
         config, position = saved.contents.config, saved.contents.position
-        corpus = open_corpus(saved, options.corpus or Path(config.data.corpus), options.split)
+        lanes = options.lanes or config.data.lanes
+        corpus = open_documents(saved, options.corpus, options.split, lanes)
         process = runtime.start()
         cell = saved.cell(process.device)
         losses = evaluate(
@@ -84,7 +88,7 @@ def main() -> None:
             cell.empty_state,
             corpus,
             process,
-            lanes=options.lanes or config.data.lanes,
+            lanes=lanes,
             segment_length=config.data.segment_length,
             ticks=options.max_ticks,
             show=lambda ticks: tqdm(ticks, desc="evaluate", unit=" segments", disable=not process.is_main),

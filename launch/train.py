@@ -15,7 +15,7 @@ from pathlib import Path
 
 from memformer_dist import runtime
 from memformer_dist.config import RunConfig
-from memformer_dist.data.corpus import open_corpora
+from memformer_dist.data.reading import open_data
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
 
     def program() -> None:
         config = RunConfig.load(arguments.config, arguments.set, runtime.world_size())
-        corpora = open_corpora(Path(config.data.corpus))
+        data = config.data
+        corpora = open_data(data.corpora, mode=data.mode, lanes=data.lanes, cache=data.cache, cache_gib=data.cache_gib)
         process = runtime.start()
         from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from memformer_dist.cells.memformer import Memformer
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
-from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.windows import Documents
 from memformer_dist.errors import UserError
 from memformer_dist.runtime import Process
 
@@ -73,7 +73,7 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
     tokenizer_sha256: str
 
     @classmethod
-    def of(cls, corpus: Corpus) -> "Vocabulary":
+    def of(cls, corpus: Documents) -> "Vocabulary":
         return cls(
             size=corpus.vocab_size,
             bos_id=corpus.bos_id,
@@ -145,16 +145,23 @@ class Checkpoint:
             field = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path}: was written by another version of this program; {field}: {first['msg']}")
 
-    def changes(self, config: RunConfig, corpus: str) -> dict:
+    def changes(self, config: RunConfig, corpus: Documents) -> dict:
         """Fields of the configuration that differ from the checkpoint's, as {name: (saved, now)}.
 
-        Raises UserError where a run that goes on from here may not change them, or has a corpus of another fingerprint.
+        Raises UserError where a run that goes on from here may not change them, or has another corpus or tokenizer.
         """
-        if self.contents.corpus != corpus:
+        there, here = self.contents.vocabulary.tokenizer_sha256, corpus.tokenizer_sha256
+        if there != here:
             raise UserError(
-                f"data.corpus: {config.data.corpus} is not the corpus that this run was trained on (fingerprint"
-                f" {corpus[:12]}, the run has {self.contents.corpus[:12]}); bring that one back, or start a fresh run"
-                " in another --run-dir"
+                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]}, the"
+                f" run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh run in another --run-dir"
+            )
+        if self.contents.corpus != corpus.fingerprint:
+            weights = "" if isinstance(config.data.corpus, str) else " with these weights"
+            raise UserError(
+                f"data.corpus: {config.data.corpus}{weights} is not the corpus that this run was trained on (fingerprint"
+                f" {corpus.fingerprint[:12]}, the run has {self.contents.corpus[:12]}); bring that one back, or start a"
+                " fresh run in another --run-dir"
             )
         return config.changes_since(self.contents.config)
 

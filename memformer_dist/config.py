@@ -14,6 +14,9 @@ from typing_extensions import Self
 
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.curriculum import SHAPES, Window, WindowByMetric
+from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
+from memformer_dist.data.corpus import is_url
+from memformer_dist.data.reading import Mode
 from memformer_dist.errors import UserError
 from memformer_dist.reduction import Reduce
 from memformer_dist.states import Store
@@ -24,17 +27,54 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the configuration: unknown keys are errors, values do not change. JSON has no infinity to save."""
 
 
+def _folder_or_weights(value: Any) -> str | None:
+    return "<folder>" if isinstance(value, str) else "<weights>" if isinstance(value, dict) and value else None
+
+
 class DataConfig(Section):
-    corpus: str = Field(description="folder written by tokenizer/shard.py")
+    corpus: Annotated[
+        Annotated[str, Tag("<folder>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
+        Discriminator(
+            _folder_or_weights,
+            custom_error_type="corpus",
+            custom_error_message="expected a folder, a URL, or an object of weights by folder or URL",
+        ),
+    ] = Field(
+        description="folder or URL of a corpus written by tokenizer/shard.py; or several with their weights, how often the"
+        " documents of each are dealt in an epoch: 2 is twice, 0.5 every second time"
+    )
+    mode: Mode = Field(
+        "documents",
+        description="documents: lanes read whole documents in a shuffled order, each from an empty memory; stream: all"
+        " documents are joined by EOS and cut evenly among the lanes, as papers on WikiText-103 do",
+    )
+    min_tokens: PositiveInt = Field(1, description="shorter documents are left out of training")
+    shuffle_shards: PositiveInt | None = Field(
+        None,
+        description="shuffle within groups of so many shards, in a random order of the shards; for remote corpora that the"
+        " cache does not hold; null: through the whole epoch",
+    )
     lanes: PositiveInt = Field(
         description="G, documents read side by side by all ranks together; the world size divides it"
     )
     segment_length: PositiveInt = Field(description="S, tokens a segment")
     seed: int = Field(0, ge=0, description="order of the documents")
     prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
+    cache: str = Field(CACHE_FOLDER, description="where the shards of a remote corpus are kept on this machine")
+    cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that they may take there")
+
+    @property
+    def corpora(self) -> dict[str, float]:
+        """Weights by folder or URL."""
+        return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus
 
 
-TAGS = {*SHAPES, "<auto>"}  # of the members of unions, in pydantic's account of where an error lies
+TAGS = {
+    *SHAPES,
+    "<auto>",
+    "<folder>",
+    "<weights>",
+}  # of the members of unions, in pydantic's account of where an error lies
 
 
 def _number_or_auto(value: Any) -> str | None:
@@ -168,6 +208,7 @@ MAY_CHANGE = (
     "deepspeed",
     "data.corpus",
     "data.prefetch",
+    "data.cache",
     "training.tokens",
     "training.evaluate_every_tokens",
     "training.evaluate_ticks",
@@ -380,10 +421,9 @@ def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
 
 def _missing_shards(raw: dict) -> list[str]:
     data = raw.get("data")
-    folder = data.get("corpus") if isinstance(data, dict) else None
-    if not isinstance(folder, str):
-        return []  # already told
-    splits = [Path(folder) / split for split in ("train", "valid")]
+    found = data.get("corpus") if isinstance(data, dict) else None
+    corpora = [found] if isinstance(found, str) else found if isinstance(found, dict) else []  # else: already told
+    splits = [Path(corpus) / split for corpus in corpora if not is_url(corpus) for split in ("train", "valid")]
     return [
         f"data.corpus: no token shards in {split}; tokenizer/shard.py writes them"
         for split in splits

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memformer_dist.data.corpus import Corpus, CorpusError
+from memformer_dist.data.corpus import CorpusError
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import WindowReader
+from memformer_dist.data.windows import TICKS_AHEAD, Documents, WindowReader
 from memformer_dist.runtime import Process
 from memformer_dist.segment import IGNORE, Segment, concatenate
 
@@ -64,7 +64,7 @@ class Losses(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-def evaluation_lanes(corpus: Corpus, lanes: int, world_size: int) -> int:
+def evaluation_lanes(corpus: Documents, lanes: int, world_size: int) -> int:
     """No more lanes than documents, but a multiple of the ranks."""
     return math.ceil(min(lanes, len(corpus.lengths)) / world_size) * world_size
 
@@ -73,7 +73,7 @@ def evaluation_lanes(corpus: Corpus, lanes: int, world_size: int) -> int:
 def evaluate(
     forward: Callable,
     empty_state: Callable,
-    corpus: Corpus,
+    corpus: Documents,
     process: Process,
     *,
     lanes: int,
@@ -106,6 +106,8 @@ def evaluate(
     losses = {mode: LossByAge(process.device) for mode in MODES}
     states = {mode: empty_state(len(block), device=process.device) for mode in MODES}
     for tick in show(range(ticks)):
+        if tick % TICKS_AHEAD == 0:
+            reader.expect(tick, ticks)
         read = reader.segment(tick)
         strangers = _next_lane(states["shuffled"].memory, process)
         for group in groups:

@@ -22,9 +22,9 @@ from memformer_dist import checkpoint, evaluate, monitor
 from memformer_dist.checkpoint import Contents, Interval, Position, ReadoutGroup, Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
 from memformer_dist.curriculum import Curriculum
-from memformer_dist.data.corpus import Corpus, CorpusError
-from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import WindowReader
+from memformer_dist.data.corpus import CorpusError
+from memformer_dist.data.reading import first_epoch, lane_schedule
+from memformer_dist.data.windows import TICKS_AHEAD, Documents, WindowReader
 from memformer_dist.engine import Engine, StepResult, adamw
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
@@ -61,7 +61,7 @@ class Trained(NamedTuple):
 class Trainer:
     """A run on one rank. Collective throughout: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], process: Process):
+    def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[Documents, Documents], process: Process):
         self.config, self.run_dir, self.process = config, run_dir, process
         self.train_corpus, self.valid_corpus = corpora
         self.started = time.perf_counter()
@@ -69,8 +69,13 @@ class Trainer:
         self.stop = StopRequest(run_dir, process)
 
         data = config.data
-        self.schedule = LaneSchedule(
-            self.train_corpus.lengths, seed=data.seed, lanes=data.lanes, segment_length=data.segment_length
+        self.schedule = lane_schedule(
+            self.train_corpus,
+            seed=data.seed,
+            lanes=data.lanes,
+            segment_length=data.segment_length,
+            min_tokens=data.min_tokens,
+            shuffle_shards=data.shuffle_shards,
         )
         self.lanes = process.block(data.lanes)
         self.reader = WindowReader(self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
@@ -81,7 +86,7 @@ class Trainer:
         self.position = self.resumed.contents.position if self.resumed else Position()
         self.interval = self.resumed.contents.interval if self.resumed else Interval()
         self.earlier_s = self.position.wall_s
-        self.changes = self.resumed.changes(config, self.train_corpus.fingerprint) if self.resumed else {}
+        self.changes = self.resumed.changes(config, self.train_corpus) if self.resumed else {}
         self.curriculum = Curriculum(
             config.mrbp.window,
             self.position.step,
@@ -159,8 +164,9 @@ class Trainer:
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
-        tick = self.position.tick
-        damage = self.process.spread(self.reader.damage(tick, tick + self.curriculum.window))
+        tick, window = self.position.tick, self.curriculum.window
+        self.reader.expect(tick, tick + max(4 * window, TICKS_AHEAD))
+        damage = self.process.spread(self.reader.damage(tick, tick + window))
         if damage is not None:
             self._save()
             raise CorpusError(damage)
@@ -405,11 +411,13 @@ class Trainer:
             return
         data, window, say = self.config.data, self.config.mrbp.window, self.monitor.say
         (self.run_dir / "config.json").write_text(self.config.to_json())
-        shutil.copyfile(Path(data.corpus) / "tokenizer.model", self.run_dir / "tokenizer.model")
+        shutil.copyfile(self.train_corpus.tokenizer(), self.run_dir / "tokenizer.model")
+        epoch = first_epoch(self.train_corpus, self.schedule)
         monitor.record_start(self.run_dir, self.process.world_size, self.position.step)
         say(
-            f"{self.parameters:,} parameters, vocabulary {self.vocabulary.size}; {len(self.train_corpus.lengths):,} documents,"
-            f" {self.train_corpus.total_tokens:,} tokens; {self.process.world_size} ranks on {self.process.device.type}, ZeRO"
+            f"{self.parameters:,} parameters, vocabulary {self.vocabulary.size}; an epoch is"
+            f" {epoch.documents:,} documents, {epoch.tokens:,} tokens, {epoch.padding:.1%} of the positions are padding;"
+            f" {self.process.world_size} ranks on {self.process.device.type}, ZeRO"
             f" {self.config.zero_stage}, {self.config.training.precision}; a step is {data.lanes} lanes x"
             f" {self.curriculum.window} segments x {data.segment_length} tokens"
             + ("" if isinstance(window, int) else f"; mrbp.window: {window}")
@@ -420,7 +428,8 @@ class Trainer:
             say(f"changed since: {name} was {then!r}, is {now!r}")
         if "mrbp.window" in self.changes:
             say(f"windows of {self.curriculum.window} segments from here")
-        copies = self.schedule.concurrent_copies()
+        # Of interest where an epoch is short; of millions of documents it would take as long as dealing them again.
+        copies = self.schedule.concurrent_copies() if epoch.documents < 100 * data.lanes else 1
         if copies > 1:
             say(
                 f"warning: data.lanes {data.lanes} is so large against this corpus that up to {copies} lanes read the same"
@@ -428,7 +437,7 @@ class Trainer:
             )
 
 
-def train(config: RunConfig, run_dir: Path, corpora: tuple[Corpus, Corpus], process: Process) -> dict | None:
+def train(config: RunConfig, run_dir: Path, corpora: tuple[Documents, Documents], process: Process) -> dict | None:
     """Start, resume or finish the run in `run_dir`. Returns its summary, or None when it was stopped before the end.
 
     Args:

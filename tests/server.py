@@ -46,7 +46,7 @@ class FileServer:
                 if fault == "short":  # a whole answer, of less than the file
                     del raw[len(raw) // 2 :]
                 if fault == "long":
-                    raw += raw
+                    raw *= 2
                 if fault == "hold":
                     server.released.wait(60)
                 self.send_response(200)

@@ -45,7 +45,10 @@ def test_the_configuration_of_the_other_tests_is_good(config):
         ("data.lanes", "many", "data.lanes: found 'many'; input should be a valid integer"),
         ("data.lanes", 2.5, "data.lanes: found 2.5; input should be a valid integer"),
         ("data.segment_length", 0, "data.segment_length: found 0; input should be greater than 0"),
-        ("data.corpus", 5, "data.corpus: found 5; input should be a valid string"),
+        ("data.corpus", 5, "data.corpus: found 5; expected a folder, a URL, or an object of weights"),
+        ("data.corpus", {}, "data.corpus: found {}; expected a folder, a URL, or an object of weights"),
+        ("data.corpus", {"s3://a/b": 0}, "data.corpus.s3://a/b: found 0; input should be greater than 0"),
+        ("data.mode", "text", "data.mode: found 'text'; input should be 'documents' or 'stream'"),
         ("training.tokens", None, "training.tokens: found None; input should be a valid integer"),
         ("training.precision", "fp8", "training.precision: found 'fp8'; input should be 'fp32', 'bf16' or 'bf16_par"),
         ("mrbp.readout_group", 0, "mrbp.readout_group: found 0; input should be greater than 0"),
@@ -407,7 +410,7 @@ ALLOWED = {
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
-    *("deepspeed", "data.corpus", "data.prefetch"),
+    *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
     *("training.tokens", "training.evaluate_every_tokens", "training.evaluate_ticks", "training.skipped_steps_limit"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memformer_dist.data.documents import Part, discover, read_documents
+from memformer_dist.data.documents import Part, discover, read_documents, zstd
 from memformer_dist.errors import UserError
 
 
@@ -19,7 +19,7 @@ def make(folder, **files):
 
 
 def names(folder, inputs):
-    return [str(path.relative_to(folder)) for path in discover(inputs).files]
+    return [str(Path(file.name).relative_to(folder)) for file in discover(inputs).files]
 
 
 def test_discovery(tmp_path):
@@ -32,8 +32,18 @@ def test_discovery(tmp_path):
         a__f_png=b"",
         a__g_rs_gz=b"",
         a__h_zip=b"",
+        a__i_md_zst=b"",
+        a__j_parquet=b"",
     )
-    assert names(tmp_path, [tmp_path]) == ["a/d.TXT", "a/deep/c.py", "a/e.jsonl.gz", "a/g.rs.gz", "b.txt"]
+    assert names(tmp_path, [tmp_path]) == [
+        "a/d.TXT",
+        "a/deep/c.py",
+        "a/e.jsonl.gz",
+        "a/g.rs.gz",
+        "a/i.md.zst",
+        "a/j.parquet",
+        "b.txt",
+    ]
     assert discover([tmp_path]).ignored == 2
     assert names(tmp_path, [tmp_path / "b.txt", tmp_path]) == [
         "b.txt",
@@ -41,6 +51,8 @@ def test_discovery(tmp_path):
         "a/deep/c.py",
         "a/e.jsonl.gz",
         "a/g.rs.gz",
+        "a/i.md.zst",
+        "a/j.parquet",
     ]
     assert names(tmp_path, [tmp_path / "**" / "*.py"]) == ["a/deep/c.py"]
     assert names(tmp_path, [tmp_path / "a" / "f.png"]) == ["a/f.png"]  # named by the user
@@ -62,21 +74,21 @@ def test_missing_input_is_named(tmp_path, missing):
 
 def test_text_is_kept_exactly(tmp_path):
     raw = "\ufeffa\r\nb\rc\n\n\t \0d ".encode()
-    make(tmp_path, a_txt=raw, b_py_gz=gzip.compress(raw))
-    documents = list(read_documents(discover([tmp_path]).files))
-    assert [document.text.encode() for document in documents] == [raw, raw]
+    make(tmp_path, a_txt=raw, b_py_gz=gzip.compress(raw), c_md_zst=zstd.compress(raw))
+    documents = list(read_documents(file.name for file in discover([tmp_path]).files))
+    assert [document.text.encode() for document in documents] == [raw] * 3
     assert all(document.position == 0 and not document.unreadable for document in documents)
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_json_lines(tmp_path, compress):
+@pytest.mark.parametrize("suffix, compress", [("", bytes), (".gz", gzip.compress), (".ZST", zstd.compress)])
+def test_json_lines(tmp_path, suffix, compress):
     lines = [
         json.dumps({"text": "one\n", "url": "ignored"}),
         json.dumps({"parts": [{"text": "ask", "loss": False}, {"text": "answer"}]}),
         "",
         json.dumps({"text": ""}),
     ]
-    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl")
+    path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress("\n".join(lines).encode()))
     one, two, empty = read_documents([path])
     assert (one.text, one.position) == ("one\n", 1)
@@ -122,7 +134,7 @@ def test_damaged_files(tmp_path):
     )
     (tmp_path / "e.txt.gz").write_bytes(flipped)
     (tmp_path / "f.txt.gz").write_bytes(garbled)
-    documents = list(read_documents(discover([tmp_path]).files))
+    documents = list(read_documents(file.name for file in discover([tmp_path]).files))
     bad = [document for document in documents if document.unreadable]
     assert [
         Path(document.source).name for document in bad
@@ -136,7 +148,7 @@ def test_damaged_files(tmp_path):
 
 def test_reading_is_lazy(tmp_path):
     make(tmp_path, a_txt=b"first", b_txt=b"second")
-    reader = read_documents(discover([tmp_path]).files)
+    reader = read_documents(file.name for file in discover([tmp_path]).files)
     assert next(reader).text == "first"
     (tmp_path / "b.txt").unlink()
     assert "No such file" in next(reader).unreadable
@@ -148,5 +160,5 @@ def test_excluded_names_are_passed_over_in_folders(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     found = discover([tmp_path], ["site-packages", "*_test.py"])
-    assert [path.name for path in found.files] == ["kept.txt", "kept.py"]
+    assert [Path(file.name).name for file in found.files] == ["kept.txt", "kept.py"]
     assert len(discover([tmp_path]).files) == 5

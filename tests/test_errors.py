@@ -10,6 +10,7 @@ import pytest
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from tests.conftest import SEGMENT_LENGTH, make_corpus, run_script
+from tokenizer.shard import shard
 
 
 @pytest.fixture
@@ -141,15 +142,33 @@ def test_resuming_with_other_values_of_what_may_not_change(config, copy_of_run):
     assert last.startswith("set them back, or start a fresh run")
 
 
-def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path):
-    other = make_corpus(tmp_path, seed=1)
-    config["data"]["corpus"] = str(other)
+@pytest.mark.parametrize("what", ["documents", "weights", "tokenizer"])
+def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path, what):
+    texts = tmp_path / "texts"
+    if what == "tokenizer":
+        other = make_corpus(tmp_path, seed=1)
+    elif what == "documents":
+        texts.mkdir()
+        for number in range(3):
+            (texts / f"{number}.txt").write_text(f"ba be bi {number}")
+        shard(tmp_path / "other", corpus_dir / "tokenizer.model", [str(texts)], valid_fraction=0.3)
+        other = tmp_path / "other"
+    else:
+        other = {str(corpus_dir): 2.0}
+    config["data"]["corpus"] = other if what == "weights" else str(other)
     message = message_of(train(config, copy_of_run), copy_of_run)
-    found, expected = (Corpus.open(folder / "train").fingerprint[:12] for folder in (other, corpus_dir))
-    assert message.startswith(
-        f"data.corpus: {other} is not the corpus that this run was trained on"
-        f" (fingerprint {found}, the run has {expected})"
-    )
+    was = Corpus.open(corpus_dir / "train")
+    if what == "tokenizer":
+        found, expected = (x.tokenizer_sha256[:12] for x in (Corpus.open(other / "train"), was))
+        expected = f"data.corpus: {other} was made with another tokenizer than this run's (sha256 {found}, the run has {expected})"
+    elif what == "documents":
+        expected = (
+            f"data.corpus: {other} is not the corpus that this run was trained on"
+            f" (fingerprint {Corpus.open(other / 'train').fingerprint[:12]}, the run has {was.fingerprint[:12]})"
+        )
+    else:
+        expected = f"data.corpus: {other} with these weights is not the corpus that this run was trained on"
+    assert message.startswith(expected)
 
 
 def test_every_checkpoint_is_damaged(config, copy_of_run):

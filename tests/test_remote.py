@@ -1,13 +1,14 @@
 """Shards behind a real server that fails: what is read equals the local corpus, or a clear error says why not."""
 
 import json
-import os
+import multiprocessing
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,11 +58,21 @@ def opened(server, cache, shards_held=SHARDS):
     return Corpus.open(f"{server.url}/train", cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
 
 
+def check(corpus, document):
+    corpus.check(*np.array([[document], [0], [1]]))
+
+
+def expect(corpus, documents):
+    """All of the documents, in the order of need."""
+    documents = np.array(list(documents), np.int64)
+    corpus.expect(documents, np.zeros_like(documents), corpus.lengths[documents])
+
+
 def assert_reads_all(corpus, folder, documents=range(SHARDS * PER_SHARD)):
     local = Corpus.open(folder / "train")
     assert corpus.fingerprint == local.fingerprint and corpus.lengths.tolist() == local.lengths.tolist()
     for document in documents:
-        corpus.check(document)
+        check(corpus, document)
         assert np.array_equal(corpus.tokens(document, 0, 10**9), local.tokens(document, 0, 10**9))
 
 
@@ -94,7 +105,7 @@ def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, ahead):
         server.faults[shard(number)] = [fault] * (1 if fault in ("flip", "long", "stall") else 3)
     corpus = opened(server, tmp_path)
     if ahead:
-        corpus.expect(range(SHARDS * PER_SHARD))
+        expect(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder)
     told = capfd.readouterr().err.splitlines()
     for number, fault in enumerate(FAULTS):
@@ -127,13 +138,13 @@ def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, fault, rea
     server.faults[shard(1)] = [fault] * ALWAYS
     corpus = opened(server, tmp_path)
     if ahead:
-        corpus.expect(range(SHARDS * PER_SHARD))
+        expect(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder, range(PER_SHARD))
     for _ in range(2):  # the same when it is asked for again
         with pytest.raises(CorpusError, match=re.escape(f"{server.url}/{shard(1)}: ") + reason):
-            corpus.check(PER_SHARD)
+            check(corpus, PER_SHARD)
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 3 * PER_SHARD))
-    assert "shard-000001.tar" not in cached(tmp_path) and not list(tmp_path.glob("*/*.partial"))
+    assert not list(tmp_path.glob("*/shard-000001.tar*"))
     server.faults.clear()
     assert_reads_all(corpus, folder)  # once the server is well again
 
@@ -143,7 +154,7 @@ def test_a_stalled_connection_does_not_hang(server, folder, tmp_path):
     corpus = opened(server, tmp_path)
     began = time.monotonic()
     with pytest.raises(CorpusError, match="given up after 5 tries: .*[Tt]imeout"):
-        corpus.check(0)
+        check(corpus, 0)
     assert 2 < time.monotonic() - began < 20
 
 
@@ -152,9 +163,9 @@ def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.1)
     server.faults[shard(0)] = [500] * ALWAYS
     corpus = opened(server, tmp_path)
-    corpus.expect([0])
+    expect(corpus, [0])
     with pytest.raises(CorpusError, match="given up after 5 tries"):
-        corpus.check(0)
+        check(corpus, 0)
     assert server.count(shard(0)) == 5
 
 
@@ -194,8 +205,10 @@ def test_a_damaged_cache_is_found_out(server, folder, tmp_path):
     corpus = opened(server, tmp_path)
     assert_reads_all(corpus, folder, range(PER_SHARD))
     assert server.count(shard(0)) == 2 and server.count("train/index.safetensors") == 2
-    with pytest.raises(CorpusError, match=rf"{server.url}/{shard(1)} \(cached as {place}/shard-000001.tar\): the tokens"):
-        corpus.check(PER_SHARD)
+    with pytest.raises(
+        CorpusError, match=rf"{server.url}/{shard(1)} \(cached as {place}/shard-000001.tar\): the tokens"
+    ):
+        check(corpus, PER_SHARD)
 
 
 # ---- ahead of need, within the bound ---------------------------------------------------------------------------------
@@ -212,13 +225,13 @@ def test_fetched_ahead_in_the_order_of_need(server, folder, tmp_path, monkeypatc
     monkeypatch.setattr(remote, "FETCHERS", 1)
     corpus = opened(server, tmp_path, shards_held=4)
     order = [5, 2, 7, 1, 0, 3]
-    corpus.expect(document for number in order for document in range(number * PER_SHARD, (number + 1) * PER_SHARD))
+    expect(corpus, [number * PER_SHARD + document for number in order for document in range(PER_SHARD)])
     until(lambda: len(cached(tmp_path)) == 4)
     assert server.shards() == [shard(number) for number in order[:4]]  # as many as there is room for
     waited = corpus._shards.wait_s
     assert_reads_all(corpus, folder, [15, 6, 21, 3])
     assert len(server.shards()) == 4 and corpus._shards.wait_s == waited
-    corpus.expect(number * PER_SHARD for number in order[2:])  # two were passed
+    expect(corpus, [number * PER_SHARD for number in order[2:]])  # two were passed
     until(lambda: len(server.shards()) == 6 and len(cached(tmp_path)) == 4)
     assert server.shards()[4:] == [shard(0), shard(3)]
     assert cached(tmp_path) == [f"shard-{number:06d}.tar" for number in (0, 1, 3, 7)]
@@ -229,7 +242,7 @@ def test_what_is_needed_now_does_not_wait_for_what_is_expected(server, folder, t
     for number in range(4):
         server.faults[shard(number)] = ["hold"]
     corpus = opened(server, tmp_path)
-    corpus.expect(range(SHARDS * PER_SHARD))
+    expect(corpus, range(SHARDS * PER_SHARD))
     until(lambda: len(server.shards()) == remote.FETCHERS)
     assert_reads_all(corpus, folder, [7 * PER_SHARD])
     server.released.set()
@@ -254,28 +267,32 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, shards_held):
     generator = np.random.default_rng(0)
     for turn in range(30):
         documents = generator.permutation(SHARDS)[: shards_held + 2] * PER_SHARD
+        expect(corpus, documents if turn % 3 else [])
         if turn % 3:
-            corpus.expect(documents)
             documents = documents[:shards_held]
         assert_reads_all(corpus, folder, documents)
     done.set()
     sampler.join()
     assert 0 < max(most) <= (shards_held + 0.5) * size and len(most) > 100
-    assert len(os.listdir("/proc/self/map_files")) and open("/proc/self/maps").read().count("(deleted)") <= 8
+    expect(corpus, [])
+    maps = Path("/proc/self/maps").read_text()
+    assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
 
 
 def test_a_bound_that_is_too_small(server, folder, tmp_path):
     corpus = opened(server, tmp_path, shards_held=2)
-    corpus.expect(range(0, 4 * PER_SHARD))
+    expect(corpus, range(0, 4 * PER_SHARD))
     assert_reads_all(corpus, folder, range(2 * PER_SHARD))
     size = corpus.manifest.shards[0].bytes / 2**30
-    expected = re.escape(f"data.cache_gib: found {2.5 * size:.4g}, expected at least {3 * size:.4g}: so much space take the 3 shards")
+    expected = re.escape(
+        f"data.cache_gib: found {2.5 * size:.4g}, expected at least {3 * size:.4g}: so much space take the 3 shards"
+    )
     with pytest.raises(UserError, match=expected):
-        corpus.check(2 * PER_SHARD)
-    corpus.expect(range(2 * PER_SHARD, 4 * PER_SHARD))  # the control: the same, bit by bit
+        check(corpus, 2 * PER_SHARD)
+    expect(corpus, range(2 * PER_SHARD, 4 * PER_SHARD))  # the control: the same, bit by bit
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 4 * PER_SHARD))
     with pytest.raises(UserError, match="data.cache_gib: .* the 1 shards"):
-        opened(server, tmp_path, shards_held=0).check(0)
+        check(opened(server, tmp_path, shards_held=0), 0)
 
 
 def test_other_corpora_and_the_living_are_left_alone(server, folder, tmp_path):
@@ -297,49 +314,47 @@ def test_other_corpora_and_the_living_are_left_alone(server, folder, tmp_path):
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-READ = """
-import sys
-import numpy as np
-from memformer_dist.data.corpus import Corpus
-url, local, cache, gib, seed = sys.argv[1:]
-corpus, local = Corpus.open(url, cache=cache, cache_gib=float(gib)), Corpus.open(local)
-print("open", flush=True)
-sys.stdin.readline()
-order = np.random.default_rng(int(seed)).permutation(len(corpus.lengths))
-for first in range(0, len(order), 4):
-    corpus.expect(order[first : first + 8])
-    for document in order[first : first + 4]:
-        corpus.check(document)
-        assert np.array_equal(corpus.tokens(document, 0, 10**9), local.tokens(document, 0, 10**9))
-print("read", flush=True)
-"""
+
+def read_all(url, local, cache, shards_held, seed, opened_one, go) -> None:
+    """In another process: every document once, in an order of its own."""
+    size = Corpus.open(local).manifest.shards[0].bytes
+    corpus = Corpus.open(url, cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
+    local = Corpus.open(local)
+    if not seed:
+        expect(corpus, [0])
+    opened_one.release()
+    go.wait()
+    order = np.random.default_rng(seed).permutation(len(corpus.lengths))
+    for first in range(0, len(order), 4):
+        expect(corpus, order[first : first + 8])
+        for document in order[first : first + 4]:
+            check(corpus, document)
+            assert np.array_equal(corpus.tokens(document, 0, 10**9), local.tokens(document, 0, 10**9))
 
 
-def start(server, cache, shards_held, seed, code=READ):
-    size = Corpus.open(server.folder / "train").manifest.shards[0].bytes
-    arguments = [f"{server.url}/train", server.folder / "train", cache, (shards_held + 0.5) * size / 2**30, seed]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def start(server, cache, shards_held, seeds):
+    opened_one, go = PROCESSES.Semaphore(0), PROCESSES.Event()
+    arguments = f"{server.url}/train", server.folder / "train", cache, shards_held
+    readers = [PROCESSES.Process(target=read_all, args=(*arguments, seed, opened_one, go)) for seed in seeds]
+    for reader in readers:
+        reader.start()
+    for _ in readers:
+        assert opened_one.acquire(timeout=60)
+    return readers, go
 
 
 @pytest.mark.parametrize("shards_held", [SHARDS, 4])
 def test_processes_share_a_cache(server, tmp_path, shards_held):
-    readers = [start(server, tmp_path, shards_held, seed) for seed in range(2)]
-    for reader in readers:
-        assert reader.stdout.readline() == "open\n"
+    readers, go = start(server, tmp_path, shards_held, seeds=[1, 2])
     assert server.count("train/index.safetensors") == 1
     most = 0
-    for reader in readers:
-        reader.stdin.write("go\n")
-        reader.stdin.flush()
-    while any(reader.poll() is None for reader in readers):
+    go.set()
+    while any(reader.is_alive() for reader in readers):
         most = max(most, len(list(tmp_path.glob("*/*.tar*"))))
-    assert [reader.wait() for reader in readers] == [0, 0]
+    assert [reader.exitcode for reader in readers] == [0, 0]
     assert 0 < most <= shards_held
     if shards_held == SHARDS:
         assert sorted(server.shards()) == [shard(number) for number in range(SHARDS)]
@@ -348,12 +363,10 @@ def test_processes_share_a_cache(server, tmp_path, shards_held):
 def test_a_killed_process_holds_nothing(server, folder, tmp_path):
     """It dies while it fetches; another takes over at once and finds the folder clean."""
     server.faults[shard(0)] = ["stall"]
-    code = READ.replace('print("open", flush=True)', 'corpus.expect([0]); print("open", flush=True)')
-    reader = start(server, tmp_path, SHARDS, 0, code)
-    assert reader.stdout.readline() == "open\n"
+    (reader,), _ = start(server, tmp_path, SHARDS, seeds=[0])
     until(lambda: list(tmp_path.glob("*/*.partial")))
     reader.kill()
-    reader.wait()
+    reader.join()
     assert_reads_all(opened(server, tmp_path), folder)
     assert not list(tmp_path.glob("*/*.partial")) and server.count(shard(0)) == 2
 
@@ -361,13 +374,12 @@ def test_a_killed_process_holds_nothing(server, folder, tmp_path):
 WAIT = """
 import sys
 from memformer_dist.data.corpus import Corpus
-corpus = Corpus.open(sys.argv[1], cache=sys.argv[3])
-corpus.expect([0, 3, 6])
+from tests.test_remote import check, expect
+corpus = Corpus.open(sys.argv[1], cache=sys.argv[2])
+expect(corpus, [0, 3, 6])
 print("open", flush=True)
-if sys.argv[5] == "1":
-    corpus.check(0)
-if sys.argv[5] == "2":
-    corpus.check(23)
+if sys.argv[3] != "nothing":
+    check(corpus, {"a thread": 0, "itself": 23}[sys.argv[3]])
 """
 
 
@@ -376,15 +388,17 @@ def test_threads_do_not_keep_a_process(server, tmp_path, waits_for):
     """Ctrl-C ends a program that waits for a shard; one that is through ends although shards are being fetched."""
     for number in range(SHARDS):
         server.faults[shard(number)] = ["stall"] * ALWAYS
-    case = ["nothing", "a thread", "itself"].index(waits_for)
-    reader = start(server, tmp_path, SHARDS, case, WAIT)
+    command = [sys.executable, "-c", WAIT, f"{server.url}/train", str(tmp_path), waits_for]
+    reader = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "open\n"
-    until(lambda: shard(0) in server.shards() and (case < 2 or shard(7) in server.shards()))
-    if case:
+    if waits_for != "nothing":
+        until(lambda: shard(0 if waits_for == "a thread" else 7) in server.shards())
         time.sleep(0.3)
         assert reader.poll() is None
         reader.send_signal(signal.SIGINT)
-    assert reader.wait(10) == (-signal.SIGINT if case else 0)
+    _, told = reader.communicate(timeout=10)
+    assert reader.returncode == (0 if waits_for == "nothing" else -signal.SIGINT)
+    assert "try 1" not in told and (told == "") == (waits_for == "nothing")
 
 
 # ---- a corpus at a URL -----------------------------------------------------------------------------------------------
@@ -399,7 +413,7 @@ def test_open_corpora_over_http_and_file(corpus_dir, tmp_path):
                 assert there.fingerprint == here.fingerprint
                 assert there.tokenizer().read_bytes() == (corpus_dir / "tokenizer.model").read_bytes()
                 for document in range(len(here.lengths)):
-                    there.check(document)
+                    check(there, document)
                     assert np.array_equal(there.tokens(document, 0, 10**9), here.tokens(document, 0, 10**9))
         server.faults["tokenizer.model"] = ["flip"] * ALWAYS
         with pytest.raises(CorpusError, match="tokenizer.model: given up after 2 tries: sha256"):

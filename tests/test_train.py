@@ -18,12 +18,14 @@ from memformer_dist.checkpoint import Vocabulary, build_cell
 from memformer_dist.config import OptimizerConfig, RunConfig
 from memformer_dist.data.corpus import CorpusError, open_corpora
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.reading import open_data
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.runtime import reseed
 from memformer_dist.train import crosses, learning_rate
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_ranks
+from tokenizer.shard import shard
 
 STEP_TOKENS = 8 * 3 * 16  # lanes x segments x tokens, padding included
 
@@ -57,7 +59,8 @@ def run_rank(process, raw: dict, run_dir: Path, stop_after: int | None = None) -
 
     config = RunConfig.check(raw, process.world_size)
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, run_dir, open_corpora(Path(config.data.corpus)), process)
+    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
+    trainer = Trainer(config, run_dir, corpora, process)
     agreed = trainer._agreed_stop
     trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
     reason = trainer.fit()
@@ -128,6 +131,33 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
                 records(folder / part, "eval/loss", "eval/gap", having="eval/loss") for part in ("whole", "parts")
             ]
             assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 4
+
+
+def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, capfd):
+    """Losses of a run that was stopped, bit by bit; several corpora have one tokenizer."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(6):
+        (texts / f"{number}.txt").write_text("ba be bi bo bu " * (20 * number + 1))
+    shard(tmp_path / "other", corpus_dir / "tokenizer.model", [str(texts)], valid_fraction=0.2)
+    mixed = {"corpus": {str(corpus_dir): 0.5, str(tmp_path / "other"): 2}, "min_tokens": 5, "shuffle_shards": 1}
+    cases = [
+        (settings(corpus_dir, dropout=0.2, tokens=8 * STEP_TOKENS, data=data), tmp_path / name)
+        for name, data in {"mixed": mixed, "stream": {"mode": "stream"}, "plain": {}}.items()
+    ]
+    run_ranks(1, interrupted_rank, cases)
+    losses = {}
+    for _, folder in cases:
+        losses[folder.name] = records(folder / "whole", "loss/train", "data/documents_started")
+        assert len(losses[folder.name]) > 7
+        assert losses[folder.name] == records(folder / "parts", "loss/train", "data/documents_started")
+    assert len({losses[name][0][2] for name in losses}) == 3, "each reads something else"
+    said = capfd.readouterr().out
+    train, _ = open_data({str(corpus_dir): 1.0}, mode="documents", lanes=8)
+    positions = int((-(-train.lengths // 16) * 16).sum())
+    padding = 1 - train.total_tokens / positions
+    assert f"{len(train.lengths)} documents, {train.total_tokens:,} tokens, {padding:.1%} of the positions" in said
+    assert "an epoch is 8 documents, " in said, "a stream of 8 parts"
 
 
 def test_dropout_masks_depend_on_the_seed(corpus_dir, tmp_path):

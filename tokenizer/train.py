@@ -1,4 +1,4 @@
-"""Train a SentencePiece model on folders, globs and files of text, source code or JSON lines (also gzipped).
+"""Train a SentencePiece model on text, source code, JSON lines or Parquet; the inputs are those of tokenizer/shard.py.
 
     python tokenizer/train.py --input my_texts/ --output tokenizer_8k --vocab-size 8192      -> tokenizer_8k.model
 
@@ -35,7 +35,7 @@ RESERVED = 4 + 256 + 2 + 4  # tokens: control, bytes, newline and tab, those tha
 LINE_CHARACTERS = 1000  # longer lines are cut for training: the trainer drops those of more than 4192 bytes
 
 
-def sample_lines(files: Sequence[Path], characters: int | None, seed: int = 0) -> list[str]:
+def sample_lines(files: Sequence[str | Path], characters: int | None, seed: int = 0) -> list[str]:
     """Lines of all documents, or a seeded sample of about so many characters, every line being equally likely."""
     keep = 1.0
     if characters is not None:
@@ -105,7 +105,7 @@ def train_tokenizer(
     return proto.SerializeToString(deterministic=True)
 
 
-def _lines(files: Sequence[Path], verb: str) -> Iterator[str]:
+def _lines(files: Sequence[str | Path], verb: str) -> Iterator[str]:
     for document in tqdm(read_documents(files), desc=verb, unit=" documents", disable=None):
         for line in document.text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
@@ -131,7 +131,7 @@ def _rewriting(rules: list[tuple[str, str]], escape_whitespaces: bool = True) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="folders, globs and files")
+    add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
     add(
         "--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to pass over in folders"
     )
@@ -157,9 +157,8 @@ def main() -> None:
     options = parser.parse_args()
 
     begin = time.perf_counter()
-    lines = sample_lines(
-        discover(options.input, options.exclude).files, options.sample_characters or None, options.seed
-    )
+    files = [file.name for file in discover(options.input, options.exclude).files]
+    lines = sample_lines(files, options.sample_characters or None, options.seed)
     characters = sum(map(len, lines))
     print(f"training on {characters:,} characters in {len(lines):,} lines ...", flush=True)
     model = train_tokenizer(

@@ -106,7 +106,9 @@ class Cache:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Alone in the folder. A few milliseconds at most: nothing is fetched or hashed meanwhile."""
-        with (self.folder / "lock").open("a") as file:  # opened anew, because threads of a process exclude each other too
+        with (self.folder / "lock").open(
+            "a"
+        ) as file:  # opened anew, because threads of a process exclude each other too
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -82,6 +82,8 @@ class Corpus:
         self._maps: dict[int, np.ndarray] = {}
         self._files: dict[int, str] = {}  # of the maps
         self._stamps: dict[int, tuple[int, ...]] = {}  # of the files, as they were when they were mapped
+        self.folder = shards.folder  # on this machine
+        self.is_remote = is_url(path)
         self._payloads: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         self._checked = np.zeros(len(self.lengths), bool)
 
@@ -97,7 +99,7 @@ class Corpus:
 
             found, remote = open_remote(str(split), Path(cache), int(cache_gib * 2**30))
             corpus = cls(split, found, remote)
-            remote.forget = lambda number: corpus._maps.pop(number, None)
+            remote.forget = corpus._forget
             return corpus
         folder = Path(split)
         found = read_split(folder)
@@ -146,9 +148,7 @@ class Corpus:
         """Say which stretches of tokens are read next, in the order of need, int64 [n] each: their shards are fetched."""
         shards = np.searchsorted(self.shard_ends, document, side="right")
         kept = self._shards.expect(list(dict.fromkeys(shards.tolist())))
-        for number in self._maps.keys() - kept:
-            self._maps.pop(number, None)
-            self._payloads.clear()
+        self._forget(self._maps.keys() - kept)
 
     def tokenizer(self) -> Path:
         """The tokenizer that the split was made with, on this machine: CORPUS/tokenizer.model, fetched from a URL.
@@ -174,6 +174,13 @@ class Corpus:
         shard, start = self._place(document)
         return self._shards.name(shard), start
 
+    def _forget(self, shards: set[int]) -> None:
+        """Unmap them; threads that are reading keep what they have."""
+        if shards:
+            for number in shards:
+                self._maps.pop(number, None)
+            self._payloads.clear()
+
     def _place(self, document: int) -> tuple[int, int]:
         """The number of the shard, and the byte in it at which the tokens start."""
         return int(np.searchsorted(self.shard_ends, document, side="right")), int(self._index.block[document]) * BLOCK
@@ -181,9 +188,10 @@ class Corpus:
     def _map(self, shard: int) -> np.ndarray:
         found = self._maps.get(shard)
         if found is None:
-            found = self._maps[shard] = self._shards.map(shard)
+            found = self._shards.map(shard)
             self._files[shard] = os.path.join(self._shards.folder, self.manifest.shards[shard].name)
             self._stamps[shard] = self._stamp(shard)
+            self._maps[shard] = found  # last: another thread looks for it, and then for the stamp
         return found
 
     def _payload(self, document: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,34 +1,54 @@
 """Documents from files: what tokenizer/train.py and tokenizer/shard.py read.
 
-An input is a folder (read recursively), a glob or a file. A text or source file is one document. So is every line of a
-`.jsonl` file, with a field `text` or instead of it `parts`, [{"text": ..., "loss": true|false}, ...], where parts
-without loss are read by the model but not learnt. Any of them may be compressed (`.gz`). In folders only the suffixes
-below are read; a file that is named directly or by a glob is read whatever its name.
+An input is a folder (read recursively), a glob, a file or a URL of one of them (anything with `://`, through fsspec). A
+text or source file is one document. So is every line of a `.jsonl` file and every row of a `.parquet` file, with a field
+`text` or instead of it `parts`, [{"text": ..., "loss": true|false}, ...], where parts without loss are read by the model
+but not learnt. Any of them may be compressed (`.gz`, `.zst`). In folders only the suffixes below are read; a file that is
+named directly or by a glob is read whatever its name.
 
 A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports
 it. Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
+
+For many workers the files are cut into units (`cut_units`) before anything is read: some whole files, or a part of one
+large file. Where the cuts are depends on the files' order, names and sizes alone.
 """
 
 import fnmatch
 import glob
 import gzip
 import os
+import shutil
+import sys
+import tempfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import BinaryIO, Iterable, Iterator, NamedTuple, Sequence
 
 from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import from_json
 
+from memformer_dist.data import urls
 from memformer_dist.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .rst .tex .org .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .kt .scala .js .jsx .ts "
     ".tsx .go .rs .rb .php .pl .lua .sh .sql .r .jl .swift .cs .hs .ml .lisp .el .clj .f90 .asm .s".split()
 )
+KNOWN_SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+COMPRESSED = (".gz", ".zst")
+DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError)
+BUFFER = 1 << 18  # bytes
+PARQUET_BATCH = 1 << 22  # bytes of rows that are decoded together
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     text: str
     loss: bool = True
@@ -36,17 +56,24 @@ class Part:
 
 class Document(NamedTuple):
     source: str  # the file
-    position: int  # the line of a .jsonl file, counted from 1; 0 where the file is one document
+    position: int  # line of a .jsonl or row of a .parquet file, counted from 1; 0 where the file is one document
     parts: Sequence[Part] = ()
     unreadable: str | None = None  # the reason why there are no parts
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.parts)
+        parts = self.parts
+        return parts[0].text if len(parts) == 1 else "".join([part.text for part in parts])
+
+    @property
+    def learnt(self) -> bool:
+        """Whether every label counts in the loss."""
+        parts = self.parts
+        return parts[0].loss if len(parts) == 1 else all([part.loss for part in parts])
 
 
 class JsonDocument(BaseModel):
-    """One line of a .jsonl file; other fields than these are ignored."""
+    """One line of a .jsonl file, one row of a .parquet file; other fields than these are ignored."""
 
     text: str | None = None
     parts: list[Part] | None = None
@@ -58,72 +85,302 @@ class JsonDocument(BaseModel):
         return self
 
 
+# ------------------------------------------------------------------------------------------------------- which files
+
+
+class File(NamedTuple):
+    name: str  # as it was given, or found in what was given
+    size: int | None  # bytes; None where a server does not tell
+    changed: str  # time of the last change in ns; of a URL its ETag or another mark of this version
+
+
 class Discovery(NamedTuple):
-    files: list[Path]
+    files: list[File]
     ignored: int  # files in folders whose suffix is not one of text
 
 
 def discover(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> Discovery:
-    """The files of folders, globs and files, in the order of the inputs, sorted within each, and each file once.
+    """The files of folders, globs, files and URLs, in the order of the inputs, sorted within each, and each file once.
 
     `exclude`: patterns (site-packages, *_test.py) of the names of files and folders that are passed over in folders.
     Raises UserError naming an input that does not exist or holds nothing to read.
     """
-    files: dict[str, Path] = {}  # by real path
+    files: dict[str, str] = {}  # by real path
     ignored = 0
     for given in map(str, inputs):
-        matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        matches = urls.matches(given) if "://" in given else _local_matches(given)
         if not matches:
             raise UserError(f"found no file or folder {given!r}")
         readable = []
-        for match in map(Path, matches):
-            if match.is_dir():
-                inside = sorted(path for path in match.rglob("*") if path.is_file())
-                inside = [path for path in inside if not _excluded(path.relative_to(match), exclude)]
-                known = [path for path in inside if _suffix(path) in TEXT_SUFFIXES or _suffix(path) == ".jsonl"]
-                ignored += len(inside) - len(known)
-                readable += known
-            else:
+        for match, inside in matches:
+            if inside is None:
                 readable.append(match)
+                continue
+            kept = [name for name in inside if not _excluded(name, exclude)]
+            known = [name for name in kept if _suffix(name) in KNOWN_SUFFIXES]
+            ignored += len(kept) - len(known)
+            readable += [f"{match.rstrip('/')}/{name}" for name in known]
         if not readable:
-            raise UserError(f"{given!r} holds no text file, no source file and no .jsonl")
-        for path in readable:
-            files.setdefault(os.path.realpath(path), path)
-    return Discovery(list(files.values()), ignored)
+            raise UserError(f"{given!r} holds no text file, no source file, no .jsonl and no .parquet")
+        for name in readable:
+            files.setdefault(name if "://" in name else os.path.realpath(name), name)
+    return Discovery([look(name) for name in files.values()], ignored)
 
 
-def read_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """The documents of the files, in order, one in memory at a time; what cannot be read comes with the reason."""
-    for path in files:
-        position = 0
-        try:
-            with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-                if _suffix(path) != ".jsonl":
-                    yield Document(str(path), 0, [Part(file.read().decode("utf-8"))])
-                    continue
-                for position, line in enumerate(file, start=1):
-                    if not line.isspace():
-                        yield _parse(path, position, line)
-        except UnicodeDecodeError as error:
-            yield Document(str(path), 0, unreadable=f"not UTF-8: {error}")
-        except (OSError, EOFError, zlib.error) as error:  # from here on: what came before the damage has been read
-            yield Document(str(path), position, unreadable=f"{type(error).__name__}: {error}")
-
-
-def _parse(path: Path, position: int, line: bytes) -> Document:
+def look(name: str) -> File:
+    """A file as it is now. Raises UserError naming it where it cannot be seen."""
+    if "://" in name:
+        return File(name, *urls.look(name))
     try:
-        document = JsonDocument.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        return Document(str(path), position, unreadable=": ".join(filter(None, [field, first["msg"]])))
-    return Document(str(path), position, [Part(document.text)] if document.parts is None else document.parts)
+        status = os.stat(name)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    return File(name, status.st_size, str(status.st_mtime_ns))
 
 
-def _excluded(path: Path, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(part, pattern) for part in path.parts for pattern in patterns)
+def _local_matches(given: str) -> list[tuple[str, list[str] | None]]:
+    """Each file or folder, and what is in the folder, recursively and relative to it."""
+    found = []
+    for match in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)):
+        inside = None
+        if os.path.isdir(match):
+            paths = sorted(path for path in Path(match).rglob("*") if path.is_file())
+            inside = [str(path.relative_to(match)) for path in paths]
+        found.append((str(Path(match)), inside))
+    return found
 
 
-def _suffix(path: Path) -> str:
-    """The suffix below `.gz`, in lower case."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+def _excluded(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(part, pattern) for part in Path(name).parts for pattern in patterns)
+
+
+def _suffix(name: str) -> str:
+    """The suffix below `.gz` and `.zst`, in lower case."""
+    path = Path(name.partition("?")[0] if "://" in name else name)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+def _compression(name: str) -> str | None:
+    suffix = Path(name.partition("?")[0] if "://" in name else name).suffix.lower()
+    return suffix if suffix in COMPRESSED else None
+
+
+# ------------------------------------------------------------------------------------------------------------- units
+
+
+class Piece(NamedTuple):
+    """A file or a part of it: the lines that begin at start <= byte < stop, or row groups start <= i < stop."""
+
+    file: File
+    start: int = 0
+    stop: int | None = None  # None: to the end
+
+
+class Unit(NamedTuple):
+    pieces: tuple[Piece, ...]
+    bytes: int
+
+
+def cut_units(files: Sequence[File], unit_bytes: int) -> list[Unit]:
+    """Consecutive whole files until they have `unit_bytes`; a larger .jsonl or .parquet is cut.
+
+    A pure function of the files' order, names and sizes, and of the footers of large .parquet files.
+    """
+    units: list[Unit] = []
+    together: list[Piece] = []
+    gathered = 0
+
+    def finish() -> None:
+        nonlocal gathered
+        if together:
+            units.append(Unit(tuple(together), gathered))
+        together.clear()
+        gathered = 0
+
+    for file in files:
+        size = unit_bytes if file.size is None else file.size
+        if size > unit_bytes and not _compression(file.name) and _suffix(file.name) in (".jsonl", ".parquet"):
+            finish()
+            jsonl = _suffix(file.name) == ".jsonl"
+            units += _byte_ranges(file, unit_bytes) if jsonl else _row_groups(file, unit_bytes)
+            continue
+        together.append(Piece(file))
+        gathered += size
+        if gathered >= unit_bytes:
+            finish()
+    finish()
+    return units
+
+
+def _byte_ranges(file: File, unit_bytes: int) -> list[Unit]:
+    number = -(-file.size // unit_bytes)
+    cuts = [file.size * cut // number for cut in range(number + 1)]
+    return [Unit((Piece(file, start, stop),), stop - start) for start, stop in zip(cuts, cuts[1:])]
+
+
+def _row_groups(file: File, unit_bytes: int) -> list[Unit]:
+    pyarrow = _pyarrow(file.name)
+    try:
+        with _open(file.name) as raw:
+            metadata = pyarrow.parquet.ParquetFile(raw).metadata
+            sizes = [_stored_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
+    except (OSError, pyarrow.ArrowException):  # without a footer: one unit, whose reading tells what is wrong
+        return [Unit((Piece(file),), file.size)]
+    units, start, gathered = [], 0, 0
+    for number, size in enumerate(sizes, start=1):
+        gathered += size
+        if gathered >= unit_bytes or number == len(sizes):
+            units.append(Unit((Piece(file, start, number),), gathered))
+            start, gathered = number, 0
+    return units or [Unit((Piece(file),), file.size)]
+
+
+def _stored_bytes(group) -> int:
+    return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def read_documents(names: Iterable[str | Path]) -> Iterator[Document]:
+    """The documents of the files, in order, one in memory at a time; what cannot be read comes with the reason."""
+    for name in names:
+        yield from Reader(Piece(File(str(name), None, "")))
+
+
+class Reader:
+    """Iterates over the documents of a piece.
+
+    lines   lines of a .jsonl file passed so far, also empty ones. In a part of a file they are counted from its start,
+            and so are the positions of documents: nobody knows yet how many lines come before.
+    """
+
+    def __init__(self, piece: Piece):
+        self.piece, self.name, self.lines = piece, piece.file.name, 0
+
+    def __iter__(self) -> Iterator[Document]:
+        kind = _suffix(self.name)
+        try:
+            with _open(self.name) as file:
+                if kind == ".jsonl":
+                    yield from self._read_lines(file)
+                elif kind == ".parquet":
+                    yield from self._read_rows(file)
+                else:
+                    yield Document(self.name, 0, [Part(file.read().decode("utf-8"))])
+        except UnicodeDecodeError as error:
+            yield Document(self.name, 0, unreadable=f"not UTF-8: {error}")
+        except DAMAGED as error:  # from here on: what came before the damage has been read
+            yield Document(self.name, self.lines, unreadable=f"{type(error).__name__}: {error}")
+
+    def _read_lines(self, file: BinaryIO) -> Iterator[Document]:
+        _, start, stop = self.piece
+        position = start
+        if start:  # the line that goes on here began in the part before, unless the byte before is a line's end
+            position = file.seek(start - 1)
+            while position < stop:
+                rest = file.readline(BUFFER)
+                position += len(rest)
+                if not rest or rest.endswith(b"\n"):
+                    break
+        while stop is None or position < stop:
+            line = file.readline()
+            if not line:
+                break
+            position += len(line)
+            self.lines += 1
+            if not line.isspace():
+                yield self._parse(self.lines, _from_line, line)
+
+    def _read_rows(self, file: BinaryIO) -> Iterator[Document]:
+        """A damaged row group ends with what is wrong; those behind it are read."""
+        pyarrow = _pyarrow(self.name)
+        with tempfile.TemporaryFile() as unpacked:
+            if _compression(self.name):  # the footer is at the end
+                shutil.copyfileobj(file, unpacked, BUFFER)
+                file = unpacked
+            try:
+                opened = pyarrow.parquet.ParquetFile(
+                    file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+                )
+            except (OSError, pyarrow.ArrowException) as error:
+                yield Document(self.name, 0, unreadable=f"{type(error).__name__}: {error}")
+                return
+            columns = [name for name in opened.schema_arrow.names if name in JsonDocument.model_fields]
+            if not columns:
+                found = ", ".join(opened.schema_arrow.names)
+                yield Document(self.name, 0, unreadable=f"expected a column text or parts, found {found}")
+                return
+            groups = opened.metadata.num_row_groups
+            rows = [opened.metadata.row_group(number).num_rows for number in range(groups)]
+            for group in range(self.piece.start, groups if self.piece.stop is None else self.piece.stop):
+                yield from self._read_row_group(opened, group, columns, sum(rows[:group]))
+
+    def _read_row_group(self, opened, group: int, columns: list[str], position: int) -> Iterator[Document]:
+        """`position`: rows before the group."""
+        facts = opened.metadata.row_group(group)
+        many = max(1, min(1024, PARQUET_BATCH * facts.num_rows // max(facts.total_byte_size, 1)))
+        done = 0
+        for together in (many, 1):  # where rows cannot be read together: one by one, as far as they can
+            row = 0
+            try:
+                for batch in opened.iter_batches(together, row_groups=[group], columns=columns, use_threads=False):
+                    for values in zip(*(batch.column(name) for name in columns)):
+                        row += 1
+                        if row > done:
+                            done = row
+                            yield self._parse(position + row, _from_row, dict(zip(columns, values)))
+                return
+            except (OSError, _pyarrow(self.name).ArrowException) as error:
+                if together == 1:
+                    reason = f"{type(error).__name__}: {error}"
+                    yield Document(self.name, position + done, unreadable=reason)
+                    return
+
+    def _parse(self, position: int, parse, raw) -> Document:
+        try:
+            document = parse(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            return Document(self.name, position, unreadable=": ".join(filter(None, [field, first["msg"]])))
+        except UnicodeDecodeError as error:
+            return Document(self.name, position, unreadable=f"not UTF-8: {error}")
+        if type(document) is Part:
+            return Document(self.name, position, [document])
+        return Document(self.name, position, [Part(document.text)] if document.parts is None else document.parts)
+
+
+def _from_line(line: bytes) -> JsonDocument | Part:
+    """The usual line, which takes most of the time, in a third of it; JsonDocument says what is wrong with others."""
+    try:
+        fields = from_json(line)
+    except ValueError:
+        return JsonDocument.model_validate_json(line)
+    if type(fields) is dict and type(fields.get("text")) is str and fields.get("parts") is None:
+        return Part(fields["text"])
+    return JsonDocument.model_validate_json(line)
+
+
+def _from_row(values: dict) -> JsonDocument:
+    return JsonDocument.model_validate({name: value.as_py() for name, value in values.items()})
+
+
+@contextmanager
+def _open(name: str) -> Iterator[BinaryIO]:
+    """The bytes of a file or URL, decompressed."""
+    with urls.open_url(name) if "://" in name else open(name, "rb", BUFFER) as raw:
+        compression = _compression(name)
+        if compression is None:
+            yield raw
+        else:
+            with gzip.GzipFile(fileobj=raw) if compression == ".gz" else zstd.ZstdFile(raw) as file:
+                yield file
+
+
+def _pyarrow(name: str):
+    try:
+        import pyarrow.parquet  # not needed by whoever has no such files
+    except ImportError:
+        raise UserError(f"{name}: reading .parquet needs pyarrow: pip install 'memformer_dist[parquet]'") from None
+    return pyarrow

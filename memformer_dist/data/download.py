@@ -12,9 +12,9 @@ to http(s), whose default would end every download after five minutes; other fil
 """
 
 import errno
-import hashlib
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, TypeVar
@@ -23,12 +23,12 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from memformer_dist.data.corpus import CorpusError
+from memformer_dist.data.shards import sha256_of
 from memformer_dist.errors import UserError
 
 TRIES = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # 0.5 to 32 s: a server may be away for a minute
 CONNECT_S, STALL_S = 30.0, 60.0  # to connect, and between two pieces of a body
-CHUNK = 2**20
 
 Result = TypeVar("Result")
 
@@ -84,8 +84,8 @@ class Remote:
     def fetch(self, name: str, target: Path, *, sha256: str, size: int | None = None) -> None:
         """Overwrite `target` with the file, which has that hash and size in bytes.
 
-        Raises CorpusError naming URL, tries and reason, with both hashes where the content was wrong twice, and UserError
-        where the disk is full.
+        Raises CorpusError naming URL, tries and reason, with both hashes where the content was wrong twice, or the folder
+        whose disk is full.
         """
 
         def attempt() -> None:
@@ -94,7 +94,9 @@ class Remote:
                 self._files.get_file(f"{self._path}/{name}", str(target), callback=callback)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise UserError(f"{target.parent}: the disk is full ({error.strerror}), {name} is not fetched") from None
+                    raise CorpusError(
+                        f"data.cache: {target.parent}: the disk is full ({error.strerror}), {name} is not fetched"
+                    ) from None
                 raise
             found = target.stat().st_size
             if size is not None and found < size:
@@ -107,28 +109,20 @@ class Remote:
         _retried(f"{self.url}/{name}", attempt)
 
 
-def sha256_of(file: Path, progress: Callable[[int], object] = lambda bytes_read: None) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        buffer = memoryview(bytearray(CHUNK))
-        while read := stream.readinto(buffer):
-            digest.update(buffer[:read])
-            progress(read)
-    return digest.hexdigest()
-
-
 def _retried(url: str, attempt: Callable[[], Result]) -> Result:
     wrong = 0
     for number in range(1, TRIES + 1):
         try:
             return attempt()
-        except UserError:
+        except CorpusError:
             raise
         except FileNotFoundError:
             raise CorpusError(f"{url}: not found") from None
         except _Wrong as error:
             wrong, reason = wrong + 1, str(error)
         except Exception as error:  # every file system of fsspec has exceptions of its own
+            if not threading.main_thread().is_alive():  # the process ends, and fsspec has closed its connections
+                raise
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in (400, 401, 403, 410):
                 raise CorpusError(f"{url}: refused: {error}") from None

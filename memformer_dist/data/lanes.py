@@ -148,6 +148,13 @@ class LaneSchedule:
         live = (document >= 0) & (stretches.ticks > 0)
         return Stretches(*(column[live] for column in stretches))
 
+    def documents(self, epoch: int) -> np.ndarray:
+        """uint32 [deals]: what an epoch deals, in its order."""
+        with self._lock:
+            for earlier in range(len(self._found) - 1, epoch):
+                self._deals(earlier)
+            return self._deals(epoch).document
+
     @property
     def ticks(self) -> int:
         """Ticks until every lane has run dry. Raises ValueError if the schedule is endless."""

@@ -32,6 +32,7 @@ class Mixture:
                     f" {corpus.tokenizer_sha256[:16]} and {first.tokenizer_sha256[:16]}"
                 )
         self._corpora, self._weights = corpora, weights
+        self.folder, self.is_remote = first.folder, any(corpus.is_remote for corpus in corpora)
         self.path = " + ".join(str(corpus.path) for corpus in corpora)
         self.vocab_size, self.bos_id, self.eos_id = first.vocab_size, first.bos_id, first.eos_id
         self.token_dtype = first.token_dtype

@@ -198,7 +198,8 @@ def unreadable(sources: Sequence[Source], found: Sequence[Found]) -> list[dict]:
         if piece.stop is not None:
             before[piece.file.name] = offset + unit.lines
         lines += [
-            {"file": file, "position": position + offset, "reason": reason} for file, position, reason in unit.unreadable
+            {"file": file, "position": position + offset, "reason": reason}
+            for file, position, reason in unit.unreadable
         ]
     return lines
 

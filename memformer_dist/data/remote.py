@@ -24,8 +24,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from memformer_dist.data.cache import PARTIAL, Cache
-from memformer_dist.data.download import Remote, sha256_of
-from memformer_dist.data.shards import INDEX, MANIFEST, Manifest, Split, read_split
+from memformer_dist.data.corpus import CorpusError
+from memformer_dist.data.download import Remote
+from memformer_dist.data.shards import INDEX, MANIFEST, Manifest, Split, read_split, sha256_of
 from memformer_dist.errors import UserError
 
 FETCHERS = 4  # threads
@@ -36,12 +37,12 @@ TOKENIZER = "tokenizer.model"
 class RemoteShards:
     """The shards of the split at a URL. `wait_s`: seconds that callers have waited for shards, in all.
 
-    forget   called with the number of a shard that leaves the cache although this process may have it mapped
+    forget   called with shards that left the cache although this process may have them mapped
     """
 
     def __init__(self, remote: Remote, cache: Cache, manifest: Manifest):
         self.folder, self.wait_s = cache.folder, 0.0
-        self.forget: Callable[[int], object] = lambda number: None
+        self.forget: Callable[[set[int]], object] = lambda numbers: None
         self._remote, self._cache, self._manifest = remote, cache, manifest
         self._mapped: set[int] = set()
         self._changed = threading.Condition()  # guards what follows
@@ -55,7 +56,7 @@ class RemoteShards:
     def path(self, number: int) -> Path:
         """The shard on this machine, verified. Waits until it is there; other processes may remove it again.
 
-        Raises CorpusError where it cannot be fetched, and UserError where the cache is too small.
+        Raises CorpusError where it cannot be fetched or the cache is too small.
         """
         file = self.folder / self._manifest.shards[number].name
         if file.exists():
@@ -119,7 +120,7 @@ class RemoteShards:
             at_once = self._expected[: self._expected.index(number) + 1] if expected else [number]
         needed = sum(self._manifest.shards[other].bytes for other in at_once)
         if needed > self._cache.bound:
-            raise UserError(
+            raise CorpusError(
                 f"data.cache_gib: found {self._cache.bound / 2**30:.4g}, expected at least {needed / 2**30:.4g}: so much"
                 f" space take the {len(at_once)} shards of {self._remote.url} that are read at once"
             )
@@ -158,10 +159,10 @@ class RemoteShards:
 
     def _forget_what_is_gone(self) -> None:
         """Maps of removed shards, so that the disk gets its space back; of those that are expected they serve on."""
-        for number in self._mapped.copy() - self._held:
-            if not (self.folder / self._manifest.shards[number].name).exists():
-                self._mapped.discard(number)
-                self.forget(number)
+        passed = self._mapped.copy() - self._held
+        gone = {number for number in passed if not (self.folder / self._manifest.shards[number].name).exists()}
+        self._mapped -= gone
+        self.forget(gone)
 
     def _fetch_ahead(self) -> None:
         while True:
@@ -176,7 +177,8 @@ class RemoteShards:
             try:
                 self._fetch(number, needed=False)
             except Exception as error:
-                print(f"{error}; it is tried again when it is needed", file=sys.stderr, flush=True)
+                if threading.main_thread().is_alive():
+                    print(f"{error}; it is tried again when it is needed", file=sys.stderr, flush=True)
 
 
 def open_remote(url: str, cache: Path, cache_bytes: int) -> tuple[Split, RemoteShards]:
@@ -207,15 +209,18 @@ def _checked_json(raw: bytes) -> bytes:
 
 def _obtain(remote: Remote, cache: Cache, name: str, sha256: str, size: int | None = None, *, needed: bool) -> bool:
     """Whether the file is there, fetched if nobody else is at it and there is room."""
-    claim = cache.claim(name, needed=needed)
-    if claim is None:
-        return (cache.folder / name).exists()
     try:
-        remote.fetch(name, claim.path, sha256=sha256, size=size)
-    except BaseException:
-        claim.drop()
-        raise
-    claim.keep()
+        claim = cache.claim(name, needed=needed)
+        if claim is None:
+            return (cache.folder / name).exists()
+        try:
+            remote.fetch(name, claim.path, sha256=sha256, size=size)
+        except BaseException:
+            claim.drop()
+            raise
+        claim.keep()
+    except OSError as error:
+        raise CorpusError(f"data.cache: {error.filename or cache.folder}: {error.strerror}, fetching {name}") from None
     return True
 
 

@@ -24,7 +24,7 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Iterable, Literal, NamedTuple
+from typing import Callable, Iterable, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -35,6 +35,7 @@ from memformer_dist.errors import UserError
 
 MANIFEST, INDEX = "corpus.json", "index.safetensors"
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: of a header, and what payloads are padded to
+READ_BYTES = 2**20  # at once, where a file is hashed
 SHARD_TOKENS = 100_000_000  # tokens of a SplitWriter's shard, unless a single document is longer
 
 
@@ -119,6 +120,17 @@ def wrong_size(folder: Path, shard: Shard) -> str | None:
     if size == shard.bytes:
         return None
     return f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes"
+
+
+def sha256_of(file: Path, progress: Callable[[int], object] = lambda bytes_read: None) -> str:
+    """`progress` is told the bytes of each piece that was read."""
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(READ_BYTES))
+        while read := stream.readinto(buffer):
+            digest.update(buffer[:read])
+            progress(read)
+    return digest.hexdigest()
 
 
 def blocks(size: int | np.ndarray) -> int | np.ndarray:

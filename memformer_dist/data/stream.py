@@ -27,7 +27,8 @@ class Stream:
             raise UserError('data.mode: "stream" joins documents, which loss masks are not made for; use "documents"')
         self._corpus, self.path, self.fingerprint = corpus, corpus.path, corpus.fingerprint
         self.vocab_size, self.bos_id, self.eos_id = corpus.vocab_size, corpus.bos_id, corpus.eos_id
-        self.token_dtype = corpus.token_dtype
+        self.folder, self.is_remote, self.token_dtype = corpus.folder, corpus.is_remote, corpus.token_dtype
+        self.shard_ends = None  # the parts are shuffled, not the shards
         self.tokenizer_sha256, self.has_mask = corpus.tokenizer_sha256, False
         self._ends = np.cumsum(corpus.lengths + 1)  # of the documents in the text, each with the EOS behind it
         self.total_tokens = int(self._ends[-1]) - 1

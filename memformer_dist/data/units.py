@@ -44,8 +44,7 @@ class UnitReader:
                 self.documents += 1
                 for part in document.parts:
                     self.characters += len(part.text)
-                    mark = zlib.crc32(b"+" if part.loss else b"-", self.digest)
-                    self.digest = zlib.crc32(part.text.encode(), mark)
+                    self.digest = zlib.crc32(part.text.encode(), self.digest ^ part.loss)
                 yield document
             self.lines = reader.lines
             _expect_unchanged(piece.file)
@@ -61,8 +60,6 @@ def _expect_unchanged(file: File) -> None:
             f"{file.name}: changed while it was read: {now.size} bytes, changed at {now.changed}; when the inputs were"
             f" listed {file.size} bytes, {file.changed}. Run again when nobody writes it any more"
         )
-
-
 
 
 class Found(NamedTuple):
@@ -86,7 +83,7 @@ def survey_unit(task: tuple[int, Unit]) -> tuple[int, Found]:
             unusable.append(number)
         if document.unreadable:
             unreadable.append([document.source, document.position, document.unreadable])
-        masked = masked or not all(part.loss for part in document.parts)
+        masked = masked or not document.learnt
     return unit_number, Found(
         reader.documents, unusable, unreadable, masked, reader.lines, reader.characters, reader.digest
     )
@@ -157,10 +154,12 @@ def tokenise(
         texts = [part.text for _, document in batch for part in document.parts]
         encoded = iter(model.encode(texts, out_type="numpy", num_threads=1))
         for split, document in batch:
+            if len(document.parts) == 1 and document.learnt:
+                yield split, document, next(encoded), None
+                continue
             pieces = [next(encoded) for _ in document.parts]
-            tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-            mask = None
-            if not all(part.loss for part in document.parts):
+            tokens, mask = np.concatenate(pieces), None
+            if not document.learnt:
                 learnt = np.concatenate([np.full(len(piece), part.loss) for piece, part in zip(pieces, document.parts)])
                 # Label i is token i + 1; the last label, EOS, belongs to the part that ends the document.
                 mask = np.append(learnt[1:], document.parts[-1].loss).astype(np.uint8)[: len(tokens)]

@@ -61,7 +61,6 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, url: str):
         self._url, self._position = url, 0
-        self._size = look(url)[0]
         self._file, self._in_ranges = None, False
 
     def readable(self) -> bool:
@@ -71,12 +70,16 @@ class _Remote(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END and self._size is None:
-            raise UserError(f"{self._url}: the server does not tell how long the file is, which a .parquet needs")
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if whence != io.SEEK_CUR or offset:
+        if whence == io.SEEK_END:
+            size, _ = look(self._url)
+            if size is None:
+                raise UserError(f"{self._url}: the server does not tell how long the file is, which a .parquet needs")
+            offset += size
+        elif whence == io.SEEK_CUR:
+            offset += self._position
+        if offset != self._position:
             self._drop()
-            self._in_ranges = True
+            self._position, self._in_ranges = offset, True
         return self._position
 
     def tell(self) -> int:
@@ -86,7 +89,7 @@ class _Remote(io.RawIOBase):
         for wait in (*WAITS, None):
             try:
                 if self._file is None:
-                    self._file = self._open()
+                    self._open()
                 read = self._file.read(len(buffer))
                 break
             except FileNotFoundError:
@@ -111,23 +114,22 @@ class _Remote(io.RawIOBase):
         self._drop()
         super().close()
 
-    def _open(self):
+    def _open(self) -> None:
         system, path = _connect(self._url)
         # HTTP: block size 0 is one request for the whole file, others are ranges, which not every server serves.
         stream = _is_http(self._url) and not self._in_ranges
-        file = system.open(path, "rb", **({"block_size": 0} if stream else {}))
+        self._file = system.open(path, "rb", **({"block_size": 0} if stream else {}))
         if not stream:
-            file.seek(self._position)
+            self._file.seek(self._position)
         else:
             left = self._position  # after a broken connection
             while left:
-                left -= len(file.read(min(left, BUFFER))) or left
-        return file
+                left -= len(self._file.read(min(left, BUFFER))) or left
 
     def _drop(self) -> None:
-        file, self._file = getattr(self, "_file", None), None
-        if file is not None:
-            file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _is_http(url: str) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Protocol
 
@@ -27,13 +28,21 @@ from memformer_dist.segment import IGNORE, Segment
 
 CHUNK_BYTES, CHUNK_TICKS = 2**21, 32  # at most, unless one tick has more
 CHUNKS_HELD = 4
+TICKS_AHEAD = 1024  # of a remote corpus, whose shards are fetched before; as many of them as the cache holds
 
 
 class Documents(Protocol):
     """What is read: a Corpus, a Mixture of several, a Stream."""
 
     lengths: np.ndarray  # int64 [documents]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+    fingerprint: str
+    total_tokens: int
     has_mask: bool
+    is_remote: bool
     token_dtype: np.dtype
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray: ...
@@ -42,6 +51,7 @@ class Documents(Protocol):
     def check(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None: ...
     def expect(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None: ...
     def labels_between(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> int: ...
+    def tokenizer(self) -> Path: ...
 
 
 class Chunk(NamedTuple):
@@ -147,6 +157,8 @@ class WindowReader:
 
     def expect(self, start_tick: int, stop_tick: int) -> None:
         """Say that the reader's lanes read these ticks next, so that what is far away is fetched ahead of need."""
+        if not self.corpus.is_remote:
+            return
         self.corpus.expect(*self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes)))
 
     def damage(self, start_tick: int, stop_tick: int) -> str | None:

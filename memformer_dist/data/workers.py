@@ -57,13 +57,20 @@ class Pool:
 
 @contextmanager
 def open_pool(workers: int) -> Iterator[Pool | None]:
-    """After an error the workers are ended where they are."""
+    """After an error processes are ended where they are; ranks finish the task that they are at."""
     if _under_mpi():
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-            yield executor and Pool(MPI.COMM_WORLD.Get_size() - 1, executor)
+            if executor is None:
+                yield None
+                return
+            pool = Pool(MPI.COMM_WORLD.Get_size() - 1, executor)
+            try:
+                yield pool
+            finally:
+                pool.close()
         return
     others = set(multiprocessing.active_children())
     pool = Pool(workers)

@@ -1,0 +1,710 @@
+"""From inputs to a corpus in units: any kinds of files, any number of workers, any interruption."""
+
+import fcntl
+import functools
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+import zlib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memformer_dist.data import units as units_module
+from memformer_dist.data import urls
+from memformer_dist.data.documents import Reader, cut_units, discover, look, zstd
+from memformer_dist.data.preparation import shard
+from memformer_dist.errors import UserError
+from tests.conftest import ROOT, documents
+from tokenizer.train import train_tokenizer
+
+SHARD = ROOT / "tokenizer" / "shard.py"
+MPIRUN = Path(sys.executable).parent / "mpirun"
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(train_tokenizer("".join(documents(20)).split("\n"), vocab_size=400, cap_vocabulary=True))
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """32 files of about 100 kB: enough to be interrupted in the middle."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(32):
+        (folder / f"{number:02d}.txt").write_text("".join(documents(120, seed=number)))
+    return folder
+
+
+def mib(size: int) -> float:
+    """--unit-mib for units of so many bytes."""
+    return size / 2**20
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_back(split: Path) -> list[list[int]]:
+    """The tokens of every document, by tarfile alone."""
+    found = []
+    for entry in json.loads((split / "corpus.json").read_text())["shards"]:
+        with tarfile.open(split / entry["name"]) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".u16"):
+                    found.append(np.frombuffer(tar.extractfile(member).read(), "<u2").tolist())
+    return found
+
+
+def encode(model_file: Path, texts: list[str]) -> list[list[int]]:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    return [model.encode(text) for text in texts]
+
+
+def command(output: Path, model_file: Path, *arguments) -> list[str]:
+    return [sys.executable, str(SHARD), "--tokenizer", str(model_file), "--output", str(output), *map(str, arguments)]
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# ------------------------------------------------------------------------------------------------ any files, any units
+
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
+words = st.text(st.sampled_from("abc dé\n\t\r\u2581中😀"), max_size=30)
+
+
+@st.composite
+def files(draw) -> tuple[str, list[str], bytes, list[int]]:
+    """(name without number, its documents, its bytes, lines or rows that cannot be read)"""
+    kind, packed = draw(st.sampled_from([".txt", ".jsonl", ".parquet"])), draw(st.sampled_from(sorted(PACK)))
+    texts = draw(st.lists(words, min_size=1, max_size=1 if kind == ".txt" else 6))
+    bad = []
+    if kind == ".txt":
+        raw = texts[0].encode()
+    elif kind == ".jsonl":
+        lines, kept = [], []
+        for text in texts:
+            lines += draw(st.sampled_from([[], [], [b""], [b"  "], [b'{"text": 3}'], [b"\xff"]]))
+            if lines and lines[-1].strip() and not lines[-1].startswith(b'{"text": "'):
+                bad.append(len(lines))
+            lines.append(json.dumps({"text": text}, ensure_ascii=draw(st.booleans())).encode())
+            kept.append(text)
+        ending = draw(st.sampled_from([b"\n", b"\r\n"]))
+        raw = ending.join(lines) + draw(st.sampled_from([b"", ending, ending * 2]))
+    else:
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, row_group_size=draw(st.integers(1, 3)))
+        raw = file.getvalue()
+    cut = draw(st.integers(0, len(raw)))  # several members of .gz, frames of .zst
+    pack = PACK[packed]
+    return kind + packed, texts, pack(raw[:cut]) + pack(raw[cut:]), bad
+
+
+def write_files(folder: Path, made: list) -> tuple[list[str], list[str], list[tuple[str, int]]]:
+    """Paths in the order of reading, all documents, all places that cannot be read."""
+    paths, texts, bad = [], [], []
+    for number, (ending, documents_of_it, raw, bad_lines) in enumerate(made):
+        path = folder / f"ä b {number}{ending}"
+        path.write_bytes(raw)
+        paths.append(str(path))
+        texts += documents_of_it
+        bad += [(str(path), line) for line in bad_lines]
+    return paths, [text for text in texts if text], bad
+
+
+def quarantined(corpus: Path) -> list[tuple[str, int]]:
+    lines = (corpus / "quarantine.jsonl").read_text().splitlines()
+    return [(line["file"], line["position"]) for line in map(json.loads, lines)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(made=st.lists(files(), min_size=1, max_size=6), unit=st.integers(1, 400))
+def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_factory, model_file, made, unit):
+    folder = tmp_path_factory.mktemp("any")
+    paths, expected, bad = write_files(folder, made)
+    if not expected:
+        return
+    shard(folder / "corpus", model_file, paths, valid_fraction=0, unit_mib=mib(unit))
+    assert read_back(folder / "corpus" / "train") == encode(model_file, expected)
+    assert quarantined(folder / "corpus") == bad
+
+
+@settings(max_examples=6, deadline=None)
+@given(made=st.lists(files(), min_size=2, max_size=8), unit=st.integers(1, 200), seed=st.integers(0, 3))
+def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, made, unit, seed):
+    folder = tmp_path_factory.mktemp("workers")
+    paths, expected, _ = write_files(folder, made)
+    if len(expected) < 2:
+        return
+    options = dict(unit_mib=mib(unit), valid_fraction=0.3, seed=seed)
+    for workers in 1, 2, 3:
+        shard(folder / str(workers), model_file, paths, workers=workers, **options)
+    assert tree(folder / "1") == tree(folder / "2") == tree(folder / "3")
+    shard(folder / "other", model_file, paths[1:] + paths[:1], **options)  # the control
+    assert tree(folder / "other") != tree(folder / "1")
+
+
+def texts_of(path: Path, unit: int) -> list[list[str]]:
+    """The documents of every unit of a file."""
+    found = []
+    for cut in cut_units([look(str(path))], unit):
+        found.append([document.text for piece in cut.pieces for document in Reader(piece)])
+    return found
+
+
+LINES = ["a", "", "é" * 9, "x" * 100, "b", "c" * 30, "😀"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_line_belongs_to_the_range_in_which_it_starts(tmp_path, ending, last):
+    """Units of every size: cuts in characters, at line ends and starts, several within one line."""
+    path, lines = tmp_path / "a.jsonl", [json.dumps({"text": text}, ensure_ascii=False) for text in LINES]
+    path.write_bytes((ending.join(lines) + (ending if last else "")).encode())
+    starts = {len((ending.join(lines[:number]) + ending).encode()) for number in range(1, len(lines))}
+    exactly = 0
+    for unit in range(1, path.stat().st_size + 2):
+        found = texts_of(path, unit)
+        assert sum(found, []) == LINES
+        cuts = cut_units([look(str(path))], unit)
+        exactly += sum(cut.pieces[0].start in starts for cut in cuts)
+        assert all(cut.bytes <= unit for cut in cuts)
+    assert exactly > 10
+
+
+def test_a_range_that_skips_its_first_line_loses_some(tmp_path):
+    """Negative control: without a look at the byte before, a line that starts with the range is passed over."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in "abcdefgh"))  # 14 bytes each
+
+    def naive(piece):
+        with open(path, "rb") as file:
+            file.seek(piece.start)
+            piece.start and file.readline()
+            while file.tell() < piece.stop:
+                yield json.loads(file.readline())["text"]
+
+    cuts = cut_units([look(str(path))], 28)
+    assert [piece.start for cut in cuts for piece in cut.pieces] == [0, 28, 56, 84]
+    assert [text for cut in cuts for text in naive(cut.pieces[0])] != list("abcdefgh")
+    assert sum(texts_of(path, 28), []) == list("abcdefgh")
+
+
+def test_units_are_whole_files_or_parts_of_large_ones(tmp_path):
+    for name, size in [
+        ("a.txt", 50),
+        ("b.txt", 60),
+        ("c.txt", 500),
+        ("d.jsonl", 250),
+        ("e.jsonl.gz", 900),
+        ("f.txt", 1),
+    ]:
+        (tmp_path / name).write_bytes(b"\n" * size)
+    table = pyarrow.table({"text": [random.Random(n).randbytes(40).hex() for n in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "g.parquet", row_group_size=10, use_dictionary=False)
+    found = discover([tmp_path]).files
+
+    def described(unit_bytes):
+        return [
+            [(Path(piece.file.name).name, piece.start, piece.stop) for piece in unit.pieces]
+            for unit in cut_units(found, unit_bytes)
+        ]
+
+    assert described(100)[:6] == [
+        [("a.txt", 0, None), ("b.txt", 0, None)],
+        [("c.txt", 0, None)],
+        [("d.jsonl", 0, 83)],
+        [("d.jsonl", 83, 166)],
+        [("d.jsonl", 166, 250)],
+        [("e.jsonl.gz", 0, None)],
+    ]
+    groups = [unit[0] for unit in described(2000) if unit[0][0] == "g.parquet"]
+    assert groups[0][1] == 0 and groups[-1][2] == 10 and len(groups) == 5
+    assert all(before[2] == after[1] for before, after in zip(groups, groups[1:]))
+    assert len(described(10**6)) == 1
+    assert described(100) == described(100)
+
+
+# ----------------------------------------------------------------------------------------------------- damaged files
+
+
+def decompressed(raw: bytes, suffix: str) -> bytes:
+    """What a decompressor makes of a stream that was cut off, by itself."""
+    return (zlib.decompressobj(31) if suffix == ".gz" else zstd.ZstdDecompressor()).decompress(raw)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_comes_before_the_damage_is_kept(tmp_path, model_file, suffix):
+    generator = random.Random(0)
+    texts = [generator.randbytes(20).hex() for _ in range(40_000)]
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    whole = PACK[suffix](raw)
+    for share in 0.3, 0.9, 1 - 3 / len(whole):
+        cut = whole[: int(share * len(whole))]
+        readable = decompressed(cut, suffix).count(b"\n")
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(cut)
+        *good, bad = Reader(cut_units([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0])
+        assert [document.text for document in good] == texts[:readable] and readable > 9_000
+        assert bad.position == readable and "EOFError" in bad.unreadable
+    (tmp_path / f"a.txt{suffix}").write_bytes(PACK[suffix](b"a text")[:-3])
+    (bad,) = Reader(cut_units([look(str(tmp_path / f"a.txt{suffix}"))], 1)[0].pieces[0])
+    assert bad.position == 0 and bad.unreadable
+    assert list(Reader(cut_units([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0]))  # the last cut again
+
+
+def damaged_parquet(path: Path, texts: list[str], group: int) -> None:
+    table = pyarrow.table({"text": texts})
+    options = dict(row_group_size=10, use_dictionary=False, write_page_checksum=True, compression="none")
+    pyarrow.parquet.write_table(table, path, **options)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(group).column(0)
+    raw = bytearray(path.read_bytes())
+    raw[column.data_page_offset + column.total_compressed_size - 5] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path, model_file):
+    texts = [f"row {number}" for number in range(40)]
+    damaged_parquet(tmp_path / "a.parquet", texts, group=1)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    for unit in 10, 10**6:  # a unit for each row group, or one for all
+        output = tmp_path / f"corpus{unit}"
+        shard(output, model_file, [str(tmp_path / "*.parquet")], valid_fraction=0, unit_mib=mib(unit))
+        assert read_back(output / "train") == encode(model_file, texts[:10] + texts[20:])
+        assert quarantined(output) == [(str(tmp_path / "a.parquet"), 10), (str(tmp_path / "b.parquet"), 0)]
+
+
+def test_parquet_of_parts_and_of_nothing(tmp_path, model_file):
+    parts = [[{"text": "ask", "loss": False}, {"text": "answer", "loss": True}], None, [{"text": "x", "loss": True}]]
+    pyarrow.parquet.write_table(pyarrow.table({"parts": parts, "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"good", b"\xff", b"y"]}), tmp_path / "c.parquet")
+    report = shard(tmp_path / "corpus", model_file, [tmp_path], valid_fraction=0)
+    listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(Path(line["file"]).name, line["position"]) for line in listed] == [
+        ("a.parquet", 2),
+        ("b.parquet", 0),
+        ("c.parquet", 2),
+    ]
+    assert "expected a column text or parts, found body" in listed[1]["reason"]
+    assert report["splits"]["train"]["documents"] == 4
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    assert read_back(tmp_path / "corpus" / "train")[0] == model.encode("ask") + model.encode("answer")
+
+
+def test_parquet_without_pyarrow(tmp_path, model_file, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"a.parquet: .*pip install 'memformer_dist\[parquet\]'"):
+        shard(tmp_path / "corpus", model_file, [tmp_path])
+
+
+def test_positions_are_those_in_the_whole_file_and_strict_refuses(tmp_path, model_file, capsys):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"line {number}"}) for number in range(1, 200)]
+    for number in 3, 77, 150, 199:
+        lines[number - 1] = "bad"
+    lines[9] = ""  # a line that is no document
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="--strict: 4 documents.*line 3: .*line 77: .*line 199: "):
+        shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300), strict=True)
+    assert {found.name for found in tmp_path.iterdir()} == {"a.jsonl"}
+    shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300))
+    assert quarantined(tmp_path / "corpus") == [(str(path), number) for number in (3, 77, 150, 199)]
+    assert "line 150" in capsys.readouterr().err
+    shard(tmp_path / "good", model_file, [SHARD, ROOT / "setup.py"], strict=True)  # the control
+
+
+def test_a_file_seen_through_two_globs_is_read_once(tmp_path, model_file):
+    for name in "a b.txt", "ä.txt", "c.txt":
+        (tmp_path / name).write_text(name)
+    shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*b.txt", f"{tmp_path}/*.txt"], valid_fraction=0)
+    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, ["a b.txt", "c.txt", "ä.txt"])
+
+
+# --------------------------------------------------------------------------------------------- files that change
+
+
+def other_size(path):
+    path.write_text("changed, and longer")
+
+
+def other_time(path):
+    os.utime(path, ns=(1, 1))
+
+
+def same_looks(path):
+    status = path.stat()
+    path.write_text(path.read_text()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [other_size, other_time, same_looks, Path.unlink])
+@pytest.mark.parametrize("when", ["survey", "write"])
+def test_a_file_that_changes_is_named(tmp_path, model_file, monkeypatch, change, when):
+    for name in "one.txt", "two.txt":
+        (tmp_path / name).write_text(f"this is {name}, abcdefg")
+    step = getattr(units_module, f"{when}_unit")
+
+    def after_a_change(task):
+        change(tmp_path / "two.txt")
+        return step(task)
+
+    monkeypatch.setattr(f"memformer_dist.data.preparation.{when}_unit", after_a_change)
+    if change is same_looks and when == "survey":  # nobody has read it yet: this is the file
+        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"])
+        return
+    with pytest.raises(UserError, match="two.txt: changed while it was read"):
+        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"])
+    assert not (tmp_path / "corpus").exists()
+
+
+# ------------------------------------------------------------------------------------------------ interrupted, resumed
+
+
+@pytest.fixture
+def whole(texts, model_file, tmp_path) -> dict[str, bytes]:
+    """The corpus of a run that nothing interrupts."""
+    shard(tmp_path / "whole", model_file, [texts], unit_mib=mib(200_000))
+    return tree(tmp_path / "whole")
+
+
+def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, text in enumerate(documents(4)):
+        (texts / f"{number}.txt").write_text(text)
+    options = dict(unit_mib=mib(1), valid_fraction=0.3)
+    shard(tmp_path / "whole", model_file, [texts], **options)
+    fsync, left = os.fsync, 0
+
+    def interrupted(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    for moment in range(100):
+        left, output = moment, tmp_path / str(moment)
+        try:
+            shard(output, model_file, [texts], **options)
+            break
+        except KeyboardInterrupt:
+            assert not output.exists()
+        left = 1000
+        shard(output, model_file, [texts], **options)
+        assert tree(output) == tree(tmp_path / "whole")
+        assert not (tmp_path / f"{moment}.partial").exists()
+    assert moment > 15
+    assert "3 of 4 units were finished by an earlier run" in capsys.readouterr().err
+
+
+def until(condition, process) -> None:
+    deadline = time.monotonic() + 40
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def units_finished(output: Path) -> int:
+    return len(list(output.with_name(output.name + ".partial").glob("units/*.json")))
+
+
+@pytest.mark.parametrize("finished", [0, 2, 9])
+def test_killed_and_started_again(tmp_path, texts, model_file, whole, finished):
+    output = tmp_path / "corpus"
+    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", 2)
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    begun = output.with_name("corpus.partial") / "sharding.json"
+    until(lambda: begun.exists() and units_finished(output) >= finished, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert not output.exists()
+    again = run(*start)
+    assert again.returncode == 0, again.stderr
+    assert finished == 0 or "were finished by an earlier run" in again.stderr
+    assert tree(output) == whole
+    assert not psutil.wait_procs(workers, timeout=5)[1]  # workers do not outlive whom they work for
+
+
+def workers_of(process) -> list[psutil.Process]:
+    """Those that tokenise: children of the server that forks them."""
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.ppid() != process.pid]
+
+
+def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole):
+    output = tmp_path / "corpus"
+    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", 2)
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    until(lambda: units_finished(output) >= 1, process)
+    workers_of(process)[0].kill()
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 2 and "a worker process died" in told and "Traceback" not in told
+    again = run(*start)
+    assert "were finished by an earlier run" in again.stderr and tree(output) == whole
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers):
+    output = tmp_path / "corpus"
+    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", workers)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(start, **pipes, env=environment(), start_new_session=True)
+    until(lambda: units_finished(output) >= 1, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 130 and told.strip() == "stopped; the same command goes on from there"
+    again = run(*start)
+    assert "were finished by an earlier run" in again.stderr and tree(output) == whole
+
+
+def test_another_recipe_starts_anew(tmp_path, texts, model_file, monkeypatch, capsys):
+    def full(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("memformer_dist.data.preparation.merge", full)
+        shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000))
+    shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000), seed=1)
+    assert "has other seed: starting anew" in capsys.readouterr().err
+    shard(tmp_path / "fresh", model_file, [texts], unit_mib=mib(200_000), seed=1)
+    assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
+    (tmp_path / "corpus.partial").mkdir()
+    with open(tmp_path / "corpus.partial" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="corpus.partial: another process is at work"):
+            shard(tmp_path / "corpus", model_file, [texts])
+    shard(tmp_path / "corpus", model_file, [texts])
+
+
+# ------------------------------------------------------------------------------------------------------------- MPI
+
+
+def test_under_mpi(tmp_path, texts, model_file, whole):
+    start = [MPIRUN, "-iface", "lo", "-n", "3"]
+    arguments = "--input", texts, "--unit-mib", mib(200_000)
+    done = run(*start, *command(tmp_path / "corpus", model_file, *arguments))
+    assert done.returncode == 0 and done.stdout.count("padding at 128") == 1, done.stderr
+    assert tree(tmp_path / "corpus") == whole
+    mistake = run(*start, *command(tmp_path / "x", model_file, "--input", tmp_path / "nowhere"))
+    assert mistake.returncode == 2 and mistake.stderr.count("nowhere") == 1 and "Traceback" not in mistake.stderr
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path, texts, model_file, whole):
+    output = tmp_path / "corpus"
+    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([MPIRUN, "-iface", "lo", "-n", "3", *start], **pipes, env=environment())
+    until(lambda: units_finished(output) >= 1, process)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
+    ranks[-1].kill()
+    told, _ = process.communicate(timeout=20)
+    assert process.returncode != 0 and "BAD TERMINATION" in told
+    again = run(*start)  # without MPI: what is finished is finished
+    assert "were finished by an earlier run" in again.stderr and tree(output) == whole
+
+
+# ------------------------------------------------------------------------------------------------------- memory, disk
+
+
+def peak(action) -> int:
+    tracemalloc.start()
+    action()
+    _, highest = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return highest
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, model_file):
+    """Of a unit as long as the corpus, read and tokenised. The control holds all documents."""
+    peaks, control = {}, {}
+    for name, copies in ("warm-up", 1), ("small", 1), ("large", 8):
+        path, output = tmp_path / f"{name}.jsonl", tmp_path / name
+        path.write_text("".join(json.dumps({"text": text * 30}) + "\n" for text in documents(60)) * copies)
+        peaks[name] = peak(lambda: shard(output, model_file, [path], valid_fraction=0.1))
+        (unit,) = cut_units([look(str(path))], 2**26)
+        control[name] = peak(lambda: list(Reader(unit.pieces[0])))
+    assert path.stat().st_size > 8_000_000
+    assert peaks["large"] < 1.2 * peaks["small"] and control["large"] > 6 * control["small"], (peaks, control)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB, and what makes it larger. Under a user who may not mount: files of that size at most."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    else:
+        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=60m", str(folder)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(texts, model_file, whole, small_disk, workers):
+    """It is told which shard did not fit; no shard under its name is less than whole; with space it goes on."""
+    folder, enlarge = small_disk
+    options = dict(unit_mib=mib(200_000), workers=workers)
+    with pytest.raises(UserError, match=r"cannot write .*shard-0000\d\d.tar: (No space|File too).*goes on from there"):
+        shard(folder / "corpus", model_file, [texts], **options)
+    assert not (folder / "corpus").exists()
+    for path in folder.rglob("*.tar"):
+        assert path.read_bytes() == whole[str(path.relative_to(folder / "corpus.partial" / "corpus"))]
+    enlarge()
+    shard(folder / "corpus", model_file, [texts], **options)
+    assert tree(folder / "corpus") == whole
+
+
+# -------------------------------------------------------------------------------------------------------------- URLs
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves byte ranges too; `faults` are taken one by one by requests for files: the number of bytes to break off at."""
+
+    faults: list[int] = []
+    ranges = True
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return super().do_GET()
+        raw, wanted = path.read_bytes(), self.headers.get("Range") if self.ranges else None
+        first, last = 0, len(raw) - 1
+        if wanted:
+            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            last = min(last, len(raw) - 1)
+        body = raw[first : last + 1]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(raw)}")
+        self.end_headers()
+        if self.faults:
+            body = body[: self.faults.pop(0)]
+            self.close_connection = True
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """(folder, its URL, the handler)"""
+    folder = tmp_path / "served"
+    (folder / "deep er").mkdir(parents=True)
+    handler = type("Handler", (Ranges,), {"faults": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(urls, "WAITS", (0.01, 0.01))
+    yield folder, f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def fill_folder(folder: Path) -> None:
+    found = documents(40)
+    (folder / "a.txt").write_text(found[0])
+    (folder / "deep er" / "b c.txt.gz").write_bytes(gzip.compress(found[1].encode()))
+    (folder / "deep er" / "c.jsonl.zst").write_bytes(zstd.compress(json.dumps({"text": found[2]}).encode()))
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found[3:20]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": found[20:]}), folder / "e.parquet", row_group_size=5)
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_inputs_behind_urls(served, tmp_path, model_file, workers):
+    folder, url, _ = served
+    fill_folder(folder)
+    options = dict(valid_fraction=0, unit_mib=mib(1500), workers=workers)
+    names = ["a.txt", "d.jsonl", "deep er/b c.txt.gz", "deep er/c.jsonl.zst", "e.parquet"]
+    shard(tmp_path / "local", model_file, [folder / name for name in names], **options)
+    expected = read_back(tmp_path / "local" / "train")
+    report = shard(tmp_path / "remote", model_file, [f"{url}/"], **options)
+    assert read_back(tmp_path / "remote" / "train") == expected and report["ignored"] == 1
+    assert len(json.loads((tmp_path / "remote/train/corpus.json").read_text())["shards"]) > 6
+    if workers == 1:
+        shard(tmp_path / "globbed", model_file, [f"{url}/*.txt", f"{url}/d.jsonl"], **options)
+        assert read_back(tmp_path / "globbed" / "train") == expected[:18]
+        shard(tmp_path / "file", model_file, [f"file://{folder}/a.txt", f"file://{folder}/*.jsonl"], **options)
+        assert read_back(tmp_path / "file" / "train") == expected[:18]
+
+
+def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys):
+    folder, url, handler = served
+    text = "".join(documents(60))
+    (folder / "a.txt").write_text(text)
+    (folder / "b.txt").write_text("b")
+    handler.faults += [1000, 0]
+    shard(tmp_path / "corpus", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
+    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text, "b"])
+    assert capsys.readouterr().err.count("trying again") == 2
+    handler.faults += [0] * 3
+    with pytest.raises(UserError, match=r"a.txt: byte \d+: .*given up after 3 attempts"):
+        shard(tmp_path / "broken", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
+    assert not (tmp_path / "broken").exists()
+    capsys.readouterr()
+    shard(tmp_path / "whole", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)  # the control: no fault
+    assert not capsys.readouterr().err
+
+
+def test_mistakes_with_urls(served, tmp_path, model_file):
+    folder, url, handler = served
+    fill_folder(folder)
+    for asked, message in [
+        (f"{url}/nothing.txt", "nothing.txt"),
+        (f"{url}/*.nothing", "found no file or folder"),
+        ("gopher://x/y.txt", "gopher://x/y.txt: Protocol not known"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            shard(tmp_path / "corpus", model_file, [asked])
+    handler.ranges = False
+    for name in "d.jsonl", "e.parquet":
+        with pytest.raises(UserError, match=f"{name}: the server does not serve byte ranges.*--unit-mib"):
+            shard(tmp_path / "corpus", model_file, [f"{url}/{name}"], unit_mib=mib(1500))
+    shard(tmp_path / "corpus", model_file, [f"{url}/d.jsonl"])  # the control: whole
+
+
+# ----------------------------------------------------------------------------------------------------------- workers
+
+
+def test_workers_import_neither_torch_nor_the_reader():
+    code = "import sys, tokenizer.shard; sys.exit(bool({'torch', 'memformer_dist.data.corpus'} & set(sys.modules)))"
+    assert run(sys.executable, "-c", code).returncode == 0
