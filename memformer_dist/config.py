@@ -61,7 +61,7 @@ class DataConfig(Section):
     seed: int = Field(0, ge=0, description="order of the documents")
     prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
     cache: str = Field(CACHE_FOLDER, description="where the shards of a remote corpus are kept on this machine")
-    cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that they may take there")
+    cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that those of one split may take there")
 
     @property
     def corpora(self) -> dict[str, float]:

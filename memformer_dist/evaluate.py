@@ -23,7 +23,7 @@ from torch import Tensor
 
 from memformer_dist.data.corpus import CorpusError
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import TICKS_AHEAD, Documents, WindowReader
+from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, Documents, WindowReader
 from memformer_dist.runtime import Process
 from memformer_dist.segment import IGNORE, Segment, concatenate
 
@@ -70,6 +70,15 @@ def evaluation_lanes(corpus: Documents, lanes: int, world_size: int) -> int:
 
 
 @torch.no_grad()
+def _damage(reader: WindowReader, ticks: int) -> str | None:
+    """As WindowReader.damage, a little at a time: of a remote corpus the cache holds no more than that at once, perhaps."""
+    for tick in range(0, ticks, CHUNK_TICKS):
+        reader.expect(tick, min(tick + TICKS_AHEAD, ticks))
+        if message := reader.damage(tick, min(tick + CHUNK_TICKS, ticks)):
+            return message
+    return None
+
+
 def evaluate(
     forward: Callable,
     empty_state: Callable,
@@ -99,15 +108,15 @@ def evaluate(
     block = process.block(lanes)
     reader = WindowReader(corpus, schedule, lanes=block)
     ticks = min(schedule.ticks, ticks or schedule.ticks)
-    if message := process.spread(reader.damage(0, ticks)):
+    if message := process.spread(_damage(reader, ticks)):
         raise CorpusError(message)
     share = lanes_per_group or len(block)
     groups = [slice(first, min(first + share, len(block))) for first in range(0, len(block), share)]
     losses = {mode: LossByAge(process.device) for mode in MODES}
     states = {mode: empty_state(len(block), device=process.device) for mode in MODES}
     for tick in show(range(ticks)):
-        if tick % TICKS_AHEAD == 0:
-            reader.expect(tick, ticks)
+        if tick % CHUNK_TICKS == 0:
+            reader.expect(tick, min(tick + TICKS_AHEAD, ticks))
         read = reader.segment(tick)
         strangers = _next_lane(states["shuffled"].memory, process)
         for group in groups:

@@ -472,14 +472,15 @@ def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers):
+@pytest.mark.parametrize("workers, interrupt", [(1, os.killpg), (2, os.killpg), (2, os.kill)])
+def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers, interrupt):
+    """Sent to all as a terminal does, or to the main process alone."""
     output = tmp_path / "corpus"
     start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", workers)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(start, **pipes, env=environment(), start_new_session=True)
     until(lambda: units_finished(output) >= 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    interrupt(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 130 and told.strip() == "stopped; the same command goes on from there"
     again = run(*start)
@@ -689,7 +690,7 @@ def test_mistakes_with_urls(served, tmp_path, model_file):
     folder, url, handler = served
     fill_folder(folder)
     for asked, message in [
-        (f"{url}/nothing.txt", "nothing.txt"),
+        (f"{url}/nothing.txt", "nothing.txt: FileNotFoundError"),
         (f"{url}/*.nothing", "found no file or folder"),
         ("gopher://x/y.txt", "gopher://x/y.txt: Protocol not known"),
     ]:

@@ -1,5 +1,6 @@
 """Shards behind a real server that fails: what is read equals the local corpus, or a clear error says why not."""
 
+import errno
 import json
 import multiprocessing
 import re
@@ -167,6 +168,26 @@ def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     with pytest.raises(CorpusError, match="given up after 5 tries"):
         check(corpus, 0)
     assert server.count(shard(0)) == 5
+    expect(corpus, [0, 3])  # it is not fetched ahead over and over
+    check(corpus, 3)
+    assert server.count(shard(0)) == 5
+
+
+def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd):
+    corpus = opened(server, tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(corpus._shards._remote._files, "get_file", full)
+    message = (
+        f"data.cache: {corpus._shards.folder}: the disk is full (No space left on device), shard-000000.tar is not"
+    )
+    with pytest.raises(CorpusError, match=re.escape(message)):
+        check(corpus, 0)
+    assert capfd.readouterr().err == "" and not list(tmp_path.glob("*/*.tar*"))
+    monkeypatch.undo()
+    assert_reads_all(corpus, folder)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Segments as they reach the training loop."""
 
+import gc
 import itertools
 import re
 import threading
@@ -170,7 +171,7 @@ def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
         for reader, limit in zip(readers, (0, 200, 10**9)):
             monkeypatch.setattr(module, "CHUNK_BYTES", limit)
             segments.append(reader.segment(tick))
-            sizes.add(reader._chunk_of(tick, reader.lanes)[0].document.shape[0])
+            sizes.add(len(reader._chunk_of(tick, reader.lanes)[0].rest))
             assert len(reader._chunks) <= module.CHUNKS_HELD
         assert same(segments[0], segments[1]) and same(segments[0], segments[2])
     assert sizes == {1, 5, 32}
@@ -262,3 +263,22 @@ def test_a_document_is_compared_once(corpus, monkeypatch):
     for tick in range(40):
         reader.segment(tick)
     assert sorted(compared) == list(range(len(corpus.lengths)))
+
+
+def test_memory_comes_back_when_its_last_tensor_is_gone(corpus):
+    reader = make_reader(corpus)
+    first = reader.segment(0)
+    row, expected = first.tokens[1], first.tokens[1].tolist()
+    place, places = first.tokens.data_ptr(), {first.tokens.data_ptr(), first.labels.data_ptr()}
+    del first  # `row` is still on its tokens
+    second = reader.segment(1)
+    assert row.tolist() == expected and place not in (second.tokens.data_ptr(), second.labels.data_ptr())
+    del row, second
+    gc.collect()
+    third, fourth = reader.segment(2), reader.segment(3)
+    used = {segment.tokens.data_ptr() for segment in (third, fourth)} | {
+        third.labels.data_ptr(),
+        fourth.labels.data_ptr(),
+    }
+    assert len(used) == 4 and places < used
+    assert same(third, make_reader(corpus).segment(2)) and same(fourth, make_reader(corpus).segment(3))

@@ -36,16 +36,18 @@ class LocalShards:
 
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises UserError naming a shard that is missing or was cut short."""
-        self.folder, self._names = folder, [shard.name for shard in manifest.shards]
+        self.folder, self._shards = folder, manifest.shards
         for problem in (wrong_size(folder, shard) for shard in manifest.shards):
             if problem:
                 raise UserError(problem)
 
     def path(self, number: int) -> Path:
-        return self.folder / self._names[number]
+        return self.folder / self._shards[number].name
 
     def map(self, number: int) -> np.ndarray:
-        """The bytes of the shard, uint8."""
+        """The bytes of the shard, uint8. Raises CorpusError if it was removed or cut since the corpus was opened."""
+        if problem := wrong_size(self.folder, self._shards[number]):
+            raise CorpusError(f"{problem}; it was whole when the corpus was opened")
         # A plain array: slicing np.memmap, a subclass, takes several times as long.
         return np.memmap(self.path(number), np.uint8, "r").view(np.ndarray)
 
@@ -55,7 +57,7 @@ class LocalShards:
 
     def expect(self, numbers: list[int]) -> set[int]:
         """The shards that are read next, in the order of need -> those whose maps may stay open."""
-        return set(range(len(self._names)))
+        return set(range(len(self._shards)))
 
     def tokenizer(self) -> Path:
         """The tokenizer of the corpus, on this machine."""

@@ -92,7 +92,10 @@ def shard(
         partial = output.with_name(output.name + ".partial")
         if (output / RECORD).exists():
             if not overwrite:
-                return find_existing(output, recipe)
+                report = find_existing(output, recipe)
+                if partial.exists() and not (partial / "corpus").exists():  # interrupted when all was done
+                    shutil.rmtree(partial)
+                return report
         elif output.exists() and any(output.iterdir()):
             raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
 

@@ -13,6 +13,7 @@ shard is needed: the network may be back by then.
 
 import hashlib
 import json
+import math
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from memformer_dist.data.shards import INDEX, MANIFEST, Manifest, Split, read_sp
 from memformer_dist.errors import UserError
 
 FETCHERS = 4  # threads
+REST_S = 60.0  # before a shard is fetched ahead of need that could not be had
 POLL_S = 0.05  # while another process fetches what this one needs
 TOKENIZER = "tokenizer.model"
 
@@ -51,6 +53,7 @@ class RemoteShards:
         self._ahead: deque[int] = deque()  # of these, what no thread has begun with
         self._fetching: set[int] = set()
         self._failed: dict[int, Exception] = {}
+        self._failed_at: dict[int, float] = {}  # by the monotonic clock
         self._threads = 0
 
     def path(self, number: int) -> Path:
@@ -78,6 +81,11 @@ class RemoteShards:
                 found = np.memmap(self.path(number), np.uint8, "r").view(np.ndarray)
             except FileNotFoundError:  # removed between the two
                 continue
+            if len(found) != self._manifest.shards[number].bytes:  # somebody has changed it in the cache
+                raise CorpusError(
+                    f"{self.name(number)}: {len(found)} bytes, expected {self._manifest.shards[number].bytes}; remove it,"
+                    " and it is fetched again"
+                )
             self._mapped.add(number)
             return found
 
@@ -94,16 +102,22 @@ class RemoteShards:
             if room < 0:
                 break
             held.append(number)
-        self._cache.want([self._manifest.shards[number].name for number in held])
+        try:
+            self._cache.want([self._manifest.shards[number].name for number in held])
+        except OSError as error:
+            raise CorpusError(f"data.cache: {self.folder}: {error.strerror}") from None
         with self._changed:
             self._expected, self._held = list(numbers), set(held)
-            self._ahead = deque(
-                number for number in held if not (self.folder / self._manifest.shards[number].name).exists()
-            )
+            self._ahead = deque(number for number in held if self._is_worth_fetching(number))
             while self._threads < min(FETCHERS, len(self._ahead)):
                 self._threads += 1
                 threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True).start()
         return set(held)
+
+    def _is_worth_fetching(self, number: int) -> bool:
+        if time.monotonic() < self._failed_at.get(number, -math.inf) + REST_S:
+            return False
+        return not (self.folder / self._manifest.shards[number].name).exists()
 
     def tokenizer(self) -> Path:
         """The tokenizer of the corpus, on this machine. Raises CorpusError if it is not the one of the shards."""
@@ -149,7 +163,7 @@ class RemoteShards:
                     return
                 time.sleep(POLL_S)
         except Exception as error:
-            self._failed[number] = error
+            self._failed[number], self._failed_at[number] = error, time.monotonic()
             raise
         finally:
             with self._changed:

@@ -8,8 +8,11 @@ because what a network keeps back is no damaged document.
 import io
 import sys
 import time
+from typing import Callable, TypeVar
 
 from memformer_dist.errors import UserError
+
+Result = TypeVar("Result")
 
 WAITS = (1, 2, 4, 8)  # seconds before another attempt
 VERSION_MARKS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
@@ -33,12 +36,13 @@ def matches(given: str) -> list[tuple[str, list[str] | None]]:
 
 def look(url: str) -> tuple[int | None, str]:
     """Size in bytes, and a mark of this version of the file ("" where there is none). Raises UserError naming the URL."""
-    system, path = _connect(url)
-    try:
+
+    def ask() -> dict:
+        system, path = _connect(url)
         system.invalidate_cache()
-        info = system.info(path)
-    except Exception as error:
-        raise UserError(f"{url}: {type(error).__name__}: {error}") from None
+        return system.info(path)
+
+    info = _patiently(ask, lambda: url)
     return info["size"], next((str(info[mark]) for mark in VERSION_MARKS if info.get(mark)), "")
 
 
@@ -86,29 +90,24 @@ class _Remote(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:
-        for wait in (*WAITS, None):
-            try:
-                if self._file is None:
-                    self._open()
-                read = self._file.read(len(buffer))
-                break
-            except FileNotFoundError:
-                raise UserError(f"{self._url}: changed while it was read: it is there no more") from None
-            except Exception as error:  # each library behind fsspec raises its own
-                self._drop()
-                if "range requests" in str(error):
-                    raise UserError(
-                        f"{self._url}: the server does not serve byte ranges, which a .parquet or a part of a .jsonl"
-                        " needs; fetch the file first, or for a .jsonl give a larger --unit-mib"
-                    ) from None
-                reason = f"{self._url}: byte {self._position}: {type(error).__name__}: {error}"
-                if wait is None:
-                    raise UserError(f"{reason}; given up after {len(WAITS) + 1} attempts") from None
-                print(f"{reason}; trying again in {wait} s", file=sys.stderr)
-                time.sleep(wait)
+        read = _patiently(lambda: self._read(len(buffer)), lambda: f"{self._url}: byte {self._position}")
         buffer[: len(read)] = read
         self._position += len(read)
         return len(read)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._open()
+            return self._file.read(size)
+        except Exception as error:
+            self._drop()
+            if "range requests" in str(error):
+                raise UserError(
+                    f"{self._url}: the server does not serve byte ranges, which a .parquet or a part of a .jsonl needs;"
+                    " fetch the file first, or for a .jsonl give a larger --unit-mib"
+                ) from None
+            raise
 
     def close(self) -> None:
         self._drop()
@@ -130,6 +129,25 @@ class _Remote(io.RawIOBase):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _patiently(action: Callable[[], Result], place: Callable[[], str]) -> Result:
+    """Try again what fails, but not what is not there. `place` says what it was about."""
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # each library behind fsspec raises its own
+            reason = f"{place()}: {type(error).__name__}: {error}"
+            # Over HTTP fsspec says of whatever went wrong that there is no such file; the cause knows more.
+            status = getattr(error.__cause__, "status", None)
+            missing = isinstance(error, FileNotFoundError) and (error.__cause__ is None or status in (403, 404, 410))
+            if missing or wait is None:
+                attempts = "" if missing else f"; given up after {len(WAITS) + 1} attempts"
+                raise UserError(reason + attempts) from None
+            print(f"{reason}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
 
 
 def _is_http(url: str) -> bool:

@@ -170,7 +170,7 @@ def _damage(file: Path, shard: Shard, index: Index, manifest: Manifest, first: i
     raw = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
     members = _members(index, manifest, first)
     inside, headers, outside = [], [], []
-    end = 0
+    damaged, end = set(), 0
     for member in members:
         payload = raw[member.start : member.start + member.size]
         if len(payload) < member.size:
@@ -183,6 +183,7 @@ def _damage(file: Path, shard: Shard, index: Index, manifest: Manifest, first: i
         if problem := _header(bytes(raw[member.start - BLOCK : member.start]), member.size):
             headers.append(f"{file}: damage outside of documents: tar header at byte {member.start - BLOCK}: {problem}")
         if (found := zlib.crc32(payload)) != member.crc32:
+            damaged.add(member.document)
             inside.append(
                 f"{file}: the {member.what} of document {member.document} at byte {member.start} are damaged: crc32 is"
                 f" {found:08x}, the index says {member.crc32:08x}"
@@ -191,9 +192,9 @@ def _damage(file: Path, shard: Shard, index: Index, manifest: Manifest, first: i
         outside += _not_empty(file, raw, member.start + member.size, end)
     else:
         outside += _not_empty(file, raw, end, len(raw))
-    if 2 * len(inside) > len(members) and (headers or len(members) > 1):
+    if 2 * len(damaged) > shard.documents and (headers or shard.documents > 1):
         return [
-            f"{file}: is another shard, or not a shard: {len(inside)} of its {len(members)} members are not those of the index"
+            f"{file}: is another shard, or none: {len(damaged)} of its {shard.documents} documents are not those of the index"
         ]
     if len(raw) > shard.bytes:
         outside = [f"{file}: goes on behind its end at byte {shard.bytes}"]

@@ -12,7 +12,8 @@ many segments costs hardly more than that of one. A segment is cut from its chun
 """
 
 import time
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,12 +58,34 @@ class Documents(Protocol):
 class Chunk(NamedTuple):
     """K ticks of L lanes as they lie in the corpus."""
 
-    text: np.ndarray  # uint16 or uint32 [L, K S + 1], with the token behind the last one; 0 where a document has ended
+    text: (
+        np.ndarray
+    )  # uint16 or uint32 [L, K S + 1], with the token behind the last one; anything behind a document's end
     mask: np.ndarray | None  # uint8 [L, K S]
-    document: np.ndarray  # int64 [K, L], -1 on a dry lane
-    segment: np.ndarray  # int64 [K, L], of the document
-    length: np.ndarray  # int64 [K, L], tokens that are not padding
-    last_label: np.ndarray  # int64 [K, L], of the token that ends its document; -1 where none does
+    ends: list[
+        list[tuple[int, int, int]]
+    ]  # of each tick: (row, its tokens, last label), where a document ends or none is
+    rest: list[tuple[torch.Tensor, ...]]  # of each tick: the columns of a segment but tokens and labels
+
+
+class RecycledMemory:
+    """Arrays whose memory comes back when nothing is left of them, no view and no tensor.
+
+    Asked for anew, the system hands out every page in a fault of its own, which takes longer than filling it.
+    """
+
+    def __init__(self):
+        self._free: defaultdict[tuple, list[memoryview]] = defaultdict(list)
+        self._lent: dict[int, tuple[memoryview, weakref.ref]] = {}
+
+    def take(self, shape: tuple[int, int], dtype: type | np.dtype = np.int64) -> np.ndarray:
+        """With anything in it."""
+        free = self._free[shape, dtype]
+        memory = free.pop() if free else memoryview(np.empty(shape, dtype))
+        lent = np.asarray(memory)  # numpy's views keep it alive, as its memory is no array
+        key = id(memory)
+        self._lent[key] = memory, weakref.ref(lent, lambda gone: free.append(self._lent.pop(key)[0]))
+        return lent
 
 
 class WindowReader:
@@ -76,6 +99,7 @@ class WindowReader:
         self.prefetch = prefetch
         self.wait_s = 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window-reader")
+        self._memory = RecycledMemory()
         self._chunks: OrderedDict[tuple[range, int], Chunk] = OrderedDict()
         self._lock = Lock()  # chunks are asked for by this thread and by the caller's
 
@@ -87,21 +111,15 @@ class WindowReader:
         lanes = self.lanes if lanes is None else lanes
         assert lanes.step == 1 and self.lanes.start <= lanes.start < lanes.stop <= self.lanes.stop
         chunk, k, size = *self._chunk_of(tick, lanes), self.schedule.segment_length
-        columns = slice(k * size, (k + 1) * size)
-        tokens = chunk.text[:, columns].astype(np.int64)  # [L, S]
-        labels = chunk.text[:, columns.start + 1 : columns.stop + 1].astype(np.int64)
+        columns, following = slice(k * size, (k + 1) * size), slice(k * size + 1, (k + 1) * size + 1)
+        tokens, labels = (self._memory.take((len(lanes), size)) for _ in range(2))
+        tokens[:], labels[:] = chunk.text[:, columns], chunk.text[:, following]
+        for row, length, last_label in chunk.ends[k]:
+            tokens[row, length:], labels[row, length:] = 0, IGNORE
+            labels[row, length - 1 : length] = last_label
         if chunk.mask is not None:
             labels[chunk.mask[:, columns] == 0] = IGNORE
-        length, last_label = chunk.length[k], chunk.last_label[k]
-        for row in np.flatnonzero((length < size) | (last_label >= 0)).tolist():
-            end = int(length[row])
-            labels[row, end:] = IGNORE
-            if end and (chunk.mask is None or chunk.mask[row, columns.start + end - 1]):
-                labels[row, end - 1] = last_label[row]
-        document, segment = chunk.document[k], chunk.segment[k]
-        reset, forget = (segment == 0) & (document >= 0), np.zeros(len(lanes), bool)
-        offset = segment * size
-        return Segment(*map(torch.from_numpy, (tokens, labels, length, reset, forget, document, offset)))
+        return Segment(torch.from_numpy(tokens), torch.from_numpy(labels), *chunk.rest[k])
 
     def _chunk_of(self, tick: int, lanes: range) -> tuple[Chunk, int]:
         """The chunk that a tick lies in, and where."""
@@ -127,7 +145,7 @@ class WindowReader:
         places = self._places(stretches)
         self.corpus.check(*places)
         width = shape[0] * size
-        text = np.zeros((shape[1], width + 1), self.corpus.token_dtype)
+        text = self._memory.take((shape[1], width + 1), self.corpus.token_dtype)
         mask = np.zeros((shape[1], width), np.uint8) if self.corpus.has_mask else None
         lane, tick = stretches.lane - lanes.start, stretches.tick - start
         for row, at, document, first, last in zip(*(x.tolist() for x in (lane, tick * size, *places))):
@@ -139,14 +157,20 @@ class WindowReader:
         number = np.repeat(np.arange(len(lane)), stretches.ticks)  # of its stretch, for every segment read
         within = np.arange(len(number)) - np.repeat(np.cumsum(stretches.ticks) - stretches.ticks, stretches.ticks)
         where = tick[number] + within, lane[number]
-        document, segment = stretches.document[number], stretches.segment[number] + within
-        left = self.corpus.lengths[document] - segment * size
-        last_label = np.full(len(number), -1)
-        last_label[left <= size] = self.corpus.last_labels(document[left <= size])
-        columns = np.full(shape, -1), np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
-        for column, value in zip(columns, (document, segment, np.minimum(left, size), last_label)):
-            column[where] = value
-        return Chunk(text, mask, *columns)
+        document, offset = np.full(shape, -1), np.zeros(shape, np.int64)
+        document[where], offset[where] = stretches.document[number], (stretches.segment[number] + within) * size
+        live = document >= 0
+        left = np.where(live, self.corpus.lengths[document] - offset, 0)
+        length = np.minimum(left, size)
+        ends: list[list[tuple[int, int, int]]] = [[] for _ in range(shape[0])]
+        last = np.nonzero(left <= size)
+        last_label = np.full(len(last[0]), IGNORE)
+        ending = live[last]
+        last_label[ending] = self.corpus.last_labels(document[last][ending])
+        for k, *end in zip(*(x.tolist() for x in (*last, length[last], last_label))):
+            ends[k].append(tuple(end))
+        rest = length, (offset == 0) & live, np.zeros(shape, bool), document, offset
+        return Chunk(text, mask, ends, list(zip(*(torch.from_numpy(column).unbind() for column in rest))))
 
     def window(self, start_tick: int, segments: int, lanes: range | None = None) -> "Window":
         return Window(self, start_tick, segments, lanes)

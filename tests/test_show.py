@@ -1,0 +1,163 @@
+"""python -m memformer_dist.data.show against texts and masks that the test chose."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from sentencepiece import SentencePieceProcessor
+
+from memformer_dist.data.corpus import open_corpora
+from memformer_dist.data.reading import lane_schedule
+from memformer_dist.data.show import of_a_corpus, of_a_run, show
+from memformer_dist.errors import UserError
+from tests.conftest import documents, run_script
+from tests.server import FileServer
+from tokenizer.shard import shard
+from tokenizer.train import train_tokenizer
+
+LANES, LENGTH = 3, 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Conversations: a question, which is masked, and an answer."""
+    folder = tmp_path_factory.mktemp("shown")
+    texts = documents(24)
+    (folder / "model").write_bytes(train_tokenizer(texts, vocab_size=300))
+    with (folder / "texts.jsonl").open("w") as file:
+        for text in texts:
+            words = text.split(" ")
+            middle = len(words) // 2
+            parts = [
+                {"text": " ".join(words[:middle]), "loss": False},
+                {"text": " ".join(words[middle:]), "loss": True},
+            ]
+            file.write(json.dumps({"parts": [part for part in parts if part["text"]]}) + "\n")
+    shard(folder / "corpus", folder / "model", [str(folder / "texts.jsonl")], valid_fraction=0.25)
+    return folder / "corpus"
+
+
+def blocks(lines):
+    """[(heading, text)] of what `show` yields; nothing is read on a lane that has run dry."""
+    found = []
+    for line in lines:
+        if re.match(r"tick \d+, lane \d+: ", line):
+            found.append([line, ""])
+        else:
+            found[-1][1] += line
+    return found
+
+
+def whole_documents(corpus, split, lane, ticks):
+    """[(number, text with its marks)] of documents that a lane reads from their first token to their last."""
+    texts, current = [], None
+    shown = show(*of_a_corpus(str(corpus), split, lanes=LANES, segment_length=LENGTH, seed=0), lane=lane, ticks=ticks)
+    for heading, text in blocks(shown):
+        number, first, last, length = map(
+            int, re.search(r"document (\d+), tokens (\d+) to (\d+) of (\d+)", heading).groups()
+        )
+        assert (first == 0) == (", reset" in heading)
+        assert ("positions of padding" in heading) == (last - first + 1 < LENGTH)
+        if first == 0:
+            current = ""
+        if current is not None:
+            current += text
+            if last == length - 1:
+                texts.append((number, current))
+    return texts
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_every_document_is_shown_as_it_is(corpus, split):
+    """What is outside of the brackets is what was to be learned; with what is inside it is the whole text."""
+    opened = open_corpora(corpus)[split == "valid"]
+    tokenizer = SentencePieceProcessor(model_file=str(corpus / "tokenizer.model"))
+    seen = set()
+    for lane in range(LANES):
+        for number, text in whole_documents(corpus, split, lane, range(0, 400)):
+            seen.add(number)
+            tokens = opened.tokens(number, 0, 10**9).tolist()
+            assert text.replace("⟦", "").replace("⟧", "").replace("⟨EOS⟩", "") == tokenizer.decode(tokens)
+            assert text.endswith("⟨EOS⟩") and text.count("⟨EOS⟩") == 1
+            counted = re.sub("⟦.*?⟧", "", text.replace("\n", " ")).removesuffix("⟨EOS⟩")
+            mask = opened.mask(number, 0, 10**9)[:-1].astype(bool)  # of tokens 1 and on
+            learned = [token for token, counts in zip(tokens, [mask[0] if len(mask) else True, *mask]) if counts]
+            # A text that begins with a space is decoded without it.
+            assert counted.strip() == tokenizer.decode(learned).replace("\n", " ").strip()
+            assert ("⟦" in text) == (not mask.all())
+    assert seen == set(range(len(opened.lengths)))
+
+
+def test_the_place_is_where_the_tokens_lie(corpus):
+    documents_, schedule = of_a_corpus(str(corpus), "train", lanes=LANES, segment_length=LENGTH, seed=0)
+    for heading, _ in blocks(show(documents_, schedule, lane=1, ticks=range(5, 30))):
+        found = re.search(r"document (\d+), tokens (\d+) to (\d+) of \d+, epoch (\d+).*, (\S+) at byte (\d+)$", heading)
+        number, first, last, epoch = map(int, found.groups()[:4])
+        raw = open(found[5], "rb").read()
+        expected = documents_.tokens(number, first, last + 1)
+        assert np.array_equal(np.frombuffer(raw, expected.dtype, last + 1 - first, int(found[6])), expected)
+        tick = int(re.match(r"tick (\d+)", heading)[1])
+        assert schedule.at(tick).document[1] == number and schedule.at(tick).epoch[1] == epoch
+
+
+def test_tokens_one_by_one(corpus):
+    documents_, schedule = of_a_corpus(str(corpus), "train", lanes=LANES, segment_length=LENGTH, seed=0)
+    tick = next(tick for tick in range(100) if schedule.at(tick).reset[0])
+    document = int(schedule.at(tick).document[0])
+    heading, *lines = show(documents_, schedule, lane=0, ticks=range(tick, tick + 1), tokens=True)
+    text, mask = documents_.tokens(document, 0, LENGTH + 1).tolist(), documents_.mask(document, 0, LENGTH)
+    assert len(lines) == LENGTH and "reset" in heading
+    for position, line in enumerate(lines):
+        if position >= documents_.lengths[document]:
+            assert line.split() == [str(position), "padding"]
+            continue
+        label = text[position + 1] if position + 1 < len(text) else documents_.eos_id
+        assert line.split()[:2] == [str(position), str(text[position])]
+        assert line.split("-> ")[1].split()[0] == (str(label) if mask[position] else "masked")
+
+
+def test_a_run_and_a_stream(trained_run, corpus_dir, tmp_path):
+    """The settings of the run: its lanes, its segment length, its order; a stream has no document of its own."""
+    config = json.loads((trained_run / "config.json").read_text())
+    train, schedule = of_a_run(trained_run, "train")
+    expected = lane_schedule(open_corpora(corpus_dir)[0], seed=0, lanes=4, segment_length=16)
+    assert all(np.array_equal(schedule.at(t).document, expected.at(t).document) for t in range(50))
+    assert of_a_run(trained_run, "valid")[1].ticks > 0
+    config["data"]["mode"] = "stream"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    documents_, schedule = of_a_run(tmp_path, "train")
+    shown = blocks(show(documents_, schedule, lane=2, ticks=range(0, 40)))
+    assert all(re.search(r"part \d+, tokens .* begins in /.*/train/shard-\d+.tar$", heading) for heading, _ in shown)
+    assert any("⟨EOS⟩" in text for _, text in shown)
+    done = run_script(
+        "-m", "memformer_dist.data.show", "--run-dir", trained_run, "--lane", "3", "--tick", "2", "--ticks", "2"
+    )
+    assert done.returncode == 0 and re.match(
+        r"tick 2, lane 3: document \d+, .*\n(.|\n)+\ntick 3, lane 3: ", done.stdout
+    )
+
+
+def test_a_lane_that_has_run_dry_and_mistakes(corpus, trained_run):
+    documents_, schedule = of_a_run(trained_run, "valid")
+    last = schedule.ticks
+    (line,) = show(documents_, schedule, lane=0, ticks=range(last, last + 1))
+    assert line == f"tick {last}, lane 0: nothing, it has run dry"
+    with pytest.raises(UserError, match=f"--lane: found {schedule.lanes}, expected 0 to {schedule.lanes - 1}"):
+        list(show(documents_, schedule, lane=schedule.lanes, ticks=range(1)))
+
+
+def test_over_http(corpus_dir, tmp_path, monkeypatch):
+    from memformer_dist.data import mixture
+
+    opened = mixture.open_mixture
+    monkeypatch.setattr("memformer_dist.data.show.open_mixture", lambda weights: opened(weights, cache=tmp_path))
+    sizes = dict(lanes=LANES, segment_length=LENGTH, seed=0)
+    with FileServer(corpus_dir) as server:
+        there = list(show(*of_a_corpus(server.url, "train", **sizes), lane=1, ticks=range(20)))
+    here = list(show(*of_a_corpus(str(corpus_dir), "train", **sizes), lane=1, ticks=range(20)))
+    # The place alone differs.
+    assert [re.sub(", [^,]+ at byte", ", at byte", line) for line in there] == [
+        re.sub(", [^,]+ at byte", ", at byte", line) for line in here
+    ]
+    assert f"{server.url}/train/shard-000000.tar (cached as {tmp_path}" in there[0]
