@@ -45,7 +45,7 @@ from memformer_dist.data.reading import lane_schedule  # noqa: E402
 from memformer_dist.data.shards import Facts, Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
 from memformer_dist.data.windows import WindowReader  # noqa: E402
 
-LANES, LENGTH, DOCUMENT_TOKENS = 64, 2048, 10_000
+LANES, LENGTH, DOCUMENT_TOKENS = 64, 512, 10_000
 MUST_SHOW = {  # of the issue
     "ratio_webdataset": (">=", 10),
     "ratio_memmap": (">=", 0.5),

@@ -17,19 +17,18 @@ thread. Every measurement is a fresh process (mrbp_worker.py says how time and m
 and figures are medians over the repeats. First of all it is checked that the methods have one gradient. Bytes and
 gathers are those of two gloo ranks under DeepSpeed (mrbp_traffic.py).
 
-Speeds are compared by processor time on a CPU, by the clock on a GPU. The bound on the speed is what the matrix products allow: replay computes every `advance` but the last once more,
-checkpointing computes everything once more. Replay may still be faster than its bound, because it touches less memory.
+Speeds are compared by processor time on a CPU, by the clock on a GPU. The bound on the speed is what the matrix products
+allow: replay computes every `advance` but the last once more, checkpointing computes everything once more. Replay may
+still be faster than its bound, because it touches less memory.
 """
 
 import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +46,7 @@ from benchmarks.mrbp_worker import (  # noqa: E402
     count_flops,
     gradient_errors,
 )
+from benchmarks.two_ranks import on_two_ranks  # noqa: E402
 
 NAMES = {
     "bptt": "BPTT",
@@ -86,11 +86,14 @@ def layouts(device: str, quick: bool) -> dict[str, Layout]:
     large = split | dict(width=512, heads=8, feed_forward=2048)
     tiny = dict(width=64, heads=4, feed_forward=128)
     if quick:
+        few_layers = tiny | dict(encoder_layers=1, decoder_layers=4)
         sizes = [
-            Layout("4+16", middle | tiny, 256, lanes=4, length=32, segments=4, group=4),
-            Layout("few", small | tiny, 256, lanes=1, length=32, segments=4, group=4),
-            Layout("table3, horizon 4", decoder | tiny, 256, lanes=2, length=32, segments=4, group=4),
-            Layout("windows", middle | tiny, 256, lanes=1, length=64, segments=8, group=8),
+            Layout("4+16", middle | tiny, 256, lanes=2, length=16, segments=4, group=4),
+            Layout("few", small | few_layers, 256, lanes=1, length=32, segments=4, group=4),
+            Layout(
+                "table3, horizon 4", decoder | tiny | dict(decoder_layers=4), 256, 2, length=32, segments=4, group=4
+            ),
+            Layout("windows", middle | few_layers, 256, lanes=1, length=32, segments=8, group=8),
         ]
     elif device == "cpu":
         sizes = [
@@ -138,22 +141,6 @@ def run_worker(measurement: Measurement) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.mrbp_worker", measurement.to_json()]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     print(".", end="", file=sys.stderr, flush=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_traffic(quick: bool) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    command = [sys.executable, "-m", *launcher, "-m", "benchmarks.mrbp_traffic", *(["--quick"] if quick else [])]
-    with tempfile.TemporaryFile("w+") as messages:  # DeepSpeed's; of interest if it fails
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=messages, text=True)
-        if done.returncode:
-            messages.seek(0)
-            print(messages.read(), file=sys.stderr)
-            done.check_returncode()
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -332,7 +319,8 @@ def benchmark(device: str, quick: bool, repeats: int, long: bool) -> tuple[dict[
     print("largest difference from BPTT's gradient, float64:", errors, file=sys.stderr)
     rows = compare(sizes, device, repeats, quick)
     rows += windows(sizes["windows"], device, (WINDOWS[0], WINDOWS[-1]) if quick else WINDOWS)
-    rows += [{"layout": "traffic"} | row for row in run_traffic(quick)]
+    sent = on_two_ranks("-m", "benchmarks.mrbp_traffic", *(["--quick"] if quick else []))
+    rows += [{"layout": "traffic"} | row for row in sent]
     if long:
         rows += million(device)
     print(file=sys.stderr)

@@ -13,11 +13,8 @@ no instructions for it: the bytes are those of a GPU, the seconds are not. docs/
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.collectives import Collectives  # noqa: E402
 from benchmarks.mrbp_worker import BOS, Layout, RandomWindow  # noqa: E402
+from benchmarks.two_ranks import on_two_ranks  # noqa: E402
 
 WAYS = (
     ("fp32", "window"),
@@ -116,23 +114,6 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
     return rows if process.is_main else []
 
 
-def run_way(*arguments: Any) -> list[dict[str, Any]]:
-    """The same in a fresh pair of ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    command = [sys.executable, "-m", *launcher, __file__, "--worker", json.dumps(arguments)]
-    with tempfile.TemporaryFile("w+") as messages:  # DeepSpeed's; of interest if it fails
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=messages, text=True)
-        if done.returncode:
-            messages.seek(0)
-            print(messages.read(), file=sys.stderr)
-            done.check_returncode()
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[{")))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ZeRO 2 alone, one repeat, the two ways of bf16")
@@ -150,9 +131,8 @@ def main() -> None:
         for precision, reduce in WAYS:
             if (reduce == "segment" and stage == 1) or (arguments.quick and (precision, reduce) not in WAYS[1::3]):
                 continue
-            found = run_way(
-                precision, reduce, stage, [2, 8] if arguments.quick else [2, 8, 32], 1 if arguments.quick else 3
-            )
+            windows, repeats = ([2, 8], 1) if arguments.quick else ([2, 8, 32], 3)
+            found = on_two_ranks(__file__, "--worker", json.dumps([precision, reduce, stage, windows, repeats]))
             for row in found:
                 fp32 = 4 * row["parameters"]
                 print(

@@ -203,7 +203,7 @@ def test_whole_benchmark(monkeypatch, tmp_path, capsys, options):
     monkeypatch.setattr(mrbp, "WINDOWS", (2, 3, 4))
     monkeypatch.setattr(mrbp, "gradient_errors", lambda layout: {"plain": 0.0})
     monkeypatch.setattr(mrbp, "run_worker", in_this_process)
-    monkeypatch.setattr(mrbp, "run_traffic", lambda quick: SENT)
+    monkeypatch.setattr(mrbp, "on_two_ranks", lambda *program: SENT)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "refused without")
     monkeypatch.setattr(sys, "argv", ["mrbp.py", *options, "--json", str(tmp_path / "figures.json")])
     mrbp.main()

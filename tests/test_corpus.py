@@ -12,6 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memformer_dist.data import shards
 from memformer_dist.data.corpus import Corpus, CorpusError
 from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.errors import UserError
@@ -196,3 +197,14 @@ def test_nothing_half_written_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and Corpus.open(tmp_path / "a").lengths.tolist() == [2]
     with pytest.raises(UserError, match="exists already"):
         SplitWriter(tmp_path / "a", FACTS)
+
+
+@settings(deadline=None)
+@given(
+    name=st.from_regex(r"[0-9]{6}-[0-9]{8,20}\.(u16|u32|mask)", fullmatch=True),
+    size=st.one_of(st.integers(0, 10**6), st.integers(0, 8**11 - 1)),
+)
+def test_headers_are_those_of_tarfile(name, size):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert shards._header(name.encode(), size) == member.tobuf(tarfile.USTAR_FORMAT)

@@ -1,7 +1,6 @@
 """From inputs to a corpus in units: any kinds of files, any number of workers, any interruption."""
 
 import fcntl
-import functools
 import gzip
 import io
 import json
@@ -14,9 +13,7 @@ import tarfile
 import time
 import tracemalloc
 import zlib
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import psutil
@@ -28,7 +25,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_dist.data import units as units_module
-from memformer_dist.data import urls
 from memformer_dist.data.documents import Reader, cut_units, discover, look, zstd
 from memformer_dist.data.preparation import shard
 from memformer_dist.errors import UserError
@@ -46,11 +42,10 @@ def model_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    """32 files of about 100 kB: enough to be interrupted in the middle."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """32 files of about 100 kB: enough to be interrupted in the middle. Not to be written to."""
+    folder = tmp_path_factory.mktemp("texts")
     for number in range(32):
         (folder / f"{number:02d}.txt").write_text("".join(documents(120, seed=number)))
     return folder
@@ -143,7 +138,7 @@ def quarantined(corpus: Path) -> list[tuple[str, int]]:
     return [(line["file"], line["position"]) for line in map(json.loads, lines)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(made=st.lists(files(), min_size=1, max_size=6), unit=st.integers(1, 400))
 def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_factory, model_file, made, unit):
     folder = tmp_path_factory.mktemp("any")
@@ -387,11 +382,12 @@ def test_a_file_that_changes_is_named(tmp_path, model_file, monkeypatch, change,
 # ------------------------------------------------------------------------------------------------ interrupted, resumed
 
 
-@pytest.fixture
-def whole(texts, model_file, tmp_path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def whole(texts, model_file, tmp_path_factory) -> dict[str, bytes]:
     """The corpus of a run that nothing interrupts."""
-    shard(tmp_path / "whole", model_file, [texts], unit_mib=mib(200_000))
-    return tree(tmp_path / "whole")
+    folder = tmp_path_factory.mktemp("whole") / "corpus"
+    shard(folder, model_file, [texts], unit_mib=mib(200_000))
+    return tree(folder)
 
 
 def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, capsys):
@@ -591,116 +587,6 @@ def test_a_full_disk(texts, model_file, whole, small_disk, workers):
     enlarge()
     shard(folder / "corpus", model_file, [texts], **options)
     assert tree(folder / "corpus") == whole
-
-
-# -------------------------------------------------------------------------------------------------------------- URLs
-
-
-class Ranges(SimpleHTTPRequestHandler):
-    """Serves byte ranges too; `faults` are taken one by one by requests for files: the number of bytes to break off at."""
-
-    faults: list[int] = []
-    ranges = True
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return super().do_GET()
-        raw, wanted = path.read_bytes(), self.headers.get("Range") if self.ranges else None
-        first, last = 0, len(raw) - 1
-        if wanted:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
-            last = min(last, len(raw) - 1)
-        body = raw[first : last + 1]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(raw)}")
-        self.end_headers()
-        if self.faults:
-            body = body[: self.faults.pop(0)]
-            self.close_connection = True
-        self.wfile.write(body)
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """(folder, its URL, the handler)"""
-    folder = tmp_path / "served"
-    (folder / "deep er").mkdir(parents=True)
-    handler = type("Handler", (Ranges,), {"faults": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(urls, "WAITS", (0.01, 0.01))
-    yield folder, f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-
-
-def fill_folder(folder: Path) -> None:
-    found = documents(40)
-    (folder / "a.txt").write_text(found[0])
-    (folder / "deep er" / "b c.txt.gz").write_bytes(gzip.compress(found[1].encode()))
-    (folder / "deep er" / "c.jsonl.zst").write_bytes(zstd.compress(json.dumps({"text": found[2]}).encode()))
-    (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found[3:20]))
-    pyarrow.parquet.write_table(pyarrow.table({"text": found[20:]}), folder / "e.parquet", row_group_size=5)
-    (folder / "picture.png").write_bytes(b"\x89PNG")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_inputs_behind_urls(served, tmp_path, model_file, workers):
-    folder, url, _ = served
-    fill_folder(folder)
-    options = dict(valid_fraction=0, unit_mib=mib(1500), workers=workers)
-    names = ["a.txt", "d.jsonl", "deep er/b c.txt.gz", "deep er/c.jsonl.zst", "e.parquet"]
-    shard(tmp_path / "local", model_file, [folder / name for name in names], **options)
-    expected = read_back(tmp_path / "local" / "train")
-    report = shard(tmp_path / "remote", model_file, [f"{url}/"], **options)
-    assert read_back(tmp_path / "remote" / "train") == expected and report["ignored"] == 1
-    assert len(json.loads((tmp_path / "remote/train/corpus.json").read_text())["shards"]) > 6
-    if workers == 1:
-        shard(tmp_path / "globbed", model_file, [f"{url}/*.txt", f"{url}/d.jsonl"], **options)
-        assert read_back(tmp_path / "globbed" / "train") == expected[:18]
-        shard(tmp_path / "file", model_file, [f"file://{folder}/a.txt", f"file://{folder}/*.jsonl"], **options)
-        assert read_back(tmp_path / "file" / "train") == expected[:18]
-
-
-def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys):
-    folder, url, handler = served
-    text = "".join(documents(60))
-    (folder / "a.txt").write_text(text)
-    (folder / "b.txt").write_text("b")
-    handler.faults += [1000, 0]
-    shard(tmp_path / "corpus", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
-    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text, "b"])
-    assert capsys.readouterr().err.count("trying again") == 2
-    handler.faults += [0] * 3
-    with pytest.raises(UserError, match=r"a.txt: byte \d+: .*given up after 3 attempts"):
-        shard(tmp_path / "broken", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
-    assert not (tmp_path / "broken").exists()
-    capsys.readouterr()
-    shard(tmp_path / "whole", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)  # the control: no fault
-    assert not capsys.readouterr().err
-
-
-def test_mistakes_with_urls(served, tmp_path, model_file):
-    folder, url, handler = served
-    fill_folder(folder)
-    for asked, message in [
-        (f"{url}/nothing.txt", "nothing.txt: FileNotFoundError"),
-        (f"{url}/*.nothing", "found no file or folder"),
-        ("gopher://x/y.txt", "gopher://x/y.txt: Protocol not known"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            shard(tmp_path / "corpus", model_file, [asked])
-    handler.ranges = False
-    for name in "d.jsonl", "e.parquet":
-        with pytest.raises(UserError, match=f"{name}: the server does not serve byte ranges.*--unit-mib"):
-            shard(tmp_path / "corpus", model_file, [f"{url}/{name}"], unit_mib=mib(1500))
-    shard(tmp_path / "corpus", model_file, [f"{url}/d.jsonl"])  # the control: whole
 
 
 # ----------------------------------------------------------------------------------------------------------- workers

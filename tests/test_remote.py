@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from memformer_dist.data import download, remote
 from memformer_dist.data.corpus import Corpus, CorpusError, open_corpora
+from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.shards import Facts, SplitWriter
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from tests.conftest import ROOT
 from tests.server import ALWAYS, FileServer
@@ -47,6 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.002)
     monkeypatch.setattr(download, "STALL_S", 0.5)
     monkeypatch.setattr(download, "TRIES", 5)
+    monkeypatch.setattr(remote, "REST_S", 0.5)
 
 
 def shard(number):
@@ -141,12 +145,16 @@ def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, fault, rea
     if ahead:
         expect(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder, range(PER_SHARD))
-    for _ in range(2):  # the same when it is asked for again
+    asked = []
+    for _ in range(2):  # the same when it is asked for again, without another try
         with pytest.raises(CorpusError, match=re.escape(f"{server.url}/{shard(1)}: ") + reason):
             check(corpus, PER_SHARD)
+        asked.append(server.count(shard(1)))
+    assert asked[0] == asked[1]
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 3 * PER_SHARD))
     assert not list(tmp_path.glob("*/shard-000001.tar*"))
     server.faults.clear()
+    time.sleep(remote.REST_S)
     assert_reads_all(corpus, folder)  # once the server is well again
 
 
@@ -179,14 +187,15 @@ def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(corpus._shards._remote._files, "get_file", full)
     message = (
         f"data.cache: {corpus._shards.folder}: the disk is full (No space left on device), shard-000000.tar is not"
     )
-    with pytest.raises(CorpusError, match=re.escape(message)):
-        check(corpus, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus._shards._remote._files, "get_file", full)
+        with pytest.raises(CorpusError, match=re.escape(message)):
+            check(corpus, 0)
     assert capfd.readouterr().err == "" and not list(tmp_path.glob("*/*.tar*"))
-    monkeypatch.undo()
+    time.sleep(remote.REST_S)
     assert_reads_all(corpus, folder)
 
 
@@ -210,6 +219,14 @@ def test_a_server_that_is_not_there(tmp_path):
         Corpus.open("http://127.0.0.1:9/train", cache=tmp_path)
     with pytest.raises(UserError, match="^nonsense://a/train: Protocol not known: nonsense"):
         Corpus.open("nonsense://a/train", cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=f"data.cache: {tmp_path}/file/.*: Not a directory; expected a folder on a local disk"
+    ):
+        opened(server, tmp_path / "file")
 
 
 def test_a_damaged_cache_is_found_out(server, folder, tmp_path):
@@ -300,6 +317,22 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, shards_held):
     assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
 
 
+def test_windows_through_a_small_cache(server, folder, tmp_path):
+    """As a run reads: expected far ahead, checked, read forwards and backwards; the cache holds two shards a lane and one more."""
+    local, lanes = Corpus.open(folder / "train"), 2
+    corpus = opened(server, tmp_path, shards_held=2 * lanes + 1)
+    schedule = LaneSchedule(local.lengths, lanes=lanes, segment_length=100, epochs=1)
+    here, there = (WindowReader(it, schedule, lanes=range(lanes)) for it in (local, corpus))
+    for tick in range(0, schedule.ticks, 8):
+        there.expect(tick, tick + 10**4)
+        assert there.damage(tick, tick + 8) is None
+        expected, found = here.window(tick, 8), there.window(tick, 8)
+        for t in [*range(8), *reversed(range(8))]:
+            assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t]))
+    assert len(cached(tmp_path)) == 2 * lanes + 1
+    assert SHARDS < len(server.shards()) < 4 * SHARDS  # documents of a shard lie apart in the order
+
+
 def test_a_bound_that_is_too_small(server, folder, tmp_path):
     corpus = opened(server, tmp_path, shards_held=2)
     expect(corpus, range(0, 4 * PER_SHARD))
@@ -373,7 +406,9 @@ def test_processes_share_a_cache(server, tmp_path, shards_held):
     assert server.count("train/index.safetensors") == 1
     most = 0
     go.set()
+    deadline = time.monotonic() + 90
     while any(reader.is_alive() for reader in readers):
+        assert time.monotonic() < deadline
         most = max(most, len(list(tmp_path.glob("*/*.tar*"))))
     assert [reader.exitcode for reader in readers] == [0, 0]
     assert 0 < most <= shards_held
@@ -394,13 +429,13 @@ def test_a_killed_process_holds_nothing(server, folder, tmp_path):
 
 WAIT = """
 import sys
+import numpy as np
 from memformer_dist.data.corpus import Corpus
-from tests.test_remote import check, expect
 corpus = Corpus.open(sys.argv[1], cache=sys.argv[2])
-expect(corpus, [0, 3, 6])
+corpus.expect(*np.array([[0, 3, 6], [0, 0, 0], [9, 9, 9]]))
 print("open", flush=True)
 if sys.argv[3] != "nothing":
-    check(corpus, {"a thread": 0, "itself": 23}[sys.argv[3]])
+    corpus.check(*np.array([[{"a thread": 0, "itself": 23}[sys.argv[3]]], [0], [9]]))
 """
 
 

@@ -28,7 +28,7 @@ def is_url(corpus: str | Path) -> bool:
 
 
 class CorpusError(UserError):
-    """A corpus is damaged. The message names the shard, the document and the byte offset."""
+    """A corpus is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
 
 
 class LocalShards:

@@ -253,10 +253,11 @@ class Reader:
 
     lines   lines of a .jsonl file passed so far, also empty ones. In a part of a file they are counted from its start,
             and so are the positions of documents: nobody knows yet how many lines come before.
+    crc32   of what has been read so far: equal where two readings have found the same documents
     """
 
     def __init__(self, piece: Piece):
-        self.piece, self.name, self.lines = piece, piece.file.name, 0
+        self.piece, self.name, self.lines, self.crc32 = piece, piece.file.name, 0, 0
 
     def __iter__(self) -> Iterator[Document]:
         kind = _suffix(self.name)
@@ -267,7 +268,9 @@ class Reader:
                 elif kind == ".parquet":
                     yield from self._read_rows(file)
                 else:
-                    yield Document(self.name, 0, [Part(file.read().decode("utf-8"))])
+                    raw = file.read()
+                    self.crc32 = zlib.crc32(raw)
+                    yield Document(self.name, 0, [Part(raw.decode("utf-8"))])
         except UnicodeDecodeError as error:
             yield Document(self.name, 0, unreadable=f"not UTF-8: {error}")
         except DAMAGED as error:  # from here on: what came before the damage has been read
@@ -289,6 +292,7 @@ class Reader:
                 break
             position += len(line)
             self.lines += 1
+            self.crc32 = zlib.crc32(line, self.crc32)
             if not line.isspace():
                 yield self._parse(self.lines, _from_line, line)
 
@@ -329,7 +333,9 @@ class Reader:
                         row += 1
                         if row > done:
                             done = row
-                            yield self._parse(position + row, _from_row, dict(zip(columns, values)))
+                            document = self._parse(position + row, _from_row, dict(zip(columns, values)))
+                            self.crc32 = zlib.crc32(document.text.encode(), self.crc32)
+                            yield document
                 return
             except (OSError, _pyarrow(self.name).ArrowException) as error:
                 if together == 1:

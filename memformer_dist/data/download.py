@@ -29,6 +29,7 @@ from memformer_dist.errors import UserError
 TRIES = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # 0.5 to 32 s: a server may be away for a minute
 CONNECT_S, STALL_S = 30.0, 60.0  # to connect, and between two pieces of a body
+ENDING_S = 0.05  # between the end of a process's thread pools and that of its main thread
 
 Result = TypeVar("Result")
 
@@ -121,7 +122,8 @@ def _retried(url: str, attempt: Callable[[], Result]) -> Result:
         except _Wrong as error:
             wrong, reason = wrong + 1, str(error)
         except Exception as error:  # every file system of fsspec has exceptions of its own
-            if not threading.main_thread().is_alive():  # the process ends, and fsspec has closed its connections
+            time.sleep(ENDING_S)
+            if not threading.main_thread().is_alive():  # the process ends, and with it what fsspec works with
                 raise
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in (400, 401, 403, 410):

@@ -7,13 +7,12 @@ next; a few threads fetch as many of these as the cache may hold, in the order o
 there, or fetches it at once while the caller waits. download.py retries and verifies, cache.py shares the folder among
 the processes of a node.
 
-A download that fails for good is told to whoever waits for the shard. If nobody does yet, it is tried again when the
-shard is needed: the network may be back by then.
+A download that fails for good is told to whoever waits for the shard, and for a minute to whoever asks for it: readers ask
+often. Later it is tried again, because the network may be back by then.
 """
 
 import hashlib
 import json
-import math
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from memformer_dist.data.shards import INDEX, MANIFEST, Manifest, Split, read_sp
 from memformer_dist.errors import UserError
 
 FETCHERS = 4  # threads
-REST_S = 60.0  # before a shard is fetched ahead of need that could not be had
+REST_S = 60.0  # after a shard could not be had, until it is asked for again
 POLL_S = 0.05  # while another process fetches what this one needs
 TOKENIZER = "tokenizer.model"
 
@@ -108,16 +107,15 @@ class RemoteShards:
             raise CorpusError(f"data.cache: {self.folder}: {error.strerror}") from None
         with self._changed:
             self._expected, self._held = list(numbers), set(held)
-            self._ahead = deque(number for number in held if self._is_worth_fetching(number))
+            absent = (n for n in held if not (self.folder / self._manifest.shards[n].name).exists())
+            self._ahead = deque(number for number in absent if not self._rests(number))
             while self._threads < min(FETCHERS, len(self._ahead)):
                 self._threads += 1
                 threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True).start()
         return set(held)
 
-    def _is_worth_fetching(self, number: int) -> bool:
-        if time.monotonic() < self._failed_at.get(number, -math.inf) + REST_S:
-            return False
-        return not (self.folder / self._manifest.shards[number].name).exists()
+    def _rests(self, number: int) -> bool:
+        return number in self._failed and time.monotonic() < self._failed_at[number] + REST_S
 
     def tokenizer(self) -> Path:
         """The tokenizer of the corpus, on this machine. Raises CorpusError if it is not the one of the shards."""
@@ -147,6 +145,8 @@ class RemoteShards:
                 if number in self._failed:
                     raise self._failed[number]
                 return
+            if self._rests(number):
+                raise self._failed[number]
             self._begin(number)
         self._fetch(number, needed=True)
 
@@ -163,7 +163,7 @@ class RemoteShards:
                     return
                 time.sleep(POLL_S)
         except Exception as error:
-            self._failed[number], self._failed_at[number] = error, time.monotonic()
+            self._failed_at[number], self._failed[number] = time.monotonic(), error
             raise
         finally:
             with self._changed:
@@ -192,7 +192,11 @@ class RemoteShards:
                 self._fetch(number, needed=False)
             except Exception as error:
                 if threading.main_thread().is_alive():
-                    print(f"{error}; it is tried again when it is needed", file=sys.stderr, flush=True)
+                    print(
+                        f"{error}; it is tried again when it is needed, in a minute at the earliest",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 def open_remote(url: str, cache: Path, cache_bytes: int) -> tuple[Split, RemoteShards]:

@@ -23,6 +23,7 @@ import os
 import shutil
 import tarfile
 import zlib
+from array import array
 from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple
 
@@ -138,6 +139,22 @@ def blocks(size: int | np.ndarray) -> int | np.ndarray:
     return -(-size // BLOCK)
 
 
+def _header(name: bytes, size: int) -> bytes:
+    """TarInfo(name).tobuf(USTAR_FORMAT) with that size, in a twentieth of the time: short documents need no longer.
+
+    No time, no owner: the bytes depend on the documents alone.
+    """
+    if size >= 8**11:
+        raise ValueError(f"{name.decode()}: {size} bytes, a tar holds less than {8**11}")
+    digits = b"%011o" % size
+    checksum = b"%06o" % (_EMPTY_SUM + sum(name) + sum(digits))
+    return b"".join((name.ljust(100, b"\0"), _EMPTY[100:124], digits, _EMPTY[135:148], checksum, _EMPTY[154:]))
+
+
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_EMPTY_SUM = sum(_EMPTY[:124] + _EMPTY[135:148] + b" " * 8 + _EMPTY[156:])  # without the size's digits
+
+
 class WrittenShard(NamedTuple):
     shard: Shard
     index: Index
@@ -157,9 +174,9 @@ class ShardWriter:
         self._file = open(self._partial, "wb")
         self._hash = hashlib.sha256()
         self._blocks = 0
-        self._columns: dict[str, list[int]] = {"length": [], "block": [], "crc32": []}
+        self._columns = {name: array("I") for name in ("length", "block", "crc32")}  # 4 bytes a number, lists take 36
         if has_mask:
-            self._columns["mask_crc32"] = []
+            self._columns["mask_crc32"] = array("I")
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -214,9 +231,7 @@ class ShardWriter:
 
     def _append(self, name: str, payload: np.ndarray) -> int:
         raw = payload.tobytes()
-        member = tarfile.TarInfo(name)  # no time, no owner: the bytes depend on the documents alone
-        member.size = len(raw)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT) + raw + bytes(-len(raw) % BLOCK))
+        self._write(_header(name.encode(), len(raw)) + raw + bytes(-len(raw) % BLOCK))
         return zlib.crc32(raw)
 
     def _write(self, raw: bytes) -> None:

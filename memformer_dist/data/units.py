@@ -33,7 +33,7 @@ class UnitReader:
 
     def __init__(self, unit: Unit):
         self._unit = unit
-        self.documents, self.characters, self.digest = 0, 0, 0
+        self.documents, self.crc32 = 0, 0
         self.lines = 0  # of the last piece
 
     def __iter__(self) -> Iterator[Document]:
@@ -42,11 +42,9 @@ class UnitReader:
             reader = Reader(piece)
             for document in reader:
                 self.documents += 1
-                for part in document.parts:
-                    self.characters += len(part.text)
-                    self.digest = zlib.crc32(part.text.encode(), self.digest ^ part.loss)
                 yield document
             self.lines = reader.lines
+            self.crc32 = zlib.crc32(reader.crc32.to_bytes(4, "little"), self.crc32)
             _expect_unchanged(piece.file)
 
 
@@ -70,8 +68,7 @@ class Found(NamedTuple):
     unreadable: list[list]  # [file, position, reason] of some of these
     masked: bool  # some part is not to be learnt
     lines: int  # where the unit is a part of a .jsonl
-    characters: int
-    digest: int  # crc32 of the texts
+    crc32: int  # of what was read
 
 
 def survey_unit(task: tuple[int, Unit]) -> tuple[int, Found]:
@@ -84,9 +81,7 @@ def survey_unit(task: tuple[int, Unit]) -> tuple[int, Found]:
         if document.unreadable:
             unreadable.append([document.source, document.position, document.unreadable])
         masked = masked or not document.learnt
-    return unit_number, Found(
-        reader.documents, unusable, unreadable, masked, reader.lines, reader.characters, reader.digest
-    )
+    return unit_number, Found(reader.documents, unusable, unreadable, masked, reader.lines, reader.crc32)
 
 
 class WriteTask(NamedTuple):
@@ -121,11 +116,7 @@ def write_unit(task: WriteTask) -> tuple[int, dict]:
                     writers[split].add(tokens, mask)
                 figures[split]["characters"] += len(document.text)
                 figures[split]["labels"] += len(tokens) if mask is None else int(mask.sum())
-            if (reader.documents, reader.characters, reader.digest) != (
-                task.found.documents,
-                task.found.characters,
-                task.found.digest,
-            ):
+            if (reader.documents, reader.crc32) != (task.found.documents, task.found.crc32):
                 first, last = task.unit.pieces[0].file.name, task.unit.pieces[-1].file.name
                 names = first if first == last else f"a file of {first} ... {last}"
                 raise UserError(f"{names}: changed while it was read: its documents are not those of the first reading")

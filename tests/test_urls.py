@@ -1,0 +1,134 @@
+"""Inputs behind URLs, from an HTTP server on this machine that breaks connections."""
+
+import functools
+import gzip
+import json
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from memformer_dist.data import urls
+from memformer_dist.data.documents import zstd
+from memformer_dist.data.preparation import shard
+from memformer_dist.errors import UserError
+from tests.conftest import documents
+from tests.test_preparation import encode, mib, read_back
+from tokenizer.train import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(train_tokenizer("".join(documents(20)).split("\n"), vocab_size=400, cap_vocabulary=True))
+    return path
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves byte ranges too; `faults` are taken one by one by requests for files: the number of bytes to break off at."""
+
+    faults: list[int] = []
+    ranges = True
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return super().do_GET()
+        raw, wanted = path.read_bytes(), self.headers.get("Range") if self.ranges else None
+        first, last = 0, len(raw) - 1
+        if wanted:
+            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            last = min(last, len(raw) - 1)
+        body = raw[first : last + 1]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(raw)}")
+        self.end_headers()
+        if self.faults:
+            body = body[: self.faults.pop(0)]
+            self.close_connection = True
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """(folder, its URL, the handler)"""
+    folder = tmp_path / "served"
+    (folder / "deep er").mkdir(parents=True)
+    handler = type("Handler", (Ranges,), {"faults": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(urls, "WAITS", (0.01, 0.01))
+    yield folder, f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def fill_folder(folder: Path) -> None:
+    found = documents(40)
+    (folder / "a.txt").write_text(found[0])
+    (folder / "deep er" / "b c.txt.gz").write_bytes(gzip.compress(found[1].encode()))
+    (folder / "deep er" / "c.jsonl.zst").write_bytes(zstd.compress(json.dumps({"text": found[2]}).encode()))
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found[3:20]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": found[20:]}), folder / "e.parquet", row_group_size=5)
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_inputs_behind_urls(served, tmp_path, model_file, workers):
+    folder, url, _ = served
+    fill_folder(folder)
+    options = dict(valid_fraction=0, unit_mib=mib(1500), workers=workers)
+    names = ["a.txt", "d.jsonl", "deep er/b c.txt.gz", "deep er/c.jsonl.zst", "e.parquet"]
+    shard(tmp_path / "local", model_file, [folder / name for name in names], **options)
+    expected = read_back(tmp_path / "local" / "train")
+    report = shard(tmp_path / "remote", model_file, [f"{url}/"], **options)
+    assert read_back(tmp_path / "remote" / "train") == expected and report["ignored"] == 1
+    assert len(json.loads((tmp_path / "remote/train/corpus.json").read_text())["shards"]) > 6
+    if workers == 1:
+        shard(tmp_path / "globbed", model_file, [f"{url}/*.txt", f"{url}/d.jsonl"], **options)
+        assert read_back(tmp_path / "globbed" / "train") == expected[:18]
+        shard(tmp_path / "file", model_file, [f"file://{folder}/a.txt", f"file://{folder}/*.jsonl"], **options)
+        assert read_back(tmp_path / "file" / "train") == expected[:18]
+
+
+def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys):
+    folder, url, handler = served
+    text = "".join(documents(60))
+    (folder / "a.txt").write_text(text)
+    (folder / "b.txt").write_text("b")
+    handler.faults += [1000, 0]
+    shard(tmp_path / "corpus", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
+    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text, "b"])
+    assert capsys.readouterr().err.count("trying again") == 2
+    handler.faults += [0] * 3
+    with pytest.raises(UserError, match=r"a.txt: byte \d+: .*given up after 3 attempts"):
+        shard(tmp_path / "broken", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
+    assert not (tmp_path / "broken").exists()
+    capsys.readouterr()
+    shard(tmp_path / "whole", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)  # the control: no fault
+    assert not capsys.readouterr().err
+
+
+def test_mistakes_with_urls(served, tmp_path, model_file):
+    folder, url, handler = served
+    fill_folder(folder)
+    for asked, message in [
+        (f"{url}/nothing.txt", "nothing.txt: FileNotFoundError"),
+        (f"{url}/*.nothing", "found no file or folder"),
+        ("gopher://x/y.txt", "gopher://x/y.txt: Protocol not known"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            shard(tmp_path / "corpus", model_file, [asked])
+    handler.ranges = False
+    for name in "d.jsonl", "e.parquet":
+        with pytest.raises(UserError, match=f"{name}: the server does not serve byte ranges.*--unit-mib"):
+            shard(tmp_path / "corpus", model_file, [f"{url}/{name}"], unit_mib=mib(1500))
+    shard(tmp_path / "corpus", model_file, [f"{url}/d.jsonl"])  # the control: whole
