@@ -69,7 +69,6 @@ def evaluation_lanes(corpus: Documents, lanes: int, world_size: int) -> int:
     return math.ceil(min(lanes, len(corpus.lengths)) / world_size) * world_size
 
 
-@torch.no_grad()
 def _damage(reader: WindowReader, ticks: int) -> str | None:
     """As WindowReader.damage, a little at a time: of a remote corpus the cache holds no more than that at once, perhaps."""
     for tick in range(0, ticks, CHUNK_TICKS):
@@ -79,6 +78,7 @@ def _damage(reader: WindowReader, ticks: int) -> str | None:
     return None
 
 
+@torch.no_grad()
 def evaluate(
     forward: Callable,
     empty_state: Callable,

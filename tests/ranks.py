@@ -3,9 +3,11 @@
 The ranks are forks of one server that has imported what takes seconds and done nothing else.
 """
 
+import functools
 import os
 import socket
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 
 import torch
@@ -16,17 +18,25 @@ from memformer_dist import runtime
 
 def run_ranks(world_size: int, function, *arguments) -> None:
     """function(process, *arguments) on every rank; an assertion that fails on one of them fails the test."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for it when it is imported
-    # The first optimiser imports torch._dynamo, the first engine by its Muon torch._inductor: three seconds for each rank.
-    multiprocessing.set_forkserver_preload(
-        ["memformer_dist.train", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-    )
+    _start_server()
     multiprocessing.start_processes(
         _rank,
         args=(world_size, free_port(), Output(), function, arguments),
         nprocs=world_size,
         start_method="forkserver",
     )
+
+
+@functools.cache
+def _start_server() -> None:
+    """Once. One that another test has started, for workers of its own, would import everything for each rank."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks for it when it is imported
+    forkserver._forkserver._stop()
+    # The first optimiser imports torch._dynamo, the first engine by its Muon torch._inductor: three seconds for each rank.
+    multiprocessing.set_forkserver_preload(
+        ["memformer_dist.train", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
+    forkserver.ensure_running()
 
 
 class Output:
