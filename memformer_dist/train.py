@@ -167,6 +167,7 @@ class Trainer:
         tick, window = self.position.tick, self.curriculum.window
         self.reader.expect(tick, tick + max(4 * window, TICKS_AHEAD))
         damage = self.process.spread(self.reader.damage(tick, tick + window))
+        self.reader.look_ahead(tick + window, tick + 2 * window)
         if damage is not None:
             self._save()
             raise CorpusError(damage)

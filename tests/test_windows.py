@@ -171,7 +171,7 @@ def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
         for reader, limit in zip(readers, (0, 200, 10**9)):
             monkeypatch.setattr(module, "CHUNK_BYTES", limit)
             segments.append(reader.segment(tick))
-            sizes.add(len(reader._chunk_of(tick, reader.lanes)[0].rest))
+            sizes.add(len(reader.chunk_of(tick, reader.lanes)[0].rest))
             assert len(reader._chunks) <= module.CHUNKS_HELD
         assert same(segments[0], segments[1]) and same(segments[0], segments[2])
     assert sizes == {1, 5, 32}
@@ -209,6 +209,41 @@ def test_wait_is_counted(corpus, monkeypatch):
     time.sleep(0.5)  # long enough to prepare the next two
     window[1], window[2]
     assert reader.wait_s - before < 0.09
+
+
+def test_slow_disks_are_read_ahead(corpus, monkeypatch):
+    """Documents of the next window are checked, and chunks behind the next segments read, while this one is worked on."""
+    compare, tokens = corpus._compare, corpus.tokens
+    monkeypatch.setattr(corpus, "_compare", lambda document: (time.sleep(0.05), compare(document)))
+    reader, direct = make_reader(corpus), make_reader(corpus)
+    reader.look_ahead(8, 40)
+    time.sleep(0.05 * len(corpus.lengths) + 0.3)  # the step
+    assert reader.damage(8, 40) is None and reader.wait_s < 0.05
+    control = make_reader(make_again(corpus))
+    monkeypatch.setattr(control.corpus, "_compare", lambda document: time.sleep(0.05))
+    assert control.damage(8, 40) is None and control.wait_s > 0.2, "the control"
+
+    def slow(document, start, stop):
+        time.sleep(0.004)
+        return tokens(document, start, stop)
+
+    expected = [direct.segment(t) for t in range(24)]
+    monkeypatch.setattr(corpus, "tokens", slow)
+    monkeypatch.setattr(module, "CHUNK_TICKS", 8)
+    waits = []
+    for prefetch in (2, 0):
+        reader = make_reader(corpus, prefetch=prefetch)
+        window = reader.window(0, 24)
+        time.sleep(0.3)
+        for t in range(24):
+            assert same(window[t], expected[t])
+            time.sleep(0.03)
+        waits.append(reader.wait_s)
+    assert waits[0] < 0.25 * waits[1]
+
+
+def make_again(corpus):
+    return Corpus.open(corpus.path)
 
 
 def flip_a_token(corpus, document):

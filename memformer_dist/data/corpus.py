@@ -140,7 +140,7 @@ class Corpus:
         Asked before stretches of tokens start <= i < stop are read, int64 [n] each. Whole documents are compared, once each.
         """
         shards = np.searchsorted(self.shard_ends, document, side="right")
-        for shard in self._maps.keys() & set(shards.tolist()):
+        for shard in set(shards.tolist()):
             self._check_unchanged(shard)
         for number in np.unique(document[~self._checked[document]]).tolist():
             self._compare(number)
@@ -235,7 +235,10 @@ class Corpus:
 
     def _check_unchanged(self, shard: int) -> None:
         """Another file of the same name leaves the map as it was; writing to the mapped file, or cutting it, does not."""
-        then, now = self._stamps[shard], self._stamp(shard)
+        then = self._stamps.get(shard)
+        if then is None:  # not mapped yet
+            return
+        now = self._stamp(shard)
         if now != then and now[:1] == then[:1]:
             raise CorpusError(
                 f"{self._shards.name(shard)}: was changed while it was read: it had {then[1]} bytes, it has {now[1]}, and"

@@ -89,7 +89,10 @@ class RecycledMemory:
 
 
 class WindowReader:
-    """Reads the global lanes `lanes`. `wait_s`: seconds that callers have waited for segments of windows, in all."""
+    """Reads the global lanes `lanes`.
+
+    wait_s   seconds that callers have waited for segments of windows and for their documents to be checked, in all
+    """
 
     def __init__(self, corpus: Documents, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
         assert lanes.step == 1 and 0 <= lanes.start < lanes.stop <= schedule.lanes
@@ -99,6 +102,7 @@ class WindowReader:
         self.prefetch = prefetch
         self.wait_s = 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window-reader")
+        self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window-checker")
         self._memory = RecycledMemory()
         self._chunks: OrderedDict[tuple[range, int], Chunk] = OrderedDict()
         self._lock = Lock()  # chunks are asked for by this thread and by the caller's
@@ -110,7 +114,7 @@ class WindowReader:
         """
         lanes = self.lanes if lanes is None else lanes
         assert lanes.step == 1 and self.lanes.start <= lanes.start < lanes.stop <= self.lanes.stop
-        chunk, k, size = *self._chunk_of(tick, lanes), self.schedule.segment_length
+        chunk, k, size = *self.chunk_of(tick, lanes), self.schedule.segment_length
         columns, following = slice(k * size, (k + 1) * size), slice(k * size + 1, (k + 1) * size + 1)
         tokens, labels = (self._memory.take((len(lanes), size)) for _ in range(2))
         tokens[:], labels[:] = chunk.text[:, columns], chunk.text[:, following]
@@ -121,10 +125,14 @@ class WindowReader:
             labels[chunk.mask[:, columns] == 0] = IGNORE
         return Segment(torch.from_numpy(tokens), torch.from_numpy(labels), *chunk.rest[k])
 
-    def _chunk_of(self, tick: int, lanes: range) -> tuple[Chunk, int]:
-        """The chunk that a tick lies in, and where."""
+    def chunk_ticks(self, lanes: range) -> int:
+        """K of the chunks of some lanes."""
         ticks = CHUNK_BYTES // (len(lanes) * self.schedule.segment_length * self.corpus.token_dtype.itemsize)
-        ticks = max(1, min(ticks, CHUNK_TICKS))
+        return max(1, min(ticks, CHUNK_TICKS))
+
+    def chunk_of(self, tick: int, lanes: range) -> tuple[Chunk, int]:
+        """The chunk that a tick lies in, and where."""
+        ticks = self.chunk_ticks(lanes)
         number, k = divmod(tick, ticks)
         with self._lock:
             chunk = self._chunks.pop((lanes, number), None)
@@ -190,12 +198,20 @@ class WindowReader:
 
         Asked before a window, so that all processes can stop together instead of one in the middle of a collective.
         """
+        began = time.perf_counter()
         places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
         try:
             self.corpus.check(*places)
         except CorpusError as error:
             return str(error)
+        finally:
+            self.wait_s += time.perf_counter() - began
         return None
+
+    def look_ahead(self, start_tick: int, stop_tick: int) -> None:
+        """Check these documents while something else is done, so that `damage` finds them in memory."""
+        places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
+        self._checker.submit(self.corpus.check, *places)  # what it raises, `damage` will raise again
 
     def _places(self, stretches: Stretches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document, first token and last + 1 of each stretch, int64 [stretches] each."""
@@ -213,7 +229,8 @@ class Window(Sequence[Segment]):
 
     def __init__(self, reader: WindowReader, start: int, segments: int, lanes: range | None):
         self.start = start
-        self._reader, self._segments, self._lanes = reader, segments, lanes
+        self._reader, self._segments = reader, segments
+        self._lanes = reader.lanes if lanes is None else lanes
         self._prepared: dict[int, Future[Segment]] = {}
         self._last = -1
         self._prepare_after(-1)
@@ -242,3 +259,7 @@ class Window(Sequence[Segment]):
         for t in wanted:
             if t not in self._prepared:
                 self._prepared[t] = self._reader.thread.submit(self._reader.segment, self.start + t, self._lanes)
+        # A chunk takes longer than a segment where disks are slow: the one after the next segments' begins now.
+        ahead = visit + self._reader.chunk_ticks(self._lanes)
+        if wanted and ahead <= 2 * turn:
+            self._reader.thread.submit(self._reader.chunk_of, self.start + turn - abs(turn - ahead), self._lanes)
