@@ -39,6 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
+from benchmarks.figures import print_figures  # noqa: E402
 from memformer_dist.data.corpus import Corpus  # noqa: E402
 from memformer_dist.data.lanes import LaneSchedule  # noqa: E402
 from memformer_dist.data.reading import lane_schedule  # noqa: E402
@@ -345,14 +346,8 @@ def main() -> None:
     for name, speed in result["tokenising"].items():
         print(f"{name:<22}{speed / 1e6:>16.2f}")
     print()
-    for key, value in result.items():
-        if isinstance(value, float):
-            verdict = ""
-            if key in MUST_SHOW and not options.quick:
-                sign, limit = MUST_SHOW[key]
-                met = value >= limit if sign == ">=" else value <= limit
-                verdict = f"   {sign} {limit} {'met' if met else 'MISSED'}"
-            print(f"{key:<26}{value:>16,.3f}{verdict}")
+    figures = {key: value for key, value in result.items() if isinstance(value, float)}
+    print_figures(figures, MUST_SHOW, compare=not options.quick)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -39,6 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
+from benchmarks.figures import print_figures  # noqa: E402
 from benchmarks.mrbp_worker import (  # noqa: E402
     RETURN_FREED_MEMORY,
     Layout,
@@ -351,13 +352,8 @@ def main() -> None:
     result, sizes = benchmark(arguments.device, arguments.quick, arguments.repeats, arguments.long)
     print_tables(result["rows"], sizes)
     print()
-    for key in summary(result["rows"]):
-        verdict = ""
-        if key in MUST_SHOW and not arguments.quick and arguments.device == "cpu":
-            sign, limit = MUST_SHOW[key]
-            met = result[key] >= limit if sign == ">=" else result[key] <= limit
-            verdict = f"   {sign} {limit:.2f} {'met' if met else 'MISSED'}"
-        print(f"{key:<28}{result[key]:>10.3f}{verdict}")
+    compare = not arguments.quick and arguments.device == "cpu"
+    print_figures(summary(result["rows"]), MUST_SHOW, compare=compare)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -149,3 +149,37 @@ def test_threads_may_share_a_schedule():
             assert found[300:] == expected
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
+    """The second schedule deals nothing itself; another seed, length, order or lane number does not find the first one's."""
+    monkeypatch.setattr(lanes, "CACHE_FROM", 10)
+    lengths = np.random.default_rng(0).integers(1, 30, 50)
+    facts = dict(seed=0, lanes=4, segment_length=4, cache=tmp_path / "schedules", key="a")
+
+    def read(lengths=lengths, **other):
+        schedule = LaneSchedule(lengths, **(facts | other))
+        return [rows_at(schedule, tick) for tick in range(0, 300, 7)]
+
+    expected = read(cache=None)
+    assert read() == expected
+    kept = sorted((tmp_path / "schedules").iterdir())
+    assert len(kept) >= 3 and not [path for path in kept if path.suffix != ".safetensors"]
+    dealt = []
+    deal = LaneSchedule._deal
+    monkeypatch.setattr(LaneSchedule, "_deal", lambda self, epoch: (dealt.append(epoch), deal(self, epoch))[1])
+    assert read() == expected and not dealt
+    for other in dict(seed=1), dict(lanes=5), dict(segment_length=3), dict(key="b"), dict(lengths=lengths + 4):
+        dealt.clear()
+        assert read(**other) == read(**other, cache=None) != expected and dealt[0] == 0
+    raw = bytearray(kept[1].read_bytes())
+    raw[-5] ^= 1
+    kept[1].write_bytes(raw)
+    kept[2].write_bytes(kept[2].read_bytes()[:-9])
+    dealt.clear()
+    assert read() == expected and 1 <= len(dealt) <= 2, "a damaged one is dealt again"
+    dealt.clear()
+    assert read() == expected and not dealt, "and kept again"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert read(cache=blocked / "schedules") == expected, "a folder that cannot be made"
