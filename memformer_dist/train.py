@@ -192,12 +192,19 @@ class Trainer:
             )
         return self.chosen_group.segments
 
+    def _labels_of_window(self) -> int:
+        """Over the lanes of all ranks: the schedule tells. Where loss masks do, every rank looks at those of its own lanes."""
+        ticks = self.position.tick, self.position.tick + self.curriculum.window
+        if not self.train_corpus.has_mask:
+            return self.reader.valid_tokens(*ticks)
+        return int(self.process.sum([self.reader.valid_tokens(*ticks, self.lanes)])[0])
+
     def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
         began, waited = time.perf_counter(), self.reader.wait_s
         config, position, interval = self.config, self.position, self.interval
         segments = self.curriculum.window
-        valid_tokens = self.reader.valid_tokens(position.tick, position.tick + segments)
+        valid_tokens = self._labels_of_window()
         losses = LossByAge(self.process.device, LOGGED_AGES)
         tokens = documents = 0
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -195,6 +197,26 @@ def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
         found = records(tmp_path / name, "data/documents_started", "loss/train")
         assert [row[:3] for row in found] == [row[:3] for row in expected]
         assert max(abs(x[3] - y[3]) for x, y in zip(found, expected)) <= 1e-5
+
+
+def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
+    """Half of each document is not learnt; ranks count the labels of their own lanes, and lanes differ."""
+    generator, lines = random.Random(0), []
+    for _ in range(40):
+        halves = [" ".join(generator.choices(("ba", "be", "bidu", "bo"), k=generator.randint(1, 60))) for _ in range(2)]
+        lines.append(json.dumps({"parts": [{"text": halves[0], "loss": False}, {"text": halves[1]}]}))
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    shard(tmp_path / "masked", corpus_dir / "tokenizer.model", [str(tmp_path / "texts.jsonl")], valid_fraction=0.1)
+    raw = settings(tmp_path / "masked", tokens=4 * STEP_TOKENS)
+    run_ranks(1, several_runs, [(raw, tmp_path / "one", None)])
+    run_ranks(2, several_runs, [(raw, tmp_path / "two", None)])
+    one, two = (records(tmp_path / name, "loss/train") for name in ("one", "two"))
+    assert [row[:2] for row in one] == [row[:2] for row in two] and len(one) > 5
+    assert max(abs(x[2] - y[2]) for x, y in zip(one, two)) <= 1e-5
+    corpus = open_corpora(tmp_path / "masked")[0]
+    reader = WindowReader(corpus, LaneSchedule(corpus.lengths, lanes=8, segment_length=16), lanes=range(8))
+    counts = [sum(int((reader.segment(tick).labels >= 0).sum()) for tick in range(3 * n, 3 * n + 3)) for n in range(6)]
+    assert [int(row[1]) for row in one[:6]] == np.cumsum(counts).tolist() and len(set(counts)) > 3
 
 
 def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):

@@ -183,9 +183,9 @@ class WindowReader:
     def window(self, start_tick: int, segments: int, lanes: range | None = None) -> "Window":
         return Window(self, start_tick, segments, lanes)
 
-    def valid_tokens(self, start_tick: int, stop_tick: int) -> int:
-        """Labels that count in the loss, over ALL lanes of the schedule and the ticks start <= tick < stop."""
-        return self.corpus.labels_between(*self._places(self.schedule.stretches(start_tick, stop_tick)))
+    def valid_tokens(self, start_tick: int, stop_tick: int, lanes: range | None = None) -> int:
+        """Labels that count in the loss, over ALL lanes of the schedule unless given, and the ticks start <= tick < stop."""
+        return self.corpus.labels_between(*self._places(self.schedule.stretches(start_tick, stop_tick, lanes)))
 
     def expect(self, start_tick: int, stop_tick: int) -> None:
         """Say that the reader's lanes read these ticks next, so that what is far away is fetched ahead of need."""
