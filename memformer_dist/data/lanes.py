@@ -23,6 +23,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from contextlib import suppress
 from heapq import heapreplace
 from pathlib import Path
 from threading import RLock
@@ -263,7 +264,8 @@ class LaneSchedule:
             save_file(deals._asdict(), partial, metadata={"crc32": _crc32(deals)})
             partial.rename(file)
         except (OSError, SafetensorError):
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _crc32(deals: Deals) -> str:
