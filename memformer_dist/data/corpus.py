@@ -12,6 +12,7 @@ import hashlib
 import os
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,14 @@ class LocalShards:
         return self.folder.parent / "tokenizer.model"
 
 
+class Mapped(NamedTuple):
+    """A shard in memory."""
+
+    raw: np.ndarray  # uint8
+    file: str
+    stamp: tuple[int, ...]  # of the file, when it was mapped
+
+
 class Corpus:
     """One split.
 
@@ -81,9 +90,7 @@ class Corpus:
         self.lengths = self._index.length.astype(np.int64)
         self.shard_ends = np.cumsum([shard.documents for shard in manifest.shards])  # of shards, in documents
         self.token_dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
-        self._maps: dict[int, np.ndarray] = {}
-        self._files: dict[int, str] = {}  # of the maps
-        self._stamps: dict[int, tuple[int, ...]] = {}  # of the files, as they were when they were mapped
+        self._maps: dict[int, Mapped] = {}
         self.folder = shards.folder  # on this machine
         self.is_remote = is_url(path)
         self._payloads: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
@@ -190,11 +197,9 @@ class Corpus:
     def _map(self, shard: int) -> np.ndarray:
         found = self._maps.get(shard)
         if found is None:
-            found = self._shards.map(shard)
-            self._files[shard] = os.path.join(self._shards.folder, self.manifest.shards[shard].name)
-            self._stamps[shard] = self._stamp(shard)
-            self._maps[shard] = found  # last: another thread looks for it, and then for the stamp
-        return found
+            raw, file = self._shards.map(shard), os.path.join(self._shards.folder, self.manifest.shards[shard].name)
+            found = self._maps[shard] = Mapped(raw, file, _stamp(file))
+        return found.raw
 
     def _payload(self, document: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Views of a document's tokens and of its mask. Those of a document in reading are at hand."""
@@ -225,25 +230,26 @@ class Corpus:
                     f"crc32 is {found:08x}, the index says {expected:08x}"
                 )
 
-    def _stamp(self, shard: int) -> tuple[int, ...]:
-        """Inode, size and time of the last change; nothing if the file is gone. A map outlives its file."""
-        try:
-            status = os.stat(self._files[shard])
-        except FileNotFoundError:
-            return ()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
     def _check_unchanged(self, shard: int) -> None:
         """Another file of the same name leaves the map as it was; writing to the mapped file, or cutting it, does not."""
-        then = self._stamps.get(shard)
-        if then is None:  # not mapped yet
+        mapped = self._maps.get(shard)  # as long as this has it mapped, no other file has its inode
+        if mapped is None:
             return
-        now = self._stamp(shard)
+        then, now = mapped.stamp, _stamp(mapped.file)
         if now != then and now[:1] == then[:1]:
             raise CorpusError(
                 f"{self._shards.name(shard)}: was changed while it was read: it had {then[1]} bytes, it has {now[1]}, and"
                 " was written to since"
             )
+
+
+def _stamp(file: str) -> tuple[int, ...]:
+    """Inode, size and time of the last change; nothing if the file is gone. A map outlives its file."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_corpora(
