@@ -333,7 +333,6 @@ CASES = {
     "logits": ("encoder_decoder", 4000, "fp32", 0.1),
     "decoder": ("decoder", 100, "fp32", 0.1),
     "bf16": ("encoder_decoder", 1000, "bf16", 0.1),
-    "bf16 decoder": ("decoder", 100, "bf16", 0.0),
 }
 
 

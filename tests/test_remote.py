@@ -303,14 +303,16 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, shards_held):
     sampler = threading.Thread(target=sample)
     sampler.start()
     generator = np.random.default_rng(0)
-    for turn in range(30):
-        documents = generator.permutation(SHARDS)[: shards_held + 2] * PER_SHARD
-        expect(corpus, documents if turn % 3 else [])
-        if turn % 3:
-            documents = documents[:shards_held]
-        assert_reads_all(corpus, folder, documents)
-    done.set()
-    sampler.join()
+    try:
+        for turn in range(30):
+            documents = generator.permutation(SHARDS)[: shards_held + 2] * PER_SHARD
+            expect(corpus, documents if turn % 3 else [])
+            if turn % 3:
+                documents = documents[:shards_held]
+            assert_reads_all(corpus, folder, documents)
+    finally:
+        done.set()
+        sampler.join()
     assert 0 < max(most) <= (shards_held + 0.5) * size and len(most) > 100
     expect(corpus, [])
     maps = Path("/proc/self/maps").read_text()

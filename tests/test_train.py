@@ -76,8 +76,8 @@ def interrupted_rank(process, cases) -> None:
     """Each case is (raw, folder): a run of its own, and the same run stopped half-way and resumed."""
     for raw, folder in cases:
         run_rank(process, raw, folder / "whole")
-        run_rank(process, raw, folder / "parts", stop_after=5)
-        assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 5
+        run_rank(process, raw, folder / "parts", stop_after=4)
+        assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
         run_rank(process, raw, folder / "parts")
 
 
@@ -108,10 +108,10 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             corpus_dir,
             stage=stage,
             dropout=0.2,
-            training={"precision": precision, "tokens": 9 * STEP_TOKENS},
+            training={"precision": precision, "tokens": 6 * STEP_TOKENS},
         )
         raw["mrbp"] |= {"lanes_per_group": 2, "readout_group": 2}
-        raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 3}  # the stop, at step 5, falls into an interval
+        raw["monitor"] = {"log_every_steps": 1 if stage < 2 else 3}  # the stop, at step 4, falls into an interval
         if stage == 2:
             raw["mrbp"] |= {"reduce": "segment", "state_store": "host"}
         if stage == 3:
@@ -120,19 +120,19 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
     run_ranks(2, interrupted_rank, cases)
     for raw, folder in cases:
         whole, parts = last_checkpoint(folder / "whole"), last_checkpoint(folder / "parts")
-        assert whole.name == parts.name and int(whole.name.removeprefix("step-")) > 8
+        assert whole.name == parts.name and int(whole.name.removeprefix("step-")) > 6
         for prefix in ("weights", "moments", "lanes"):
             expected, found = tensors(whole, prefix), tensors(parts, prefix)
             assert expected.keys() == found.keys() and expected
             assert all(torch.equal(expected[name], found[name]) for name in expected), (folder.name, prefix)
         assert records(folder / "whole", *DETERMINISTIC) == records(folder / "parts", *DETERMINISTIC)
         losses = [loss for _, _, loss in records(folder / "whole", "loss/train")]
-        assert len(losses) > 8 / raw["monitor"]["log_every_steps"] and losses[-1] < losses[0]
+        assert len(losses) > 6 / raw["monitor"]["log_every_steps"] and losses[-1] < losses[0]
         if raw["training"].get("evaluate_every_tokens"):
             evaluated = [
                 records(folder / part, "eval/loss", "eval/gap", having="eval/loss") for part in ("whole", "parts")
             ]
-            assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 4
+            assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 2
 
 
 def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, capfd):
