@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py                  some minutes on 2 cores
     python benchmarks/precision.py --quick          under a minute: ZeRO 2, windows of 2 and 8
-    options: --json PATH
+    options: --json PATH, --repeats N
 
 Each way of training is a fresh pair of gloo ranks with one thread each. Rows: seconds a window (median, the optimiser's
 step included), resident memory of a rank over what it had before the engine was built, at its peak, and the bytes that a
@@ -37,7 +37,7 @@ WAYS = (
 )
 LAYOUT = Layout(
     "precision",
-    dict(width=256, heads=4, feed_forward=1024, encoder_layers=2, decoder_layers=4, slots=16),
+    dict(width=256, heads=4, feed_forward=1024, encoder_layers=1, decoder_layers=2, slots=16),
     vocabulary=4096,
     lanes=1,
     length=8,
@@ -117,6 +117,7 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ZeRO 2 alone, one repeat, the two ways of bf16")
+    parser.add_argument("--repeats", type=int, default=3, help="timed windows of each row (default 3)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
         for precision, reduce in WAYS:
             if (reduce == "segment" and stage == 1) or (arguments.quick and (precision, reduce) not in WAYS[1::3]):
                 continue
-            windows, repeats = ([2, 8], 1) if arguments.quick else ([2, 8, 32], 3)
+            windows, repeats = ([2, 8], 1) if arguments.quick else ([2, 8, 32], arguments.repeats)
             found = on_two_ranks(__file__, "--worker", json.dumps([precision, reduce, stage, windows, repeats]))
             for row in found:
                 fp32 = 4 * row["parameters"]

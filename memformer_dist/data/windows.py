@@ -56,16 +56,18 @@ class Documents(Protocol):
 
 
 class Chunk(NamedTuple):
-    """K ticks of L lanes as they lie in the corpus."""
+    """K ticks of L lanes as they lie in the corpus.
 
-    text: (
-        np.ndarray
-    )  # uint16 or uint32 [L, K S + 1], with the token behind the last one; anything behind a document's end
-    mask: np.ndarray | None  # uint8 [L, K S]
-    ends: list[
-        list[tuple[int, int, int]]
-    ]  # of each tick: (row, its tokens, last label), where a document ends or none is
-    rest: list[tuple[torch.Tensor, ...]]  # of each tick: the columns of a segment but tokens and labels
+    text   uint16 or uint32 [L, K S + 1], with the token behind the last one; anything at all where a document has ended
+    mask   uint8 [L, K S], where the corpus has masks
+    ends   of each tick (row, its tokens, last label) for the rows that end their document or have none
+    rest   of each tick the columns of a segment but tokens and labels
+    """
+
+    text: np.ndarray
+    mask: np.ndarray | None
+    ends: list[list[tuple[int, int, int]]]
+    rest: list[tuple[torch.Tensor, ...]]
 
 
 class RecycledMemory:
