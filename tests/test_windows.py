@@ -174,7 +174,7 @@ def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
             sizes.add(len(reader.chunk_of(tick, reader.lanes)[0].rest))
             assert len(reader._chunks) <= module.CHUNKS_HELD
         assert same(segments[0], segments[1]) and same(segments[0], segments[2])
-    assert sizes == {1, 5, 32}
+    assert sizes == {1, 5, 64}
 
 
 def test_replay_order_is_prepared_in_the_background(corpus, monkeypatch):

@@ -27,7 +27,7 @@ from memformer_dist.data.corpus import CorpusError
 from memformer_dist.data.lanes import LaneSchedule, Stretches
 from memformer_dist.segment import IGNORE, Segment
 
-CHUNK_BYTES, CHUNK_TICKS = 2**21, 32  # at most, unless one tick has more
+CHUNK_BYTES, CHUNK_TICKS = 2**22, 64  # at most, unless one tick has more
 CHUNKS_HELD = 4
 TICKS_AHEAD = 1024  # of a remote corpus, whose shards are fetched before; as many of them as the cache holds
 
