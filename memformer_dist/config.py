@@ -64,6 +64,11 @@ class DataConfig(Section):
     cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that those of one split may take there")
 
     @property
+    def schedule(self) -> dict[str, Any]:
+        """What lane_schedule is told besides the documents."""
+        return self.model_dump(include={"seed", "lanes", "segment_length", "min_tokens", "shuffle_shards"})
+
+    @property
     def corpora(self) -> dict[str, float]:
         """Weights by folder or URL."""
         return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus

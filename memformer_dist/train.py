@@ -69,14 +69,7 @@ class Trainer:
         self.stop = StopRequest(run_dir, process)
 
         data = config.data
-        self.schedule = lane_schedule(
-            self.train_corpus,
-            seed=data.seed,
-            lanes=data.lanes,
-            segment_length=data.segment_length,
-            min_tokens=data.min_tokens,
-            shuffle_shards=data.shuffle_shards,
-        )
+        self.schedule = lane_schedule(self.train_corpus, **data.schedule)
         self.lanes = process.block(data.lanes)
         self.reader = WindowReader(self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
         share = config.lanes_per_group(process.world_size)

@@ -45,14 +45,7 @@ def of_a_run(run_dir: Path, split: str) -> tuple:
     if split == "valid":
         lanes = min(data.lanes, len(valid.lengths))
         return valid, LaneSchedule(valid.lengths, seed=0, lanes=lanes, segment_length=data.segment_length, epochs=1)
-    return train, lane_schedule(
-        train,
-        seed=data.seed,
-        lanes=data.lanes,
-        segment_length=data.segment_length,
-        min_tokens=data.min_tokens,
-        shuffle_shards=data.shuffle_shards,
-    )
+    return train, lane_schedule(train, **data.schedule)
 
 
 def show(documents, schedule: LaneSchedule, *, lane: int, ticks: range, tokens: bool = False) -> Iterator[str]:
