@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -328,10 +329,11 @@ def test_positions_are_those_in_the_whole_file_and_strict_refuses(tmp_path, mode
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match="--strict: 4 documents.*line 3: .*line 77: .*line 199: "):
         shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300), strict=True)
-    assert {found.name for found in tmp_path.iterdir()} == {"a.jsonl"}
+    assert not (tmp_path / "corpus").exists()
     shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300))
     assert quarantined(tmp_path / "corpus") == [(str(path), number) for number in (3, 77, 150, 199)]
-    assert "line 150" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "line 150" in told and re.search(r"tokenising: (\d+) of \1 units were finished by an earlier run", told)
     shard(tmp_path / "good", model_file, [SHARD, ROOT / "setup.py"], strict=True)  # the control
 
 
@@ -353,30 +355,39 @@ def other_time(path):
     os.utime(path, ns=(1, 1))
 
 
-def same_looks(path):
-    status = path.stat()
-    path.write_text(path.read_text()[::-1])
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-@pytest.mark.parametrize("change", [other_size, other_time, same_looks, Path.unlink])
-@pytest.mark.parametrize("when", ["survey", "write"])
-def test_a_file_that_changes_is_named(tmp_path, model_file, monkeypatch, change, when):
-    for name in "one.txt", "two.txt":
-        (tmp_path / name).write_text(f"this is {name}, abcdefg")
-    step = getattr(units_module, f"{when}_unit")
+def changing(monkeypatch, step, change, path):
+    """Have `path` changed when the workers are about to take a step."""
+    function = getattr(units_module, step)
 
     def after_a_change(task):
-        change(tmp_path / "two.txt")
-        return step(task)
+        if path.exists():
+            change(path)
+        return function(task)
 
-    monkeypatch.setattr(f"memformer_dist.data.preparation.{when}_unit", after_a_change)
-    if change is same_looks and when == "survey":  # nobody has read it yet: this is the file
-        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"])
-        return
+    monkeypatch.setattr(f"memformer_dist.data.preparation.{step}", after_a_change)
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name in "one.txt", "two.txt":
+        (tmp_path / name).write_text(f"this is {name}, abcdefg")
+    return f"{tmp_path}/*.txt"
+
+
+@pytest.mark.parametrize("change", [other_size, other_time, Path.unlink])
+def test_a_file_that_changes_is_named(tmp_path, model_file, two_files, monkeypatch, change):
+    changing(monkeypatch, "encode_unit", change, tmp_path / "two.txt")
     with pytest.raises(UserError, match="two.txt: changed while it was read"):
-        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"])
+        shard(tmp_path / "corpus", model_file, [two_files])
     assert not (tmp_path / "corpus").exists()
+
+
+def test_files_are_read_once(tmp_path, model_file, two_files, monkeypatch):
+    shard(tmp_path / "expected", model_file, [two_files])
+    changing(monkeypatch, "write_unit", Path.unlink, tmp_path / "two.txt")
+    shard(tmp_path / "corpus", model_file, [two_files])
+    assert not (tmp_path / "two.txt").exists()
+    assert tree(tmp_path / "corpus") == tree(tmp_path / "expected")
 
 
 # ------------------------------------------------------------------------------------------------ interrupted, resumed
@@ -419,7 +430,9 @@ def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, 
         assert tree(output) == tree(tmp_path / "whole")
         assert not (tmp_path / f"{moment}.partial").exists()
     assert moment > 15
-    assert "3 of 4 units were finished by an earlier run" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    for step in "tokenising", "writing":
+        assert f"{step}: 3 of 4 units were finished by an earlier run" in told
 
 
 def until(condition, process) -> None:
@@ -429,17 +442,17 @@ def until(condition, process) -> None:
         time.sleep(0.002)
 
 
-def units_finished(output: Path) -> int:
-    return len(list(output.with_name(output.name + ".partial").glob("units/*.json")))
+def units_finished(output: Path, step: str = "encoded") -> int:
+    return len(list(output.with_name(output.name + ".partial").glob(f"{step}/*.json")))
 
 
-@pytest.mark.parametrize("finished", [0, 2, 9])
-def test_killed_and_started_again(tmp_path, texts, model_file, whole, finished):
+@pytest.mark.parametrize("step, finished", [("encoded", 0), ("encoded", 9), ("shards", 1)])
+def test_killed_and_started_again(tmp_path, texts, model_file, whole, step, finished):
     output = tmp_path / "corpus"
     start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", 2)
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     begun = output.with_name("corpus.partial") / "sharding.json"
-    until(lambda: begun.exists() and units_finished(output) >= finished, process)
+    until(lambda: begun.exists() and units_finished(output, step) >= finished, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
@@ -491,9 +504,36 @@ def test_another_recipe_starts_anew(tmp_path, texts, model_file, monkeypatch, ca
         patch.setattr("memformer_dist.data.preparation.merge", full)
         shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000))
     shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000), seed=1)
-    assert "has other seed: starting anew" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has other seed: its shards are made anew" in told and "finished by an earlier run" not in told
     shard(tmp_path / "fresh", model_file, [texts], unit_mib=mib(200_000), seed=1)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+def test_a_mended_file_costs_no_other(tmp_path, model_file, monkeypatch, capsys):
+    """What was tokenised is found again by other inputs and settings."""
+    for number, text in enumerate(documents(4)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "1.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="1.txt: not UTF-8.*goes on there"):
+        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], unit_mib=mib(1), strict=True)
+    (tmp_path / "1.txt").write_text("mended")
+    (tmp_path / "4.txt").write_text("added")
+    options = dict(unit_mib=mib(1), strict=True, seed=3)
+    shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], **options)
+    assert "tokenising: 3 of 5 units were finished by an earlier run" in capsys.readouterr().err
+    shard(tmp_path / "fresh", model_file, [f"{tmp_path}/*.txt"], **options)
+    assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+def test_tokens_that_were_cut_short_are_not_used(tmp_path, model_file, two_files, monkeypatch):
+    def cut(task):
+        os.truncate(task.stem.with_suffix(".tokens"), 10)
+        return units_module.write_unit(task)
+
+    monkeypatch.setattr("memformer_dist.data.preparation.write_unit", cut)
+    with pytest.raises(UserError, match=r"\.tokens: 10 bytes, expected \d+; remove .*corpus.partial"):
+        shard(tmp_path / "corpus", model_file, [two_files])
 
 
 def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
@@ -558,28 +598,33 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, model_file):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 600 kB, and what makes it larger. Under a user who may not mount: files of that size at most."""
+    """Makes a file system of so many bytes, and gives what makes it larger."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        import resource
+    mounted = []
 
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    else:
-        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=60m", str(folder)], check=True)
+    def mount(size: int):
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+        if made.returncode:
+            pytest.skip("this user may not mount a file system")
+        mounted.append(folder)
+        return folder, lambda: subprocess.run(["mount", "-o", "remount,size=60m", str(folder)], check=True)
+
+    yield mount
+    for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(texts, model_file, whole, small_disk, workers):
-    """It is told which shard did not fit; no shard under its name is less than whole; with space it goes on."""
-    folder, enlarge = small_disk
+@pytest.mark.parametrize("step, share", [(r"encoded/[0-9a-f]+\.\w+", 0.5), (r"shard-0000\d\d.tar", 1.05)])
+def test_a_full_disk(texts, model_file, whole, small_disk, workers, step, share):
+    """It is told which file did not fit; no shard under its name is less than whole; with space it goes on.
+
+    The disk has room for some of the tokens, or for all of them and no shard.
+    """
+    folder, enlarge = small_disk(int(share * sum(map(len, whole.values()))))
     options = dict(unit_mib=mib(200_000), workers=workers)
-    with pytest.raises(UserError, match=r"cannot write .*shard-0000\d\d.tar: (No space|File too).*goes on from there"):
+    with pytest.raises(UserError, match=rf"cannot write .*{step}: No space.*goes on from there"):
         shard(folder / "corpus", model_file, [texts], **options)
     assert not (folder / "corpus").exists()
     for path in folder.rglob("*.tar"):

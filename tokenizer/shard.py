@@ -6,14 +6,13 @@
 Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines or Parquet, also in .gz and
 .zst; memformer_dist/data/documents.py says how they are read. They are cut up front into units of about --unit-mib; every
 unit makes a shard, and --workers processes, or the ranks of an MPI job of which the first only hands out work, go through
-the units side by side: the same bytes for any number of them. The documents are read twice: first to count them and find
-those that cannot be used, then to tokenise them. The validation documents are a seeded choice of the usable ones, or
-those of --valid-input; training needs some, so a single document is an error unless --valid-fraction 0 asks for no
-validation.
+the units side by side: the same bytes for any number of them. Inputs are read once; their tokens wait in CORPUS.partial
+until it is known which documents are usable. The validation documents are a seeded choice of these, or those of
+--valid-input; training needs some, so a single document is an error unless --valid-fraction 0 asks for no validation.
 
-Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, before anything is written.
-The corpus appears under its name when it is whole; until then it is CORPUS.partial, and the same command goes on there
-after an interruption. A corpus that is there already is kept if it was made of the same files with the same settings
+Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
+The corpus appears under its name when it is whole; until then it is CORPUS.partial, where the same command goes on after
+an interruption, and another one finds again what was tokenised of files that are the same. A corpus that is there already is kept if it was made of the same files with the same settings
 (sharding.json), and is an error otherwise.
 """
 

@@ -123,7 +123,7 @@ def discover(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> Disco
         if not readable:
             raise UserError(f"{given!r} holds no text file, no source file, no .jsonl and no .parquet")
         for name in readable:
-            files.setdefault(name if "://" in name else os.path.realpath(name), name)
+            files.setdefault(absolute(name), name)
     return Discovery([look(name) for name in files.values()], ignored)
 
 
@@ -136,6 +136,11 @@ def look(name: str) -> File:
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
     return File(name, status.st_size, str(status.st_mtime_ns))
+
+
+def absolute(name: str) -> str:
+    """What is the same for two names of one file."""
+    return name if "://" in name else os.path.realpath(name)
 
 
 def _local_matches(given: str) -> list[tuple[str, list[str] | None]]:
@@ -253,11 +258,10 @@ class Reader:
 
     lines   lines of a .jsonl file passed so far, also empty ones. In a part of a file they are counted from its start,
             and so are the positions of documents: nobody knows yet how many lines come before.
-    crc32   of what has been read so far: equal where two readings have found the same documents
     """
 
     def __init__(self, piece: Piece):
-        self.piece, self.name, self.lines, self.crc32 = piece, piece.file.name, 0, 0
+        self.piece, self.name, self.lines = piece, piece.file.name, 0
 
     def __iter__(self) -> Iterator[Document]:
         kind = _suffix(self.name)
@@ -268,9 +272,7 @@ class Reader:
                 elif kind == ".parquet":
                     yield from self._read_rows(file)
                 else:
-                    raw = file.read()
-                    self.crc32 = zlib.crc32(raw)
-                    yield Document(self.name, 0, [Part(raw.decode("utf-8"))])
+                    yield Document(self.name, 0, [Part(file.read().decode("utf-8"))])
         except UnicodeDecodeError as error:
             yield Document(self.name, 0, unreadable=f"not UTF-8: {error}")
         except DAMAGED as error:  # from here on: what came before the damage has been read
@@ -292,7 +294,6 @@ class Reader:
                 break
             position += len(line)
             self.lines += 1
-            self.crc32 = zlib.crc32(line, self.crc32)
             if not line.isspace():
                 yield self._parse(self.lines, _from_line, line)
 
@@ -333,9 +334,7 @@ class Reader:
                         row += 1
                         if row > done:
                             done = row
-                            document = self._parse(position + row, _from_row, dict(zip(columns, values)))
-                            self.crc32 = zlib.crc32(document.text.encode(), self.crc32)
-                            yield document
+                            yield self._parse(position + row, _from_row, dict(zip(columns, values)))
                 return
             except (OSError, _pyarrow(self.name).ArrowException) as error:
                 if together == 1:

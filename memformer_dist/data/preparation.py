@@ -1,19 +1,20 @@
-"""From inputs to a corpus, unit by unit, on many workers: survey, write, merge.
+"""From inputs to a corpus, unit by unit, on many workers: encode, write, merge.
 
 tokenizer/shard.py is the command line; units.py holds what the workers do.
 
-The inputs are cut into units before anything is read (documents.cut_units). Workers go through the units twice: `survey`
-counts the documents and finds those that cannot be used; then the validation documents are chosen, and `write_unit` makes
-of each unit at most one shard for either split, which bears the unit's number. So no shard depends on what another
+The inputs are cut into units before anything is read (documents.cut_units). Workers `encode_unit`, which reads every byte
+of the inputs once; then it is known which documents can be used, and those for validation are chosen; then `write_unit`
+makes of each unit at most one shard for either split, which bears the unit's number. So no shard depends on what another
 worker does, and the corpus is the same bytes for any number of workers.
 
 Until the corpus is whole, everything lies in CORPUS.partial:
 
-    sharding.json       the recipe: inputs, sizes, times, settings; another one starts anew
-    survey.json         what the survey found
-    units/000042.json   a finished unit: its shards and figures, written last; 000042-train.safetensors: its index
-    corpus/             what is renamed to CORPUS at the end
-    lock                held by the process that works here
+    encoded/5d0f...      a unit's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), and what
+                         was found (.json, last). The name is a hash of the files and the tokenizer: other settings find it again
+    sharding.json        the recipe of the shards: inputs, sizes, times, settings; with another one they are made anew
+    shards/000042.json   the shards of a unit and their figures, written last; 000042-train.safetensors: an index
+    corpus/              what is renamed to CORPUS at the end
+    lock                 held by the process that works here
 
 An interrupted run goes on with the units that are not finished.
 """
@@ -26,23 +27,25 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
 
-from memformer_dist.data.documents import File, Unit, cut_units, discover
+from memformer_dist.data.documents import Unit, absolute, cut_units, discover
 from memformer_dist.data.shards import Facts, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
 from memformer_dist.data.units import (
-    Found,
+    Encoded,
+    EncodeTask,
     WriteTask,
+    already_encoded,
     cannot_write,
+    encode_unit,
     finished_record,
     index_path,
     load_tokenizer,
     store,
-    survey_unit,
     write_unit,
 )
 from memformer_dist.data.workers import Pool, open_pool
@@ -99,30 +102,29 @@ def shard(
         elif output.exists() and any(output.iterdir()):
             raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
 
-        found = earlier_survey(partial, recipe) or survey(pool, sources)
-        quarantine = unreadable(sources, found)
-        for line in quarantine[:5]:
-            print(f"cannot read {_place(line)}", file=sys.stderr)
-        if strict and quarantine:
-            first = "; ".join(map(_place, quarantine[:5]))
-            raise UserError(f"--strict: {len(quarantine)} documents cannot be read, nothing is written. {first}")
-        valid = held_out_documents(sources, found, valid_fraction, seed)
-        facts = Facts(
-            vocab_size=model.vocab_size(),
-            bos_id=model.bos_id(),
-            eos_id=model.eos_id(),
-            tokenizer_sha256=recipe["tokenizer_sha256"],
-            has_mask=any(unit.masked for unit in found),
-        )
+        facts = Facts(model.vocab_size(), model.bos_id(), model.eos_id(), recipe["tokenizer_sha256"])
+        encode_tasks = [EncodeTask(number, partial, source.unit, facts) for number, source in enumerate(sources)]
         with _claimed(partial):
-            begin(partial, recipe, found, raw_model)
-            tasks = [
-                WriteTask(number, partial, source.unit, held_out, unit, facts)
-                for number, (source, held_out, unit) in enumerate(zip(sources, valid, found))
+            begin(partial, recipe, {task.stem.name for task in encode_tasks}, raw_model)
+            encoded = work(pool, "tokenising", encode_unit, encode_tasks, sources, already_encoded)
+            quarantine = unreadable(sources, encoded)
+            for line in quarantine[:5]:
+                print(f"cannot read {_place(line)}", file=sys.stderr)
+            if strict and quarantine:
+                first = "; ".join(map(_place, quarantine[:5]))
+                raise UserError(
+                    f"--strict: {len(quarantine)} documents cannot be read, no corpus is made. {first}. What could be read"
+                    f" is tokenised in {partial}: without --strict, or when these are mended, the command goes on there"
+                )
+            valid = held_out_documents(sources, encoded, valid_fraction, seed)
+            facts = facts._replace(has_mask=any(unit.masked for unit in encoded))
+            write_tasks = [
+                WriteTask(task.number, partial, task.stem, held_out, facts)
+                for task, held_out in zip(encode_tasks, valid)
             ]
-            records = write(pool, tasks)
+            records = work(pool, "writing", write_unit, write_tasks, sources, finished_record)
             splits = merge(partial, facts, records)
-            documents = sum(unit.documents for unit in found)
+            documents = sum(unit.documents for unit in encoded)
             report = {
                 "splits": splits,
                 "empty": documents - len(quarantine) - sum(split["documents"] for split in splits.values()),
@@ -160,38 +162,43 @@ def list_sources(
     """The units in the order of the corpus, and the number of files that were passed over for their suffix."""
     files, ignored = discover(inputs, exclude)
     valid_files, valid_ignored = discover(valid_inputs, exclude)
-    if both := {_absolute(file) for file in files} & {_absolute(file) for file in valid_files}:
+    if both := {absolute(file.name) for file in files} & {absolute(file.name) for file in valid_files}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
     groups = (files, False), (valid_files, True)
     sources = [Source(unit, held_out) for group, held_out in groups for unit in cut_units(group, unit_bytes)]
     return sources, ignored + valid_ignored
 
 
-def _absolute(file: File) -> str:
-    return file.name if "://" in file.name else os.path.realpath(file.name)
-
-
 def _listing(sources: Sequence[Source], held_out: bool) -> list[list]:
     """[absolute path, size, time of the last change] of each file."""
     pieces = [piece for source in sources if source.held_out == held_out for piece in source.unit.pieces]
     files = dict.fromkeys(piece.file for piece in pieces)
-    return [[name if "://" in name else os.path.abspath(name), size, changed] for name, size, changed in files]
+    return [[absolute(name), size, changed] for name, size, changed in files]
 
 
-# ------------------------------------------------------------------------------------------------------------- survey
+# --------------------------------------------------------------------------------------------------- encode and write
 
 
-def survey(pool: Pool, sources: Sequence[Source]) -> list[Found]:
-    found: list[Found | None] = [None] * len(sources)
-    total = sum(source.unit.bytes for source in sources)
-    with tqdm(desc="reading", total=total, unit="B", unit_scale=True, disable=None) as progress:
-        for number, unit in pool.run(survey_unit, [(n, source.unit) for n, source in enumerate(sources)]):
-            found[number] = unit
+def work(
+    pool: Pool, what: str, function: Callable, tasks: Sequence, sources: Sequence[Source], earlier: Callable
+) -> list:
+    """The results of all tasks, one for each source; those that an `earlier` run has finished are not done again."""
+    results = [earlier(task) for task in tasks]
+    missing = [task for task, result in zip(tasks, results) if result is None]
+    if len(missing) < len(tasks):
+        print(
+            f"{what}: {len(tasks) - len(missing)} of {len(tasks)} units were finished by an earlier run",
+            file=sys.stderr,
+        )
+    total, left = (sum(sources[task.number].unit.bytes for task in some) for some in (tasks, missing))
+    with tqdm(desc=what, total=total, initial=total - left, unit="B", unit_scale=True, disable=None) as progress:
+        for number, result in pool.run(function, missing):
+            results[number] = result
             progress.update(sources[number].unit.bytes)
-    return found
+    return results
 
 
-def unreadable(sources: Sequence[Source], found: Sequence[Found]) -> list[dict]:
+def unreadable(sources: Sequence[Source], found: Sequence[Encoded]) -> list[dict]:
     """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
     before: dict[str, int] = {}  # lines of a .jsonl in the units up to here
     lines = []
@@ -213,7 +220,7 @@ def _place(line: dict) -> str:
 
 
 def held_out_documents(
-    sources: Sequence[Source], found: Sequence[Found], fraction: float, seed: int
+    sources: Sequence[Source], found: Sequence[Encoded], fraction: float, seed: int
 ) -> list[np.ndarray]:
     """Of each unit the numbers of the validation documents, int64 [n].
 
@@ -251,25 +258,6 @@ def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndar
     return chosen
 
 
-# -------------------------------------------------------------------------------------------------------------- write
-
-
-def write(pool: Pool, tasks: Sequence[WriteTask]) -> list[dict]:
-    """The records of all units, those that an earlier run has finished among them."""
-    records = [finished_record(task.folder, task.number) for task in tasks]
-    missing = [task for task, record in zip(tasks, records) if record is None]
-    if len(missing) < len(tasks):
-        print(f"{len(tasks) - len(missing)} of {len(tasks)} units were finished by an earlier run", file=sys.stderr)
-    total, left = (sum(task.unit.bytes for task in some) for some in (tasks, missing))
-    with tqdm(
-        desc="tokenising", total=total, initial=total - left, unit="B", unit_scale=True, disable=None
-    ) as progress:
-        for number, record in pool.run(write_unit, missing):
-            records[number] = record
-            progress.update(tasks[number].unit.bytes)
-    return records
-
-
 # --------------------------------------------------------------------------------------------------- CORPUS.partial
 
 
@@ -294,30 +282,25 @@ def _claimed(partial: Path) -> Iterator[None]:
             raise cannot_write(partial, error) from None
 
 
-def earlier_survey(partial: Path, recipe: dict) -> list[Found] | None:
-    """What an interrupted run of the same recipe has found."""
-    if not (partial / RECORD).exists() or _differing(json.loads((partial / RECORD).read_text()), recipe):
-        return None
-    return [Found(*unit) for unit in json.loads((partial / "survey.json").read_text())]
-
-
-def begin(partial: Path, recipe: dict, found: Sequence[Found], model: bytes) -> None:
-    """Make CORPUS.partial ready: what an interrupted run of this recipe has finished stays, all else goes."""
+def begin(partial: Path, recipe: dict, units: set[str], model: bytes) -> None:
+    """Make CORPUS.partial ready: what an interrupted run has finished of these `units` and this recipe stays, all else goes."""
     record = partial / RECORD
     differing = _differing(json.loads(record.read_text()), recipe) if record.exists() else ["recipe"]
     if differing:
         if record.exists():
-            print(f"{partial} has other {', '.join(differing)}: starting anew", file=sys.stderr)
-        record.unlink(missing_ok=True)  # first: without it nothing there counts
-        for name in "units", "corpus":
+            print(f"{partial} has other {', '.join(differing)}: its shards are made anew", file=sys.stderr)
+        record.unlink(missing_ok=True)  # first: without it no shard there counts
+        for name in "shards", "corpus":
             shutil.rmtree(partial / name, ignore_errors=True)
-    for name in "units", "corpus/train", "corpus/valid":
+    for name in "encoded", "shards", "corpus/train", "corpus/valid":
         (partial / name).mkdir(parents=True, exist_ok=True)
-    for path in partial.rglob("*.partial"):
-        path.unlink()
+    for path in [
+        *partial.rglob("*.partial"),
+        *(path for path in (partial / "encoded").iterdir() if path.stem not in units),
+    ]:
+        path.unlink(missing_ok=True)
     store(partial / "corpus" / "tokenizer.model", model)
     if differing:
-        store(partial / "survey.json", json.dumps(found).encode())
         store(record, json.dumps(recipe, indent=1).encode())
 
 
@@ -337,9 +320,8 @@ def merge(partial: Path, facts: Facts, records: Sequence[dict]) -> dict[str, dic
             )
         written = []
         for number, unit in units.items():
-            if "shard" in unit:
-                raw = index_path(partial, number, split).read_bytes()
-                written.append(WrittenShard(Shard(**unit["shard"]), Index(**load_safetensors(raw))))
+            raw = index_path(partial, number, split).read_bytes()
+            written.append(WrittenShard(Shard(**unit["shard"]), Index(**load_safetensors(raw))))
         write_manifest(partial / "corpus" / split, facts, written)
         lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
         figures[split] = {

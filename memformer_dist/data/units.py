@@ -1,4 +1,4 @@
-"""What workers do with a unit of the inputs: `survey_unit` counts, `write_unit` makes its shards.
+"""What workers do with a unit of the inputs: `encode_unit` reads it, `write_unit` makes its shards.
 
 Both are called in other processes (workers.py), so they are told all they need, and what lasts they write to files.
 Neither torch nor corpus.py is imported here: workers start in a fraction of a second.
@@ -9,42 +9,110 @@ import functools
 import hashlib
 import json
 import os
-import zlib
+from array import array
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from sentencepiece import SentencePieceProcessor, SetMinLogLevel
 
-from memformer_dist.data.documents import Document, File, Reader, Unit, look
+from memformer_dist.data.documents import Document, File, Reader, Unit, absolute, look
 from memformer_dist.data.shards import Facts, Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
 
 BATCH_CHARACTERS = 250_000  # encoded together; what a worker holds besides the largest document
+BUFFER = 1 << 20  # bytes
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+class EncodeTask(NamedTuple):
+    number: int
+    folder: Path  # CORPUS.partial
+    unit: Unit
+    facts: Facts
+
+    @property
+    def stem(self) -> Path:
+        """Of the files with what was encoded. Named by what goes in: the same files and tokenizer, the same name."""
+        pieces = [(absolute(file.name), file.size, file.changed, *place) for file, *place in self.unit.pieces]
+        made_of = json.dumps([self.facts.tokenizer_sha256, pieces])
+        return self.folder / "encoded" / hashlib.sha256(made_of.encode()).hexdigest()[:32]
+
+
+class Encoded(NamedTuple):
+    """What is known of a unit once its documents are encoded."""
+
+    documents: int
+    unusable: list[int]  # numbers of the documents that are empty or unreadable
+    unreadable: list[list]  # [file, position, reason] of some of these
+    masked: bool  # some part is not to be learnt
+    lines: int  # where the unit is a part of a .jsonl
+
+
+def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
+    """Read and encode the documents of a unit -> (its number, what was found).
+
+    Writes the tokens of all documents, the masks of those that have one, and their columns, one row a document; the record
+    comes last.
+    """
+    model = _model(task.folder / "corpus" / "tokenizer.model", task.facts.tokenizer_sha256)
+    length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
+    unreadable, reader = [], UnitReader(task.unit)
+    files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
+    try:
+        with open(files[0], "wb", BUFFER) as token_file, open(files[1], "wb", BUFFER) as mask_file:
+            for document, tokens, mask in tokenise(reader, model):
+                token_file.write(tokens.astype(task.facts.token_dtype))
+                if mask is not None:
+                    mask_file.write(mask)
+                length.append(len(tokens))
+                characters.append(len(document.text))
+                masked.append(mask is not None)
+                if document.unreadable:
+                    unreadable.append([document.source, document.position, document.unreadable])
+            for file in token_file, mask_file:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(files[0], error) from None
+    columns = {"length": length, "characters": characters, "masked": masked}
+    store(task.stem.with_suffix(".safetensors"), save_safetensors({k: np.array(x) for k, x in columns.items()}))
+    unusable = np.flatnonzero(np.array(length) == 0).tolist()
+    encoded = Encoded(len(length), unusable, unreadable, any(masked), reader.lines)
+    store(task.stem.with_suffix(".json"), json.dumps(encoded).encode())
+    return task.number, encoded
+
+
+def already_encoded(task: EncodeTask) -> Encoded | None:
+    """What an earlier run has found, if the tokens are still there, or in shards already."""
+    record = task.stem.with_suffix(".json")
+    in_shards = finished_record(task) is not None
+    if not record.exists() or not (in_shards or task.stem.with_suffix(".tokens").exists()):
+        return None
+    return Encoded(*json.loads(record.read_text()))
 
 
 class UnitReader:
-    """Iterates over the documents of a unit, all of them, and keeps count of what has passed.
+    """Iterates over the documents of a unit, all of them.
 
     Raises UserError naming a file that is no longer what it was when it was listed.
     """
 
     def __init__(self, unit: Unit):
         self._unit = unit
-        self.documents, self.crc32 = 0, 0
         self.lines = 0  # of the last piece
 
     def __iter__(self) -> Iterator[Document]:
         for piece in self._unit.pieces:
             _expect_unchanged(piece.file)
             reader = Reader(piece)
-            for document in reader:
-                self.documents += 1
-                yield document
+            yield from reader
             self.lines = reader.lines
-            self.crc32 = zlib.crc32(reader.crc32.to_bytes(4, "little"), self.crc32)
             _expect_unchanged(piece.file)
 
 
@@ -60,107 +128,33 @@ def _expect_unchanged(file: File) -> None:
         )
 
 
-class Found(NamedTuple):
-    """What the survey found in a unit."""
-
-    documents: int
-    unusable: list[int]  # numbers of the documents that are empty or unreadable
-    unreadable: list[list]  # [file, position, reason] of some of these
-    masked: bool  # some part is not to be learnt
-    lines: int  # where the unit is a part of a .jsonl
-    crc32: int  # of what was read
-
-
-def survey_unit(task: tuple[int, Unit]) -> tuple[int, Found]:
-    """(Number, unit) -> (number, what was found)."""
-    unit_number, unit = task
-    reader, unusable, unreadable, masked = UnitReader(unit), [], [], False
-    for number, document in enumerate(reader):
-        if not document.text:
-            unusable.append(number)
-        if document.unreadable:
-            unreadable.append([document.source, document.position, document.unreadable])
-        masked = masked or not document.learnt
-    return unit_number, Found(reader.documents, unusable, unreadable, masked, reader.lines, reader.crc32)
-
-
-class WriteTask(NamedTuple):
-    number: int
-    folder: Path  # CORPUS.partial
-    unit: Unit
-    valid: np.ndarray  # int64 [n], numbers of the documents for validation
-    found: Found
-    facts: Facts
-
-
-def write_unit(task: WriteTask) -> tuple[int, dict]:
-    """Make the shards of a unit -> (its number, its record)."""
-    model = _model(task.folder / "corpus" / "tokenizer.model", task.facts.tokenizer_sha256)
-    reader, valid = UnitReader(task.unit), frozenset(task.valid.tolist())
-    chosen = (
-        ("valid" if number in valid else "train", document) for number, document in enumerate(reader) if document.text
-    )
-    writers: dict[str, ShardWriter] = {}
-    figures: dict[str, dict] = {}
-    path = task.folder
-    try:
-        with ExitStack() as stack:
-            for split, document, tokens, mask in tokenise(chosen, model):
-                if split not in writers:
-                    path = task.folder / "corpus" / split / f"shard-{task.number:06d}.tar"
-                    writer = ShardWriter(path, task.number, task.facts.token_dtype, task.facts.has_mask)
-                    writers[split] = stack.enter_context(writer)
-                    figures[split] = {"characters": 0, "labels": 0}
-                path = writers[split].path
-                if len(tokens):  # a tokenizer from elsewhere may make nothing of blanks
-                    writers[split].add(tokens, mask)
-                figures[split]["characters"] += len(document.text)
-                figures[split]["labels"] += len(tokens) if mask is None else int(mask.sum())
-            if (reader.documents, reader.crc32) != (task.found.documents, task.found.crc32):
-                first, last = task.unit.pieces[0].file.name, task.unit.pieces[-1].file.name
-                names = first if first == last else f"a file of {first} ... {last}"
-                raise UserError(f"{names}: changed while it was read: its documents are not those of the first reading")
-            for split, writer in writers.items():
-                path = writer.path
-                if writer.documents:
-                    written = writer.close()
-                    figures[split]["shard"] = written.shard.model_dump()
-                    columns = {name: column for name, column in written.index._asdict().items() if column is not None}
-                    store(index_path(task.folder, task.number, split), save_safetensors(columns))
-        record = {split: figures[split] for split in sorted(figures)}
-        store(record_path(task.folder, task.number), json.dumps(record).encode())
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    return task.number, record
-
-
 def tokenise(
-    documents: Iterable[tuple[str, Document]], model: SentencePieceProcessor
-) -> Iterator[tuple[str, Document, np.ndarray, np.ndarray | None]]:
-    """Each (split, document) with its tokens int32 [n] and its mask uint8 [n], None where every label counts.
+    documents: Iterable[Document], model: SentencePieceProcessor
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Each document with its tokens int32 [n] and its mask uint8 [n], None where every label counts.
 
-    The parts of a document are encoded one by one.
+    The parts of a document are encoded one by one. One that cannot be read has no tokens.
     """
     for batch in _batches(documents):
-        texts = [part.text for _, document in batch for part in document.parts]
+        texts = [part.text for document in batch for part in document.parts]
         encoded = iter(model.encode(texts, out_type="numpy", num_threads=1))
-        for split, document in batch:
+        for document in batch:
             if len(document.parts) == 1 and document.learnt:
-                yield split, document, next(encoded), None
+                yield document, next(encoded), None
                 continue
             pieces = [next(encoded) for _ in document.parts]
-            tokens, mask = np.concatenate(pieces), None
+            tokens, mask = np.concatenate([np.empty(0, np.int32), *pieces]), None
             if not document.learnt:
                 learnt = np.concatenate([np.full(len(piece), part.loss) for piece, part in zip(pieces, document.parts)])
                 # Label i is token i + 1; the last label, EOS, belongs to the part that ends the document.
                 mask = np.append(learnt[1:], document.parts[-1].loss).astype(np.uint8)[: len(tokens)]
-            yield split, document, tokens, mask
+            yield document, tokens, mask
 
 
-def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, size = [], 0
-    for split, document in documents:
-        batch.append((split, document))
+    for document in documents:
+        batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
@@ -175,6 +169,65 @@ def _model(path: Path, sha256: str) -> SentencePieceProcessor:
     model, raw = load_tokenizer(path)
     assert hashlib.sha256(raw).hexdigest() == sha256
     return model
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+class WriteTask(NamedTuple):
+    number: int
+    folder: Path  # CORPUS.partial
+    stem: Path  # of the encoded unit
+    valid: np.ndarray  # int64 [n], numbers of the documents for validation
+    facts: Facts
+
+
+def write_unit(task: WriteTask) -> tuple[int, dict]:
+    """Make the shards of an encoded unit -> (its number, its record). Its tokens are then no longer needed and go."""
+    files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
+    columns = load_safetensors(task.stem.with_suffix(".safetensors").read_bytes())
+    length, masked = columns["length"], columns["masked"].astype(bool)
+    valid, itemsize = frozenset(task.valid.tolist()), task.facts.token_dtype.itemsize
+    for file, size in zip(files, (itemsize * length.sum(dtype=np.int64), length[masked].sum(dtype=np.int64))):
+        if file.stat().st_size != size:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, expected {size}; remove {task.folder} and start again"
+            )
+    writers: dict[str, ShardWriter] = {}
+    figures: dict[str, dict] = {}
+    path = task.folder
+    try:
+        with ExitStack() as stack:
+            token_file, mask_file = (stack.enter_context(open(file, "rb", BUFFER)) for file in files)
+            rows = zip(*map(memoryview, (length, columns["characters"], masked)))  # numbers one by one, no lists
+            for number, (count, characters, has_mask) in enumerate(rows):
+                if not count:
+                    continue
+                tokens = np.frombuffer(token_file.read(count * itemsize), task.facts.token_dtype)
+                mask = np.frombuffer(mask_file.read(count), np.uint8) if has_mask else None
+                split = "valid" if number in valid else "train"
+                if split not in writers:
+                    path = task.folder / "corpus" / split / f"shard-{task.number:06d}.tar"
+                    writer = ShardWriter(path, task.number, task.facts.token_dtype, task.facts.has_mask)
+                    writers[split] = stack.enter_context(writer)
+                    figures[split] = {"characters": 0, "labels": 0}
+                path = writers[split].path
+                writers[split].add(tokens, mask)
+                figures[split]["characters"] += characters
+                figures[split]["labels"] += count if mask is None else int(mask.sum())
+            for split, writer in writers.items():
+                path = writer.path
+                written = writer.close()
+                figures[split]["shard"] = written.shard.model_dump()
+                index = {name: column for name, column in written.index._asdict().items() if column is not None}
+                store(index_path(task.folder, task.number, split), save_safetensors(index))
+        record = {split: figures[split] for split in sorted(figures)}
+        store(record_path(task.folder, task.number), json.dumps(record).encode())
+        for file in files:
+            file.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return task.number, record
 
 
 # ------------------------------------------------------------------------------------------- files of CORPUS.partial
@@ -194,24 +247,24 @@ def load_tokenizer(path: Path) -> tuple[SentencePieceProcessor, bytes]:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    return folder / "units" / f"{number:06d}.json"
+    return folder / "shards" / f"{number:06d}.json"
 
 
 def index_path(folder: Path, number: int, split: str) -> Path:
-    return folder / "units" / f"{number:06d}-{split}.safetensors"
+    return folder / "shards" / f"{number:06d}-{split}.safetensors"
 
 
-def finished_record(folder: Path, number: int) -> dict | None:
-    """The record of a unit in CORPUS.partial, if it is finished."""
+def finished_record(task: EncodeTask | WriteTask) -> dict | None:
+    """The record of a unit whose shards are written."""
+    number, folder, *_ = task
     try:
         record = json.loads(record_path(folder, number).read_text())
     except FileNotFoundError:
         return None
     for split, figures in record.items():
-        if "shard" in figures:
-            shard = Shard(**figures["shard"])
-            if not index_path(folder, number, split).exists() or wrong_size(folder / "corpus" / split, shard):
-                return None
+        shard = Shard(**figures["shard"])
+        if not index_path(folder, number, split).exists() or wrong_size(folder / "corpus" / split, shard):
+            return None
     return record
 
 

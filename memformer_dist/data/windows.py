@@ -80,7 +80,7 @@ class RecycledMemory:
         self._free: defaultdict[tuple, list[memoryview]] = defaultdict(list)
         self._lent: dict[int, tuple[memoryview, weakref.ref]] = {}
 
-    def take(self, shape: tuple[int, int], dtype: type | np.dtype = np.int64) -> np.ndarray:
+    def take(self, shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
         """With anything in it."""
         free = self._free[shape, dtype]
         memory = free.pop() if free else memoryview(np.empty(shape, dtype))
@@ -114,17 +114,23 @@ class WindowReader:
 
         A document is checked against its crc32 when this process meets it first. Raises CorpusError.
         """
-        lanes = self.lanes if lanes is None else lanes
+        if lanes is None:
+            lanes = self.lanes
         assert lanes.step == 1 and self.lanes.start <= lanes.start < lanes.stop <= self.lanes.stop
-        chunk, k, size = *self.chunk_of(tick, lanes), self.schedule.segment_length
-        columns, following = slice(k * size, (k + 1) * size), slice(k * size + 1, (k + 1) * size + 1)
-        tokens, labels = (self._memory.take((len(lanes), size)) for _ in range(2))
-        tokens[:], labels[:] = chunk.text[:, columns], chunk.text[:, following]
-        for row, length, last_label in chunk.ends[k]:
-            tokens[row, length:], labels[row, length:] = 0, IGNORE
-            labels[row, length - 1 : length] = last_label
+        chunk, k = self.chunk_of(tick, lanes)
+        rows, size = len(lanes), self.schedule.segment_length
+        start, stop = k * size, (k + 1) * size
+        both = self._memory.take((2 * rows * size,), np.int64)
+        tokens, labels = both.reshape(2, rows, size)
+        tokens[:], labels[:] = chunk.text[:, start:stop], chunk.text[:, start + 1 : stop + 1]
+        behind = rows * size  # the labels lie behind the tokens
+        for first, end, last_label in chunk.ends[k]:
+            both[first:end] = 0
+            both[behind + first : behind + end] = IGNORE
+            if last_label != IGNORE:
+                both[behind + first - 1] = last_label
         if chunk.mask is not None:
-            labels[chunk.mask[:, columns] == 0] = IGNORE
+            labels[chunk.mask[:, start:stop] == 0] = IGNORE
         return Segment(torch.from_numpy(tokens), torch.from_numpy(labels), *chunk.rest[k])
 
     def chunk_ticks(self, lanes: range) -> int:
@@ -150,37 +156,53 @@ class WindowReader:
 
     def _read(self, start: int, stop: int, lanes: range) -> Chunk:
         """The ticks start <= tick < stop."""
-        size, shape = self.schedule.segment_length, (stop - start, len(lanes))
         stretches = self.schedule.stretches(start, stop, lanes)
         places = self._places(stretches)
         self.corpus.check(*places)
-        width = shape[0] * size
-        text = self._memory.take((shape[1], width + 1), self.corpus.token_dtype)
-        mask = np.zeros((shape[1], width), np.uint8) if self.corpus.has_mask else None
-        lane, tick = stretches.lane - lanes.start, stretches.tick - start
-        for row, at, document, first, last in zip(*(x.tolist() for x in (lane, tick * size, *places))):
-            # One more, for the last label. Where the document ends there is none, and the next one begins.
-            found = self.corpus.tokens(document, first, last + 1)[: width + 1 - at]
-            text[row, at : at + len(found)] = found
-            if mask is not None:
-                mask[row, at : at + last - first] = self.corpus.mask(document, first, last)
-        number = np.repeat(np.arange(len(lane)), stretches.ticks)  # of its stretch, for every segment read
-        within = np.arange(len(number)) - np.repeat(np.cumsum(stretches.ticks) - stretches.ticks, stretches.ticks)
-        where = tick[number] + within, lane[number]
+        shape, lane, tick = (stop - start, len(lanes)), stretches.lane - lanes.start, stretches.tick - start
+        return Chunk(*self._copy(shape, lane, tick, *places), *self._columns(shape, lane, tick, stretches))
+
+    def _copy(self, shape, lane, tick, document, first, last) -> tuple[np.ndarray, np.ndarray | None]:
+        """Text and mask of a chunk of shape (K, L); stretches int64 [stretches], their tokens first <= i < last."""
+        size = self.schedule.segment_length
+        width = shape[0] * size + 1
+        text = self._memory.take((shape[1] * width,), self.corpus.token_dtype)
+        start = lane * width + tick * size
+        # One more, for the last label. Where the document ends there is none, and the next one begins.
+        stop = np.minimum(last + 1, self.corpus.lengths[document])
+        columns = document, first, stop, start, start + stop - first
+        tokens = self.corpus.tokens
+        for number, begin, end, at, upto in zip(*(column.tolist() for column in columns)):
+            text[at:upto] = tokens(number, begin, end)
+        text = text.reshape(shape[1], width)
+        if not self.corpus.has_mask:
+            return text, None
+        mask = np.zeros((shape[1], width - 1), np.uint8)
+        for number, begin, end, row, at in zip(*(x.tolist() for x in (document, first, last, lane, tick * size))):
+            mask[row, at : at + end - begin] = self.corpus.mask(number, begin, end)
+        return text, mask
+
+    def _columns(self, shape, lane, tick, stretches: Stretches) -> tuple[list, list]:
+        """Ends and the rest of a chunk of shape (K, L)."""
+        size, count = self.schedule.segment_length, stretches.ticks
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # of its stretch, each segment
+        cell = np.repeat(tick * shape[1] + lane, count) + within * shape[1]
         document, offset = np.full(shape, -1), np.zeros(shape, np.int64)
-        document[where], offset[where] = stretches.document[number], (stretches.segment[number] + within) * size
-        live = document >= 0
-        left = np.where(live, self.corpus.lengths[document] - offset, 0)
+        left = np.zeros(shape, np.int64)  # tokens from here to the document's end; 0 on a lane that has run dry
+        document.reshape(-1)[cell] = np.repeat(stretches.document, count)
+        offset.reshape(-1)[cell] = (np.repeat(stretches.segment, count) + within) * size
+        left.reshape(-1)[cell] = np.repeat(self.corpus.lengths[stretches.document], count) - offset.reshape(-1)[cell]
         length = np.minimum(left, size)
         ends: list[list[tuple[int, int, int]]] = [[] for _ in range(shape[0])]
         last = np.nonzero(left <= size)
         last_label = np.full(len(last[0]), IGNORE)
-        ending = live[last]
+        ending = left[last] > 0
         last_label[ending] = self.corpus.last_labels(document[last][ending])
-        for k, *end in zip(*(x.tolist() for x in (*last, length[last], last_label))):
-            ends[k].append(tuple(end))
-        rest = length, (offset == 0) & live, np.zeros(shape, bool), document, offset
-        return Chunk(text, mask, ends, list(zip(*(torch.from_numpy(column).unbind() for column in rest))))
+        first = last[1] * size + length[last]
+        for k, *end in zip(*(x.tolist() for x in (last[0], first, (last[1] + 1) * size, last_label))):
+            ends[k].append(end)
+        rest = length, (offset == 0) & (left > 0), np.zeros(shape, bool), document, offset
+        return ends, list(zip(*(torch.from_numpy(column).unbind() for column in rest)))
 
     def window(self, start_tick: int, segments: int, lanes: range | None = None) -> "Window":
         return Window(self, start_tick, segments, lanes)
