@@ -4,8 +4,9 @@
     python benchmarks/data.py --quick         smaller sizes, under a minute, no thresholds
     options: --json PATH, --text FILES... (default: the sources of Python's standard library), --folder PATH
 
-Everything runs on one thread and is compared by processor time, in turns, medians over the rounds. All readers make the
-same thing of the same tokens: int64 tokens and labels of 64 lanes x 512 tokens a batch, documents of 10,000 tokens.
+Everything runs on one thread and is compared by processor time, in turns: figures are medians over the rounds, ratios
+medians of the rounds' ratios. All readers make the same thing of the same tokens: int64 tokens and labels of 64 lanes x 512
+tokens a batch, documents of 10,000 tokens.
 
     windows             ours: lanes of contiguous segments, checked, labels across segments, ends marked
     memmap              the limit: a loop that copies the lanes' ranges, known beforehand, from one numpy memmap into one batch
@@ -44,7 +45,7 @@ from memformer_dist.data.corpus import Corpus  # noqa: E402
 from memformer_dist.data.lanes import LaneSchedule  # noqa: E402
 from memformer_dist.data.reading import lane_schedule  # noqa: E402
 from memformer_dist.data.shards import Facts, Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
-from memformer_dist.data.windows import WindowReader  # noqa: E402
+from memformer_dist.data.windows import CHUNK_TICKS, CHUNKS_HELD, WindowReader  # noqa: E402
 
 LANES, LENGTH, DOCUMENT_TOKENS = 64, 512, 10_000
 MUST_SHOW = {  # of the issue
@@ -180,9 +181,10 @@ def streaming_reader(corpus: Corpus, folder: Path) -> Callable[[], int] | None:
     return read
 
 
-def reading(folder: Path, tokens: np.ndarray, quick: bool) -> dict[str, float]:
-    """Tokens a second of processor time, by reader."""
-    documents, ticks = (600, 128) if quick else (3000, 640)
+def reading(folder: Path, tokens: np.ndarray, quick: bool) -> dict[str, list[float]]:
+    """Tokens a second of processor time, by reader, in each round."""
+    documents, ticks = (1000, 320) if quick else (3000, 640)
+    assert ticks > CHUNKS_HELD * CHUNK_TICKS  # else a round would find everything read by the one before
     split = write_documents(folder / "long", tokens, DOCUMENT_TOKENS, documents)
     corpus = Corpus.open(split)
     everything = np.arange(documents)
@@ -201,7 +203,7 @@ def reading(folder: Path, tokens: np.ndarray, quick: bool) -> dict[str, float]:
             count = readers[name]()
             if turn:  # the first one warms up
                 found[name].append(count / (time.process_time() - began))
-    return {name: statistics.median(figures) for name, figures in found.items()}
+    return found
 
 
 # ----------------------------------------------------------------------------------------- resuming, scheduling, the index
@@ -276,8 +278,8 @@ def opening(folder: Path, documents: int) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------- tokenising
 
 
-def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, float]:
-    """Characters a second of processor time: ours from files to shards, and bare SentencePiece from memory."""
+def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, list[float]]:
+    """Characters a second of processor time in each round: ours from files to shards, bare SentencePiece from memory."""
     import sentencepiece
 
     from tokenizer.shard import shard
@@ -295,32 +297,43 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, f
         began = time.process_time()
         shard(folder / f"tokenised-{turn}", model, [str(source)], valid_fraction=0, workers=1)
         ours.append(len(text) / (time.process_time() - began))
-    return {"shard": statistics.median(ours), "sentencepiece": statistics.median(bare)}
+    return {"shard": ours, "sentencepiece": bare}
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
+def ratio(rounds: dict[str, list[float]], one: str, other: str) -> float:
+    """Machines change their speed from minute to minute: what is compared was measured in the same round."""
+    return statistics.median(a / b for a, b in zip(rounds[one], rounds[other]))
+
+
+def medians(rounds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(figures) for name, figures in rounds.items()}
+
+
 def benchmark(folder: Path, files: list[str], quick: bool) -> dict[str, Any]:
     import sentencepiece
 
-    text = read_text(files, 3_000_000 if quick else 60_000_000)
+    text = read_text(files, 8_000_000 if quick else 60_000_000)
     model = train_model(folder, text)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokens = np.concatenate(processor.encode(text[:2_000_000].splitlines(), out_type="numpy", num_threads=2))
     readers = reading(folder, tokens, quick)
-    tokenised = tokenising(folder, model, text, rounds=1 if quick else 5)
+    tokenised = tokenising(folder, model, text, rounds=3 if quick else 7)
     return {
-        "tokens_per_s": readers["windows"],
-        "ratio_webdataset": readers["windows"] / readers["webdataset"],
-        "ratio_memmap": readers["windows"] / readers["memmap"],
+        "tokens_per_s": statistics.median(readers["windows"]),
+        "ratio_webdataset": ratio(readers, "windows", "webdataset"),
+        "ratio_memmap": ratio(readers, "windows", "memmap"),
+        "memmap_to_webdataset": ratio(readers, "memmap", "webdataset"),
+        "memmap_tokens_to_webdataset": ratio(readers, "memmap, tokens", "webdataset"),
         **resuming(folder, tokens, 100_000 if quick else 1_000_000, rounds=1 if quick else 5),
-        "tokenise_ratio": tokenised["shard"] / tokenised["sentencepiece"],
+        "tokenise_ratio": ratio(tokenised, "shard", "sentencepiece"),
         "schedule_1m_s": statistics.median(scheduling(1_000_000) for _ in range(3)),
         **({} if quick else {"schedule_10m_s": scheduling(10_000_000)}),
         **opening(folder, 10_000_000),
-        "readers": readers,
-        "tokenising": tokenised,
+        "readers": medians(readers),
+        "tokenising": medians(tokenised),
         "quick": quick,
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},

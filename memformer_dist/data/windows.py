@@ -60,7 +60,8 @@ class Chunk(NamedTuple):
 
     text   uint16 or uint32 [L, K S + 1], with the token behind the last one; anything at all where a document has ended
     mask   uint8 [L, K S], where the corpus has masks
-    ends   of each tick (row, its tokens, last label) for the rows that end their document or have none
+    ends   of each tick, for the rows that end their document or have none: where the padding starts and stops in the L S
+           places of a segment, and the last label
     rest   of each tick the columns of a segment but tokens and labels
     """
 
@@ -123,10 +124,9 @@ class WindowReader:
         both = self._memory.take((2 * rows * size,), np.int64)
         tokens, labels = both.reshape(2, rows, size)
         tokens[:], labels[:] = chunk.text[:, start:stop], chunk.text[:, start + 1 : stop + 1]
-        behind = rows * size  # the labels lie behind the tokens
+        behind = tokens.size  # the labels lie behind the tokens
         for first, end, last_label in chunk.ends[k]:
-            both[first:end] = 0
-            both[behind + first : behind + end] = IGNORE
+            both[first:end], both[behind + first : behind + end] = 0, IGNORE
             if last_label != IGNORE:
                 both[behind + first - 1] = last_label
         if chunk.mask is not None:
@@ -157,52 +157,48 @@ class WindowReader:
     def _read(self, start: int, stop: int, lanes: range) -> Chunk:
         """The ticks start <= tick < stop."""
         stretches = self.schedule.stretches(start, stop, lanes)
-        places = self._places(stretches)
-        self.corpus.check(*places)
-        shape, lane, tick = (stop - start, len(lanes)), stretches.lane - lanes.start, stretches.tick - start
-        return Chunk(*self._copy(shape, lane, tick, *places), *self._columns(shape, lane, tick, stretches))
+        self.corpus.check(*self._places(stretches))
+        here = stretches._replace(lane=stretches.lane - lanes.start, tick=stretches.tick - start)
+        return Chunk(*self._copy(here, len(lanes), stop - start), *self._columns(here, len(lanes), stop - start))
 
-    def _copy(self, shape, lane, tick, document, first, last) -> tuple[np.ndarray, np.ndarray | None]:
-        """Text and mask of a chunk of shape (K, L); stretches int64 [stretches], their tokens first <= i < last."""
+    def _copy(self, stretches: Stretches, rows: int, ticks: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Text and mask of a chunk, whose first lane and tick are 0."""
         size = self.schedule.segment_length
-        width = shape[0] * size + 1
-        text = self._memory.take((shape[1] * width,), self.corpus.token_dtype)
-        start = lane * width + tick * size
+        width = ticks * size + 1
+        document, first, last = self._places(stretches)
         # One more, for the last label. Where the document ends there is none, and the next one begins.
         stop = np.minimum(last + 1, self.corpus.lengths[document])
-        columns = document, first, stop, start, start + stop - first
-        tokens = self.corpus.tokens
-        for number, begin, end, at, upto in zip(*(column.tolist() for column in columns)):
-            text[at:upto] = tokens(number, begin, end)
-        text = text.reshape(shape[1], width)
-        if not self.corpus.has_mask:
-            return text, None
-        mask = np.zeros((shape[1], width - 1), np.uint8)
-        for number, begin, end, row, at in zip(*(x.tolist() for x in (document, first, last, lane, tick * size))):
-            mask[row, at : at + end - begin] = self.corpus.mask(number, begin, end)
-        return text, mask
+        at = stretches.lane * width + stretches.tick * size
+        text, tokens = self._memory.take((rows * width,), self.corpus.token_dtype), self.corpus.tokens
+        for number, i, j, begin, end in zip(*(x.tolist() for x in (document, first, stop, at, at + stop - first))):
+            text[begin:end] = tokens(number, i, j)
+        mask = None
+        if self.corpus.has_mask:
+            mask = np.zeros((rows, width - 1), np.uint8)
+            places = stretches.lane, stretches.tick * size, document, first, last
+            for row, begin, number, i, j in zip(*(x.tolist() for x in places)):
+                mask[row, begin : begin + j - i] = self.corpus.mask(number, i, j)
+        return text.reshape(rows, width), mask
 
-    def _columns(self, shape, lane, tick, stretches: Stretches) -> tuple[list, list]:
-        """Ends and the rest of a chunk of shape (K, L)."""
+    def _columns(self, stretches: Stretches, rows: int, ticks: int) -> tuple[list, list]:
+        """Ends and the rest of a chunk, whose first lane and tick are 0."""
         size, count = self.schedule.segment_length, stretches.ticks
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # of its stretch, each segment
-        cell = np.repeat(tick * shape[1] + lane, count) + within * shape[1]
-        document, offset = np.full(shape, -1), np.zeros(shape, np.int64)
-        left = np.zeros(shape, np.int64)  # tokens from here to the document's end; 0 on a lane that has run dry
-        document.reshape(-1)[cell] = np.repeat(stretches.document, count)
-        offset.reshape(-1)[cell] = (np.repeat(stretches.segment, count) + within) * size
-        left.reshape(-1)[cell] = np.repeat(self.corpus.lengths[stretches.document], count) - offset.reshape(-1)[cell]
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # each segment in its stretch
+        cell = np.repeat(stretches.tick * rows + stretches.lane, count) + within * rows
+        document, offset, left = (np.full(ticks * rows, value) for value in (-1, 0, 0))  # of a lane that has run dry
+        document[cell] = np.repeat(stretches.document, count)
+        offset[cell] = (np.repeat(stretches.segment, count) + within) * size
+        left[cell] = np.repeat(self.corpus.lengths[stretches.document], count) - offset[cell]  # to the document's end
         length = np.minimum(left, size)
-        ends: list[list[tuple[int, int, int]]] = [[] for _ in range(shape[0])]
-        last = np.nonzero(left <= size)
-        last_label = np.full(len(last[0]), IGNORE)
-        ending = left[last] > 0
-        last_label[ending] = self.corpus.last_labels(document[last][ending])
-        first = last[1] * size + length[last]
-        for k, *end in zip(*(x.tolist() for x in (last[0], first, (last[1] + 1) * size, last_label))):
-            ends[k].append(end)
-        rest = length, (offset == 0) & (left > 0), np.zeros(shape, bool), document, offset
-        return ends, list(zip(*(torch.from_numpy(column).unbind() for column in rest)))
+        ending = np.flatnonzero(left <= size)
+        last_label, live = np.full(len(ending), IGNORE), left[ending] > 0
+        last_label[live] = self.corpus.last_labels(document[ending[live]])
+        tick, row = np.divmod(ending, rows)
+        ends: list[list[tuple[int, int, int]]] = [[] for _ in range(ticks)]
+        for k, *end in zip(*(x.tolist() for x in (tick, row * size + length[ending], (row + 1) * size, last_label))):
+            ends[k].append(tuple(end))
+        rest = length, (offset == 0) & (left > 0), np.zeros(len(left), bool), document, offset
+        return ends, list(zip(*(torch.from_numpy(column.reshape(ticks, rows)).unbind() for column in rest)))
 
     def window(self, start_tick: int, segments: int, lanes: range | None = None) -> "Window":
         return Window(self, start_tick, segments, lanes)
@@ -275,6 +271,8 @@ class Window(Sequence[Segment]):
         return segment
 
     def _prepare_after(self, visit: int) -> None:
+        if not self._reader.prefetch:
+            return
         turn = self._segments - 1
         visits = range(visit + 1, min(visit + 1 + self._reader.prefetch, 2 * turn + 1))
         wanted = [turn - abs(turn - visit) for visit in visits]
@@ -285,5 +283,5 @@ class Window(Sequence[Segment]):
                 self._prepared[t] = self._reader.thread.submit(self._reader.segment, self.start + t, self._lanes)
         # A chunk takes longer than a segment where disks are slow: the one after the next segments' begins now.
         ahead = visit + self._reader.chunk_ticks(self._lanes)
-        if wanted and ahead <= 2 * turn:
+        if ahead <= 2 * turn:
             self._reader.thread.submit(self._reader.chunk_of, self.start + turn - abs(turn - ahead), self._lanes)
