@@ -47,7 +47,7 @@ class Monitor:
         folder = run_dir / "tensorboard"
         self.by_step = SummaryWriter(str(folder / "steps"), purge_step=position.step + 1)
         self.by_tokens = SummaryWriter(str(folder / "tokens"), purge_step=position.tokens + 1)
-        self.records = _continue(run_dir / "metrics.jsonl", position.step).open("a")
+        self.records = _continue(run_dir / "metrics.jsonl", position).open("a")
         self.bar = tqdm(
             total=total_tokens, initial=position.tokens, unit="tok", unit_scale=True, smoothing=0.1, desc="train"
         )
@@ -113,16 +113,20 @@ def _histogram(values: list[float]) -> dict:
     }
 
 
-def _continue(path: Path, step: int) -> Path:
-    """Drop the records after `step`, which a resumed run will write again."""
+def _continue(path: Path, position: Position) -> Path:
+    """Drop the records after `position`, which a resumed run will write again."""
+
+    def is_kept(line: str) -> bool:
+        if not line.endswith("\n"):  # the run was killed while it wrote
+            return False
+        record = json.loads(line)
+        # An evaluation at the checkpoint's step may have come after the checkpoint.
+        reached = position.evaluated if "eval/loss" in record else position.tokens
+        return record["step"] <= position.step and record["tokens"] <= reached
+
     if path.exists():
-        kept = [
-            line
-            for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step
-        ]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(filter(is_kept, path.read_text().splitlines(keepends=True))))
         partial.rename(path)
     return path
 

@@ -187,6 +187,19 @@ def test_curves_of_a_resumed_run(train, tmp_path):
     assert [record[NAME] for record in records(tmp_path)] == [[float(step)] * step for step in range(1, 6)]
 
 
+@pytest.mark.parametrize("saved_after", [True, False])
+def test_an_evaluation_is_recorded_once(train, tmp_path, saved_after):
+    """It may come before or, where a run that goes on finds it overdue, after the checkpoint of its step."""
+    for first in 0, 2:
+        running = train(first, 2, close=False)
+        running.log(at(2), {"eval/loss": 1.0})
+        running.close()
+    evaluated = 2 * STEP_TOKENS if saved_after else 0
+    position = at(2).model_copy(update={"evaluated": evaluated})
+    Monitor(tmp_path, position, 10 * STEP_TOKENS, is_main=True).close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 2][: 2 + saved_after]
+
+
 def test_a_curve_that_is_not_finite(train, tmp_path):
     running = train(0, 0, close=False)
     running.log(at(1), {}, {NAME: [math.inf, 1.0, math.nan]})
