@@ -61,13 +61,14 @@ def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
     comes last.
     """
     model = _model(task.folder / "corpus" / "tokenizer.model", task.facts.tokenizer_sha256)
+    dtype = task.facts.token_dtype
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
     unreadable, reader = [], UnitReader(task.unit)
     files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
     try:
         with open(files[0], "wb", BUFFER) as token_file, open(files[1], "wb", BUFFER) as mask_file:
             for document, tokens, mask in tokenise(reader, model):
-                token_file.write(tokens.astype(task.facts.token_dtype))
+                token_file.write(tokens.astype(dtype))
                 if mask is not None:
                     mask_file.write(mask)
                 length.append(len(tokens))
@@ -187,8 +188,8 @@ def write_unit(task: WriteTask) -> tuple[int, dict]:
     files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
     columns = load_safetensors(task.stem.with_suffix(".safetensors").read_bytes())
     length, masked = columns["length"], columns["masked"].astype(bool)
-    valid, itemsize = frozenset(task.valid.tolist()), task.facts.token_dtype.itemsize
-    for file, size in zip(files, (itemsize * length.sum(dtype=np.int64), length[masked].sum(dtype=np.int64))):
+    valid, dtype = frozenset(task.valid.tolist()), task.facts.token_dtype
+    for file, size in zip(files, (dtype.itemsize * length.sum(dtype=np.int64), length[masked].sum(dtype=np.int64))):
         if file.stat().st_size != size:
             raise UserError(
                 f"{file}: {file.stat().st_size} bytes, expected {size}; remove {task.folder} and start again"
@@ -203,12 +204,12 @@ def write_unit(task: WriteTask) -> tuple[int, dict]:
             for number, (count, characters, has_mask) in enumerate(rows):
                 if not count:
                     continue
-                tokens = np.frombuffer(token_file.read(count * itemsize), task.facts.token_dtype)
+                tokens = np.frombuffer(token_file.read(count * dtype.itemsize), dtype)
                 mask = np.frombuffer(mask_file.read(count), np.uint8) if has_mask else None
                 split = "valid" if number in valid else "train"
                 if split not in writers:
                     path = task.folder / "corpus" / split / f"shard-{task.number:06d}.tar"
-                    writer = ShardWriter(path, task.number, task.facts.token_dtype, task.facts.has_mask)
+                    writer = ShardWriter(path, task.number, dtype, task.facts.has_mask)
                     writers[split] = stack.enter_context(writer)
                     figures[split] = {"characters": 0, "labels": 0}
                 path = writers[split].path
