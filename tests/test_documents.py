@@ -1,7 +1,10 @@
 """Discovery and reading of documents."""
 
+import errno
 import gzip
+import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -63,6 +66,52 @@ def test_the_same_file_is_read_once(tmp_path):
     make(tmp_path, a_txt=b"")
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     assert names(tmp_path, [tmp_path, tmp_path / "a.txt"]) == ["a.txt"]
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    make(tmp_path, real__x_txt=b"", in__a_txt=b"", in__deep__b_txt=b"")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "deep" / "round").symlink_to(tmp_path / "in")
+    assert names(tmp_path, [tmp_path / "in"]) == ["in/a.txt", "in/deep/b.txt", "in/linked/x.txt"]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    make(tmp_path, in__a_txt=b"", in__closed__b_txt=b"")
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match="in/closed: Permission denied"):
+        discover([tmp_path / "in"])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.parquet", "d.parquet.gz"])
+def test_what_is_wrong_with_the_machine_is_no_unreadable_document(tmp_path, monkeypatch, name):
+    """A bad disk, a full folder of temporary files. The control: a file that is damaged."""
+    (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b'{"text": 1}')
+    if name.endswith(".gz"):
+        monkeypatch.setattr("shutil.copyfileobj", failing(errno.ENOSPC))
+    else:
+        monkeypatch.setattr("memformer_dist.data.documents.open", lambda *_: FailingFile(), raising=False)
+    with pytest.raises(UserError, match=f"{name}: cannot be read: "):
+        list(read_documents([tmp_path / name]))
+    monkeypatch.undo()
+    assert [bool(document.unreadable) for document in read_documents([tmp_path / name])] == [name != "a.txt"]
+
+
+def failing(number: int):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+class FailingFile(io.BytesIO):
+    read = readline = readinto = seek = failing(errno.EIO)
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "nowhere/*.txt", "pictures"])
@@ -151,7 +200,8 @@ def test_reading_is_lazy(tmp_path):
     reader = read_documents(file.name for file in discover([tmp_path]).files)
     assert next(reader).text == "first"
     (tmp_path / "b.txt").unlink()
-    assert "No such file" in next(reader).unreadable
+    with pytest.raises(UserError, match="b.txt: cannot be read: No such file"):  # nothing is wrong with a document
+        next(reader)
 
 
 def test_excluded_names_are_passed_over_in_folders(tmp_path):

@@ -134,6 +134,20 @@ def test_concurrent_copies_of_many_and_of_few_documents():
     assert LaneSchedule(np.full(2, 8), seed=0, lanes=16, segment_length=4).concurrent_copies() == 8
 
 
+def test_epochs_that_deal_nothing_have_no_copies():
+    nothing = LaneSchedule(np.full(3, 8), seed=0, lanes=2, segment_length=4, order=lambda epoch: np.empty(0, np.int64))
+    assert nothing.concurrent_copies() == 0
+
+
+def test_of_small_epochs_many_are_held(monkeypatch):
+    monkeypatch.setattr(lanes, "DEALS_AT_ONCE", 300)
+    schedule = LaneSchedule(np.full(3, 4), seed=0, lanes=16, segment_length=4)
+    for tick in 400, 3, 200:
+        schedule.at(tick)
+    held = [len(deals.lane) for deals in schedule._held.values()]
+    assert len(held) == 100 and schedule._deals_held == sum(held) == 300
+
+
 def test_threads_may_share_a_schedule():
     lengths = np.random.default_rng(0).integers(1, 30, 200)
     alone = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
@@ -157,30 +171,35 @@ def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 30, 50)
     facts = dict(seed=0, lanes=4, segment_length=4, cache=tmp_path / "schedules", key="a")
 
-    def read(lengths=lengths, **other):
+    def read(lengths=lengths, start=0, stop=300, **other):
         schedule = LaneSchedule(lengths, **(facts | other))
-        return [rows_at(schedule, tick) for tick in range(0, 300, 7)]
+        return [rows_at(schedule, tick) for tick in range(start, stop, 7)]
 
-    expected = read(cache=None)
-    assert read() == expected
-    kept = sorted((tmp_path / "schedules").iterdir())
-    assert len(kept) >= 3 and not [path for path in kept if path.suffix != ".safetensors"]
-    dealt = []
-    deal = LaneSchedule._deal
+    dealt, deal = [], LaneSchedule._deal
     monkeypatch.setattr(LaneSchedule, "_deal", lambda self, epoch: (dealt.append(epoch), deal(self, epoch))[1])
-    assert read() == expected and not dealt
+    expected = read(cache=None)
+    epochs, dealt[:] = len(dealt), []
+    assert read() == expected and dealt == [*range(epochs)] and epochs > 5
+    *kept, starts = sorted((tmp_path / "schedules").iterdir())
+    assert [path.stem[-6:] for path in kept] == [f"{epoch:06d}" for epoch in range(epochs)][-lanes.EPOCHS_HELD :]
+    assert starts.name.endswith("-starts.safetensors")
+    dealt.clear()
+    assert read(start=280) == expected[40:] and not dealt, "where a run goes on"
+    assert read(start=7, stop=8) == expected[1:2] and dealt == [0], "one epoch is dealt, and none of those before it"
     for other in dict(seed=1), dict(lanes=5), dict(segment_length=3), dict(key="b"), dict(lengths=lengths + 4):
         dealt.clear()
         found = read(**other)
         assert dealt and found == read(**other, cache=None) and (found != expected or "key" in other)
-    raw = bytearray(kept[1].read_bytes())
+    raw = bytearray(kept[-1].read_bytes())
     raw[-5] ^= 1
-    kept[1].write_bytes(raw)
-    kept[2].write_bytes(kept[2].read_bytes()[:-9])
+    kept[-1].write_bytes(raw)
+    kept[-2].write_bytes(kept[-2].read_bytes()[:-9])
     dealt.clear()
-    assert read() == expected and 1 <= len(dealt) <= 2, "a damaged one is dealt again"
+    assert read(start=280) == expected[40:] and 1 <= len(dealt) <= 2, "a damaged one is dealt again"
     dealt.clear()
-    assert read() == expected and not dealt, "and kept again"
+    assert read(start=280) == expected[40:] and not dealt, "and kept again"
+    starts.write_bytes(starts.read_bytes()[:-3])
+    assert read(start=280) == expected[40:] and starts.exists(), "without the starts, from the first epoch on"
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert read(cache=blocked / "schedules") == expected, "a folder that cannot be made"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,12 +301,15 @@ def test_parquet_of_parts_and_of_nothing(tmp_path, model_file):
     pyarrow.parquet.write_table(pyarrow.table({"parts": parts, "other": [1, 2, 3]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"good", b"\xff", b"y"]}), tmp_path / "c.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
     report = shard(tmp_path / "corpus", model_file, [tmp_path], valid_fraction=0)
     listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
     assert [(Path(line["file"]).name, line["position"]) for line in listed] == [
         ("a.parquet", 2),
         ("b.parquet", 0),
         ("c.parquet", 2),
+        ("d.parquet", 0),
     ]
     assert "expected a column text or parts, found body" in listed[1]["reason"]
     assert report["splits"]["train"]["documents"] == 4
@@ -526,6 +530,90 @@ def test_a_mended_file_costs_no_other(tmp_path, model_file, monkeypatch, capsys)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_other_settings_interrupted_while_tokens_become_shards(tmp_path, model_file, two_files, monkeypatch):
+    """Tokens that are in shards already are gone: with the shards of other settings they are made again."""
+    for place, seed in ("preparation.merge", 0), ("units.tokenise", 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"memformer_dist.data.{place}", interrupted)
+            shard(tmp_path / "corpus", model_file, [two_files], seed=seed)
+    shard(tmp_path / "corpus", model_file, [two_files], seed=1)
+    shard(tmp_path / "fresh", model_file, [two_files], seed=1)
+    assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_overwriting_interrupted(tmp_path, model_file, two_files, monkeypatch, renames):
+    """One of both corpora is there, or the same command brings the new one."""
+    output, left = tmp_path / "corpus", renames
+    shard(output, model_file, [str(ROOT / "setup.py"), str(SHARD)])
+    old, rename, rmtree = tree(output), Path.rename, shutil.rmtree
+
+    def some_renames(path, target):
+        nonlocal left
+        if output in (path, target):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    def then_none_is_removed(path, **options):
+        if path == tmp_path / "corpus.partial" and renames < 3:
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", some_renames)
+        patch.setattr(shutil, "rmtree", then_none_is_removed)
+        try:
+            shard(output, model_file, [two_files], overwrite=True)
+            assert renames == 3
+        except KeyboardInterrupt:
+            assert renames < 3 and (renames > 0 or tree(output) == old)
+    shard(output, model_file, [two_files], overwrite=renames < 2)
+    shard(tmp_path / "fresh", model_file, [two_files])
+    assert tree(output) == tree(tmp_path / "fresh") and not (tmp_path / "corpus.partial").exists()
+
+
+def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n')
+    shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
+    shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
+    with pytest.raises(UserError, match="--strict: 1 documents could not be read when it was made"):
+        shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0, strict=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(seed=-1), "--seed -1: expected 0 or more"),
+        (dict(unit_mib=float("nan")), "--unit-mib nan: expected more than 0"),
+        (dict(unit_mib=float("inf")), "--unit-mib inf"),
+        (dict(output=Path("setup.py")), "setup.py is there and is no corpus"),
+        (dict(output=Path(".")), "is there and is no corpus"),
+        (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
+    ],
+)
+def test_mistakes(tmp_path, model_file, two_files, options, message):
+    options = {"output": tmp_path / "corpus"} | options
+    if "valid_inputs" in options:
+        options["valid_inputs"] = [name.format(folder=tmp_path) for name in options["valid_inputs"]]
+    with pytest.raises(UserError, match=message):
+        shard(tokenizer=model_file, inputs=[two_files], **options)
+
+
+def test_a_damaged_record_of_a_corpus(tmp_path, model_file, two_files):
+    shard(tmp_path / "corpus", model_file, [two_files])
+    for damage in "", "{}", "[]":
+        (tmp_path / "corpus" / "sharding.json").write_text(damage)
+        with pytest.raises(UserError, match="sharding.json: is damaged; --overwrite"):
+            shard(tmp_path / "corpus", model_file, [two_files])
+    shard(tmp_path / "corpus", model_file, [two_files], overwrite=True)
+
+
 def test_tokens_that_were_cut_short_are_not_used(tmp_path, model_file, two_files, monkeypatch):
     def cut(task):
         os.truncate(task.stem.with_suffix(".tokens"), 10)
@@ -594,6 +682,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, model_file):
         control[name] = peak(lambda: list(Reader(unit.pieces[0])))
     assert path.stat().st_size > 8_000_000
     assert peaks["large"] < 1.2 * peaks["small"] and control["large"] > 6 * control["small"], (peaks, control)
+
+
+@pytest.mark.parametrize("line", ['{"text": ""}', '{"body": "x"}'])
+def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch, line):
+    """But some bytes each for their lengths. The control holds them all."""
+    monkeypatch.setattr(units_module, "BATCH_DOCUMENTS", 100)
+    found, control, few, many = [], [], 500, 2000
+    for count in few, few, many:
+        path, output = tmp_path / f"{count}.jsonl", tmp_path / str(len(found))
+        path.write_text('{"text": "x"}\n' + f"{line}\n" * count)
+        found.append(peak(lambda: shard(output, model_file, [path], valid_fraction=0)))
+        control.append(peak(lambda: list(Reader(cut_units([look(str(path))], 2**26)[0].pieces[0]))))
+    growth = (found[2] - found[1]) / (many - few)
+    assert growth < 60 < 200 < (control[2] - control[1]) / (many - few), growth
 
 
 @pytest.fixture

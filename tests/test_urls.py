@@ -31,10 +31,16 @@ class Ranges(SimpleHTTPRequestHandler):
     """Serves byte ranges too; `faults` are taken one by one by requests for files: the number of bytes to break off at."""
 
     faults: list[int] = []
-    ranges = True
+    ranges = lengths = True  # `lengths`: a body says how long it is
+    encoding: str | None = None  # Content-Encoding of .gz files
 
     def log_message(self, *_):
         pass
+
+    def end_headers(self):
+        if self.encoding and self.path.endswith(".gz"):
+            self.send_header("Content-Encoding", self.encoding)
+        super().end_headers()
 
     def do_GET(self):
         path = Path(self.translate_path(self.path))
@@ -47,7 +53,8 @@ class Ranges(SimpleHTTPRequestHandler):
             last = min(last, len(raw) - 1)
         body = raw[first : last + 1]
         self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if self.lengths:
+            self.send_header("Content-Length", str(len(body)))
         if wanted:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(raw)}")
         self.end_headers()
@@ -115,6 +122,38 @@ def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys
     capsys.readouterr()
     shard(tmp_path / "whole", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)  # the control: no fault
     assert not capsys.readouterr().err
+
+
+def test_a_body_that_ends_too_early_is_no_end_of_a_file(served, tmp_path, model_file, capsys):
+    """Where it says no length, only the one that was listed tells."""
+    folder, url, handler = served
+    text = "".join(documents(60))
+    (folder / "a.txt").write_text(text)
+    handler.lengths = False
+    handler.faults += [len(text) // 3]
+    shard(tmp_path / "corpus", model_file, [f"{url}/a.txt"], valid_fraction=0)
+    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text])
+    assert "ends here, expected" in capsys.readouterr().err
+    handler.faults += [len(text) // 3] * 3
+    with pytest.raises(UserError, match=r"a.txt: byte \d+: OSError: ends here, expected \d+ bytes; given up"):
+        shard(tmp_path / "broken", model_file, [f"{url}/a.txt"], valid_fraction=0)
+
+
+def test_a_gzip_file_that_http_has_decompressed(served, tmp_path, model_file):
+    folder, url, handler = served
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"once compressed"))
+    for handler.encoding in None, "gzip":
+        name = str(handler.encoding)
+        shard(tmp_path / name, model_file, [f"{url}/a.txt.gz"], valid_fraction=0)
+        assert read_back(tmp_path / name / "train") == encode(model_file, ["once compressed"])
+
+
+def test_a_folder_without_its_slash(served, tmp_path, model_file):
+    folder, url, _ = served
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.txt").write_text("in a folder")
+    shard(tmp_path / "corpus", model_file, [f"{url}/sub"], valid_fraction=0)
+    assert read_back(tmp_path / "corpus" / "train") == encode(model_file, ["in a folder"])
 
 
 def test_mistakes_with_urls(served, tmp_path, model_file):

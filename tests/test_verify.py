@@ -3,11 +3,14 @@
 import hashlib
 import json
 import re
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from memformer_dist.data.preparation import shard
 from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data.verify import verify
 from memformer_dist.errors import UserError
@@ -133,6 +136,36 @@ def test_figures_of_the_manifest(corpus, value):
     assert problems(corpus) == [
         f"{file}: documents: {value}, but the index has {DOCUMENTS} and the shards {DOCUMENTS}",
     ]
+
+
+@pytest.fixture
+def prepared(corpus_dir, tmp_path):
+    """A corpus that tokenizer/shard.py has made."""
+    return Path(shutil.copytree(corpus_dir, tmp_path / "prepared"))
+
+
+def edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_what_preparation_recorded(prepared):
+    assert problems(prepared) == []
+    edit(prepared / "train" / "corpus.json", eos_id=77)
+    (prepared / "quarantine.jsonl").write_text("{}\n")
+    assert [problem.partition(":")[0] for problem in problems(prepared)] == [
+        f"{prepared}/quarantine.jsonl",
+        f"{prepared}/train/corpus.json",
+    ]
+    for damage in b"", b"{}", b"[]", b'{"report": 3}', b"\xff":
+        (prepared / "sharding.json").write_bytes(damage)
+        assert problems(prepared)[0].startswith(f"{prepared}/sharding.json: is not what preparation wrote")
+
+
+def test_a_corpus_without_validation_is_whole(prepared, tmp_path):
+    shard(tmp_path / "one", prepared / "tokenizer.model", [str(Path(__file__))], valid_fraction=0)
+    assert problems(tmp_path / "one") == []
+    shutil.rmtree(prepared / "valid")
+    assert problems(prepared) == [f"{prepared}/valid: not found"]
 
 
 def test_no_corpus(tmp_path):

@@ -7,12 +7,13 @@ but not learnt. Any of them may be compressed (`.gz`, `.zst`). In folders only t
 named directly or by a glob is read whatever its name.
 
 A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports
-it. Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
+it. What is wrong with the machine instead, a bad disk or a full one, ends the program. Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
 
 For many workers the files are cut into units (`cut_units`) before anything is read: some whole files, or a part of one
 large file. Where the cuts are depends on the files' order, names and sizes alone.
 """
 
+import errno
 import fnmatch
 import glob
 import gzip
@@ -43,7 +44,9 @@ TEXT_SUFFIXES = frozenset(
 )
 KNOWN_SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
 COMPRESSED = (".gz", ".zst")
+GZIP_MAGIC = b"\x1f\x8b"
 DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BUFFER = 1 << 18  # bytes
 PARQUET_BATCH = 1 << 22  # bytes of rows that are decoded together
 
@@ -90,8 +93,9 @@ class JsonDocument(BaseModel):
 
 class File(NamedTuple):
     name: str  # as it was given, or found in what was given
-    size: int | None  # bytes; None where a server does not tell
-    changed: str  # time of the last change in ns; of a URL its ETag or another mark of this version
+    size: int | None = None  # bytes; None where a server does not tell
+    changed: str = ""  # time of the last change in ns; of a URL its ETag or another mark of this version
+    path: str = ""  # the same for all names of one file
 
 
 class Discovery(NamedTuple):
@@ -107,7 +111,7 @@ def discover(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> Disco
     """
     files: dict[str, str] = {}  # by real path
     ignored = 0
-    for given in map(str, inputs):
+    for given in (str(given).removeprefix("file://") for given in inputs):
         matches = urls.matches(given) if "://" in given else _local_matches(given)
         if not matches:
             raise UserError(f"found no file or folder {given!r}")
@@ -123,8 +127,8 @@ def discover(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> Disco
         if not readable:
             raise UserError(f"{given!r} holds no text file, no source file, no .jsonl and no .parquet")
         for name in readable:
-            files.setdefault(absolute(name), name)
-    return Discovery([look(name) for name in files.values()], ignored)
+            files.setdefault(name if "://" in name else os.path.realpath(name), name)
+    return Discovery([look(name)._replace(path=path) for path, name in files.items()], ignored)
 
 
 def look(name: str) -> File:
@@ -138,21 +142,29 @@ def look(name: str) -> File:
     return File(name, status.st_size, str(status.st_mtime_ns))
 
 
-def absolute(name: str) -> str:
-    """What is the same for two names of one file."""
-    return name if "://" in name else os.path.realpath(name)
-
-
 def _local_matches(given: str) -> list[tuple[str, list[str] | None]]:
     """Each file or folder, and what is in the folder, recursively and relative to it."""
     found = []
     for match in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)):
-        inside = None
-        if os.path.isdir(match):
-            paths = sorted(path for path in Path(match).rglob("*") if path.is_file())
-            inside = [str(path.relative_to(match)) for path in paths]
-        found.append((str(Path(match)), inside))
+        found.append((str(Path(match)), _below(match) if os.path.isdir(match) else None))
     return found
+
+
+def _below(folder: str) -> list[str]:
+    """The files in it, sorted, those behind links to folders among them. Raises UserError where one cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    seen, found = set(), []
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(path)
+        if real in seen:  # a link back to where it came from
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
+    return [str(path.relative_to(folder)) for path in sorted(found)]
 
 
 def _excluded(name: str, patterns: Sequence[str]) -> bool:
@@ -226,7 +238,7 @@ def _byte_ranges(file: File, unit_bytes: int) -> list[Unit]:
 def _row_groups(file: File, unit_bytes: int) -> list[Unit]:
     pyarrow = _pyarrow(file.name)
     try:
-        with _open(file.name) as raw:
+        with _open(file) as raw:
             metadata = pyarrow.parquet.ParquetFile(raw).metadata
             sizes = [_stored_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
     except (OSError, pyarrow.ArrowException):  # without a footer: one unit, whose reading tells what is wrong
@@ -250,7 +262,7 @@ def _stored_bytes(group) -> int:
 def read_documents(names: Iterable[str | Path]) -> Iterator[Document]:
     """The documents of the files, in order, one in memory at a time; what cannot be read comes with the reason."""
     for name in names:
-        yield from Reader(Piece(File(str(name), None, "")))
+        yield from Reader(Piece(File(str(name))))
 
 
 class Reader:
@@ -266,7 +278,7 @@ class Reader:
     def __iter__(self) -> Iterator[Document]:
         kind = _suffix(self.name)
         try:
-            with _open(self.name) as file:
+            with _open(self.piece.file) as file:
                 if kind == ".jsonl":
                     yield from self._read_lines(file)
                 elif kind == ".parquet":
@@ -276,7 +288,14 @@ class Reader:
         except UnicodeDecodeError as error:
             yield Document(self.name, 0, unreadable=f"not UTF-8: {error}")
         except DAMAGED as error:  # from here on: what came before the damage has been read
-            yield Document(self.name, self.lines, unreadable=f"{type(error).__name__}: {error}")
+            yield self._damage(self.lines, error)
+
+    def _damage(self, position: int, error: Exception) -> Document:
+        """Raises UserError where it is not the file's content that is wrong, but this machine."""
+        if isinstance(error, OSError) and error.errno is not None:
+            where = f" in {tempfile.gettempdir()}, where .parquet files are unpacked" if error.errno in NO_SPACE else ""
+            raise UserError(f"{self.name}: cannot be read: {error.strerror}{where}") from None
+        return Document(self.name, position, unreadable=f"{type(error).__name__}: {error}")
 
     def _read_lines(self, file: BinaryIO) -> Iterator[Document]:
         _, start, stop = self.piece
@@ -309,10 +328,10 @@ class Reader:
                     file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
                 )
             except (OSError, pyarrow.ArrowException) as error:
-                yield Document(self.name, 0, unreadable=f"{type(error).__name__}: {error}")
+                yield self._damage(0, error)
                 return
             columns = [name for name in opened.schema_arrow.names if name in JsonDocument.model_fields]
-            if not columns:
+            if not columns or len(set(columns)) < len(columns):
                 found = ", ".join(opened.schema_arrow.names)
                 yield Document(self.name, 0, unreadable=f"expected a column text or parts, found {found}")
                 return
@@ -338,8 +357,7 @@ class Reader:
                 return
             except (OSError, _pyarrow(self.name).ArrowException) as error:
                 if together == 1:
-                    reason = f"{type(error).__name__}: {error}"
-                    yield Document(self.name, position + done, unreadable=reason)
+                    yield self._damage(position + done, error)
                     return
 
     def _parse(self, position: int, parse, raw) -> Document:
@@ -372,15 +390,18 @@ def _from_row(values: dict) -> JsonDocument:
 
 
 @contextmanager
-def _open(name: str) -> Iterator[BinaryIO]:
+def _open(file: File) -> Iterator[BinaryIO]:
     """The bytes of a file or URL, decompressed."""
-    with urls.open_url(name) if "://" in name else open(name, "rb", BUFFER) as raw:
-        compression = _compression(name)
+    remote = "://" in file.name
+    with urls.open_url(file.name, file.size) if remote else open(file.name, "rb", BUFFER) as raw:
+        compression = _compression(file.name)
+        if remote and compression == ".gz" and raw.peek(2)[:2] != GZIP_MAGIC:
+            compression = None  # sent as `Content-Encoding: gzip`, which HTTP itself has decompressed
         if compression is None:
             yield raw
         else:
-            with gzip.GzipFile(fileobj=raw) if compression == ".gz" else zstd.ZstdFile(raw) as file:
-                yield file
+            with gzip.GzipFile(fileobj=raw) if compression == ".gz" else zstd.ZstdFile(raw) as unpacked:
+                yield unpacked
 
 
 def _pyarrow(name: str):

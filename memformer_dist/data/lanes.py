@@ -15,7 +15,8 @@ window can be counted without communication.
 
 An epoch is dealt when a tick in it is asked for, about 0.3 s for a million documents, and a few epochs are held. What is
 kept for good is where each epoch found the lanes, so any epoch can be dealt again. Within an epoch the first ticks of its
-deals only grow, which makes a tick a matter of bisection.
+deals only grow, which makes a tick a matter of bisection. Of a large corpus both are on disk, too: where all epochs found
+the lanes, and the last epochs themselves.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from contextlib import suppress
 from heapq import heapreplace
 from pathlib import Path
 from threading import RLock
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -70,9 +71,7 @@ class Deals(NamedTuple):
     document: np.ndarray  # uint32 [deals]
     lane: np.ndarray  # uint32 [deals]
     start: np.ndarray  # int64 [deals], first ticks; they do not fall
-    before: (
-        np.ndarray
-    )  # int64 [blocks, 3, G]: what the lanes read before each block of deals: document, epoch, first tick
+    before: np.ndarray  # int64 [blocks, 3, G], before each block of deals: document, epoch and first tick of the lanes
     free: np.ndarray  # int64 [G], the heap behind the last deal
     reading: np.ndarray  # int64 [3, G] behind the last deal
 
@@ -119,7 +118,11 @@ class LaneSchedule:
         self._found = [Found(np.arange(lanes), reading)]  # by epoch
         self._first_ticks = [0]  # of each epoch of _found
         self._held: OrderedDict[int, Deals] = OrderedDict()
+        self._deals_held = 0
         self._lock = RLock()
+        if kept := self._load("starts", Found._fields):
+            for start in map(Found, *kept.values()):
+                self._add(start)
 
     def at(self, tick: int) -> LaneTick:
         document, epoch, start = self._reading(tick)
@@ -173,6 +176,8 @@ class LaneSchedule:
         # Those that the lanes hold at first, and the next one.
         epochs = min(self.lanes // len(self.segments) + 2, self._epochs or 2**62)
         dealt = [self._deals(epoch) for epoch in range(epochs)]
+        if not sum(len(deals.lane) for deals in dealt):  # little weight on few documents: epochs may deal none
+            return 0
         document = np.concatenate([deals.document for deals in dealt]).astype(np.int64)
         start = np.concatenate([deals.start for deals in dealt])
         end = start + self.segments[document]
@@ -211,14 +216,25 @@ class LaneSchedule:
     def _deals(self, epoch: int) -> Deals:
         """Of an epoch whose predecessor was dealt once."""
         with self._lock:
-            deals = self._held.pop(epoch, None) or self._load(epoch) or self._deal(epoch)
+            deals = self._held.pop(epoch, None)
+            if deals is None:
+                kept = self._load(f"{epoch:06d}", Deals._fields)
+                deals = Deals(**kept) if kept else self._deal(epoch)
+                self._deals_held += len(deals.lane)
             self._held[epoch] = deals
-            while len(self._held) > EPOCHS_HELD and sum(len(held.lane) for held in self._held.values()) > DEALS_AT_ONCE:
-                self._held.popitem(last=False)
+            while len(self._held) > EPOCHS_HELD and self._deals_held > DEALS_AT_ONCE:
+                _, gone = self._held.popitem(last=False)
+                self._deals_held -= len(gone.lane)
             if epoch + 1 == len(self._found):
-                self._found.append(Found(deals.free, deals.reading))
-                self._first_ticks.append(int(deals.free.min()) // self.lanes)
+                self._add(Found(deals.free, deals.reading))
+                if len(deals.lane) >= CACHE_FROM:
+                    columns = (np.stack(column) for column in zip(*self._found[1:]))
+                    self._store("starts", dict(zip(Found._fields, columns)))
             return deals
+
+    def _add(self, found: Found) -> None:
+        self._found.append(found)
+        self._first_ticks.append(int(found.free.min()) // self.lanes)
 
     def _deal(self, epoch: int) -> Deals:
         order = self._order(epoch)
@@ -236,40 +252,53 @@ class LaneSchedule:
             self._apply(reading, epoch, order[some], lane[some], start[some])
         document, lane = order.astype(np.uint32), lane.astype(np.uint32)
         deals = Deals(document, lane, start, np.stack(before), np.array(free), reading)
-        if self._cache is not None and len(order) >= CACHE_FROM:
-            self._store(epoch, deals)
+        if len(order) >= CACHE_FROM:
+            self._store(f"{epoch:06d}", deals._asdict())
+            self._remove_old(epoch)
         return deals
 
-    def _file(self, epoch: int) -> Path:
-        return self._cache / f"{self._key}-{epoch:06d}.safetensors"
+    # ---- what is kept on disk: <key>-000003.safetensors, an epoch; <key>-starts.safetensors, what the epochs found ------
 
-    def _load(self, epoch: int) -> Deals | None:
-        """From the cache. What is damaged is dealt again."""
+    def _file(self, name: str) -> Path:
+        return self._cache / f"{self._key}-{name}.safetensors"
+
+    def _load(self, name: str, columns: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """What is damaged is as good as not there."""
         if self._cache is None:
             return None
         try:
-            with safe_open(self._file(epoch), "numpy") as file:
-                deals = Deals(*map(file.get_tensor, Deals._fields))
-                whole = file.metadata()["crc32"] == _crc32(deals)
+            with safe_open(self._file(name), "numpy") as file:
+                found = {column: file.get_tensor(column) for column in columns}
+                whole = file.metadata()["crc32"] == _crc32(found)
         except (OSError, SafetensorError):
             return None
-        return deals if whole else None
+        return found if whole else None
 
-    def _store(self, epoch: int, deals: Deals) -> None:
+    def _store(self, name: str, columns: dict[str, np.ndarray]) -> None:
         """A folder that cannot be written to has no cache; nothing is lost but time."""
-        file = self._file(epoch)
+        if self._cache is None:
+            return
+        file = self._file(name)
         partial = file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}")
         try:
             file.parent.mkdir(exist_ok=True)
-            save_file(deals._asdict(), partial, metadata={"crc32": _crc32(deals)})
+            save_file(columns, partial, metadata={"crc32": _crc32(columns)})
             partial.rename(file)
         except (OSError, SafetensorError):
             with suppress(OSError):
                 partial.unlink()
 
+    def _remove_old(self, epoch: int) -> None:
+        """Of the epochs, the last ones stay: where a run goes on."""
+        if self._cache is None:
+            return
+        for file in self._cache.glob(f"{self._key}-[0-9]*.safetensors"):
+            if int(file.stem.rpartition("-")[2]) <= epoch - EPOCHS_HELD:
+                file.unlink(missing_ok=True)
 
-def _crc32(deals: Deals) -> str:
+
+def _crc32(columns: dict[str, np.ndarray]) -> str:
     value = 0
-    for column in deals:
+    for column in columns.values():
         value = zlib.crc32(np.ascontiguousarray(column).view(np.uint8).reshape(-1), value)
     return f"{value:08x}"

@@ -9,8 +9,9 @@ worker does, and the corpus is the same bytes for any number of workers.
 
 Until the corpus is whole, everything lies in CORPUS.partial:
 
-    encoded/5d0f...      a unit's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), and what
-                         was found (.json, last). The name is a hash of the files and the tokenizer: other settings find it again
+    encoded/5d0f...      a unit's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), what
+                         could not be read (.quarantine) and what was found (.json, last). The name is a hash of the files,
+                         their cuts and the tokenizer: other settings find it again
     sharding.json        the recipe of the shards: inputs, sizes, times, settings; with another one they are made anew
     shards/000042.json   the shards of a unit and their figures, written last; 000042-train.safetensors: an index
     corpus/              what is renamed to CORPUS at the end
@@ -22,19 +23,31 @@ An interrupted run goes on with the units that are not finished.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
 
-from memformer_dist.data.documents import Unit, absolute, cut_units, discover
-from memformer_dist.data.shards import Facts, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
+from memformer_dist.data.documents import Unit, cut_units, discover
+from memformer_dist.data.shards import (
+    MANIFEST,
+    Facts,
+    Index,
+    Shard,
+    WrittenShard,
+    read_split,
+    sha256_of,
+    write_manifest,
+    wrong_size,
+)
 from memformer_dist.data.units import (
     Encoded,
     EncodeTask,
@@ -45,7 +58,9 @@ from memformer_dist.data.units import (
     finished_record,
     index_path,
     load_tokenizer,
+    stem_of,
     store,
+    usable_documents,
     write_unit,
 )
 from memformer_dist.data.workers import Pool, open_pool
@@ -79,8 +94,11 @@ def shard(
             return None
         if not 0 <= valid_fraction < 1:
             raise UserError(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
-        if unit_mib <= 0:
+        if not 0 < unit_mib < math.inf:
             raise UserError(f"--unit-mib {unit_mib}: expected more than 0")
+        if seed < 0:
+            raise UserError(f"--seed {seed}: expected 0 or more")
+        output = Path(os.path.abspath(output))
         model, raw_model = load_tokenizer(tokenizer)
         sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(unit_mib * 2**20)))
         recipe = {
@@ -95,51 +113,65 @@ def shard(
         partial = output.with_name(output.name + ".partial")
         if (output / RECORD).exists():
             if not overwrite:
-                report = find_existing(output, recipe)
+                report = find_existing(output, recipe, strict)
                 if partial.exists() and not (partial / "corpus").exists():  # interrupted when all was done
                     shutil.rmtree(partial)
                 return report
-        elif output.exists() and any(output.iterdir()):
+        elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
 
         facts = Facts(model.vocab_size(), model.bos_id(), model.eos_id(), recipe["tokenizer_sha256"])
-        encode_tasks = [EncodeTask(number, partial, source.unit, facts) for number, source in enumerate(sources)]
+        stems = [stem_of(partial, source.unit, facts.tokenizer_sha256) for source in sources]
         with _claimed(partial):
-            begin(partial, recipe, {task.stem.name for task in encode_tasks}, raw_model)
+            begin(partial, recipe, {stem.name for stem in stems}, raw_model)
+            encode_tasks = [
+                EncodeTask(number, partial, stem, source.unit, facts)
+                for number, (stem, source) in enumerate(zip(stems, sources))
+            ]
             encoded = work(pool, "tokenising", encode_unit, encode_tasks, sources, already_encoded)
-            quarantine = unreadable(sources, encoded)
-            for line in quarantine[:5]:
-                print(f"cannot read {_place(line)}", file=sys.stderr)
-            if strict and quarantine:
-                first = "; ".join(map(_place, quarantine[:5]))
+            unread = sum(unit.unreadable for unit in encoded)
+            first = [_place(line) for line in islice(quarantine(sources, stems, encoded), 5)]
+            for place in first:
+                print(f"cannot read {place}", file=sys.stderr)
+            if strict and unread:
                 raise UserError(
-                    f"--strict: {len(quarantine)} documents cannot be read, no corpus is made. {first}. What could be read"
+                    f"--strict: {unread} documents cannot be read, no corpus is made. {'; '.join(first)}. What could be read"
                     f" is tokenised in {partial}: without --strict, or when these are mended, the command goes on there"
                 )
-            valid = held_out_documents(sources, encoded, valid_fraction, seed)
+            valid = held_out_documents(
+                sources, [usable_documents(stem) for stem in stems], unread, valid_fraction, seed
+            )
             facts = facts._replace(has_mask=any(unit.masked for unit in encoded))
             write_tasks = [
-                WriteTask(task.number, partial, task.stem, held_out, facts)
-                for task, held_out in zip(encode_tasks, valid)
+                WriteTask(number, partial, stem, held_out, facts)
+                for number, (stem, held_out) in enumerate(zip(stems, valid))
             ]
             records = work(pool, "writing", write_unit, write_tasks, sources, finished_record)
             splits = merge(partial, facts, records)
             documents = sum(unit.documents for unit in encoded)
             report = {
                 "splits": splits,
-                "empty": documents - len(quarantine) - sum(split["documents"] for split in splits.values()),
-                "unreadable": len(quarantine),
+                "empty": documents - unread - sum(split["documents"] for split in splits.values()),
+                "unreadable": unread,
                 "ignored": ignored,
             }
-            finish(partial, output, recipe | {"report": report}, quarantine)
+            finish(partial, output, recipe | {"report": report}, quarantine(sources, stems, encoded))
         return report
 
 
-def find_existing(output: Path, recipe: dict) -> dict:
+def find_existing(output: Path, recipe: dict, strict: bool) -> dict:
     """The report of the corpus at `output`. Raises UserError if it was made by another recipe or is damaged."""
-    record = json.loads((output / RECORD).read_text())
+    try:
+        record = json.loads((output / RECORD).read_text())
+        unread = record["report"]["unreadable"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{output / RECORD}: is damaged; --overwrite makes the corpus anew") from None
     if differing := _differing(record, recipe):
         raise UserError(f"--output: {output} is there, with other {', '.join(differing)}; --overwrite replaces it")
+    if strict and unread:
+        raise UserError(
+            f"--strict: {unread} documents could not be read when it was made, see {output}/quarantine.jsonl"
+        )
     for split in record["report"]["splits"]:
         for part in read_split(output / split).manifest.shards:
             if problem := wrong_size(output / split, part):
@@ -162,7 +194,7 @@ def list_sources(
     """The units in the order of the corpus, and the number of files that were passed over for their suffix."""
     files, ignored = discover(inputs, exclude)
     valid_files, valid_ignored = discover(valid_inputs, exclude)
-    if both := {absolute(file.name) for file in files} & {absolute(file.name) for file in valid_files}:
+    if both := {file.path for file in files} & {file.path for file in valid_files}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
     groups = (files, False), (valid_files, True)
     sources = [Source(unit, held_out) for group, held_out in groups for unit in cut_units(group, unit_bytes)]
@@ -173,7 +205,7 @@ def _listing(sources: Sequence[Source], held_out: bool) -> list[list]:
     """[absolute path, size, time of the last change] of each file."""
     pieces = [piece for source in sources if source.held_out == held_out for piece in source.unit.pieces]
     files = dict.fromkeys(piece.file for piece in pieces)
-    return [[absolute(name), size, changed] for name, size, changed in files]
+    return [[file.path, file.size, file.changed] for file in files]
 
 
 # --------------------------------------------------------------------------------------------------- encode and write
@@ -198,20 +230,18 @@ def work(
     return results
 
 
-def unreadable(sources: Sequence[Source], found: Sequence[Encoded]) -> list[dict]:
+def quarantine(sources: Sequence[Source], stems: Sequence[Path], encoded: Sequence[Encoded]) -> Iterator[dict]:
     """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
     before: dict[str, int] = {}  # lines of a .jsonl in the units up to here
-    lines = []
-    for source, unit in zip(sources, found):
+    for source, stem, unit in zip(sources, stems, encoded):
         piece = source.unit.pieces[-1]
         offset = before.get(piece.file.name, 0)
         if piece.stop is not None:
             before[piece.file.name] = offset + unit.lines
-        lines += [
-            {"file": file, "position": position + offset, "reason": reason}
-            for file, position, reason in unit.unreadable
-        ]
-    return lines
+        if unit.unreadable:
+            with open(stem.with_suffix(".quarantine"), "rb") as file:
+                for file_name, position, reason in map(json.loads, file):
+                    yield {"file": file_name, "position": position + offset, "reason": reason}
 
 
 def _place(line: dict) -> str:
@@ -220,18 +250,16 @@ def _place(line: dict) -> str:
 
 
 def held_out_documents(
-    sources: Sequence[Source], found: Sequence[Encoded], fraction: float, seed: int
+    sources: Sequence[Source], usable: Sequence[np.ndarray], unread: int, fraction: float, seed: int
 ) -> list[np.ndarray]:
     """Of each unit the numbers of the validation documents, int64 [n].
 
+    usable   bool [documents] of each unit
     Raises UserError where a split would be empty that was asked for.
     """
-    ends = np.cumsum([0] + [unit.documents for unit in found])
-    usable, held_out = np.ones(ends[-1], bool), np.zeros(ends[-1], bool)
-    for start, stop, source, unit in zip(ends, ends[1:], sources, found):
-        usable[start + np.array(unit.unusable, np.int64)] = False
-        held_out[start:stop] = source.held_out
-    unread = sum(len(unit.unreadable) for unit in found)
+    ends = np.cumsum([0] + [len(unit) for unit in usable])
+    held_out = np.concatenate([np.full(len(unit), source.held_out) for source, unit in zip(sources, usable)])
+    usable = np.concatenate(usable)
     told = f"{len(usable) - usable.sum() - unread} are empty, {unread} unreadable"
     given = any(source.held_out for source in sources)
     for option, chosen in ("--input", ~held_out), ("--valid-input", held_out):
@@ -323,8 +351,10 @@ def merge(partial: Path, facts: Facts, records: Sequence[dict]) -> dict[str, dic
             raw = index_path(partial, number, split).read_bytes()
             written.append(WrittenShard(Shard(**unit["shard"]), Index(**load_safetensors(raw))))
         write_manifest(partial / "corpus" / split, facts, written)
+        fingerprint = sha256_of(partial / "corpus" / split / MANIFEST)
         lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
         figures[split] = {
+            "fingerprint": fingerprint,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
             "characters": sum(unit["characters"] for unit in units.values()),
@@ -335,17 +365,19 @@ def merge(partial: Path, facts: Facts, records: Sequence[dict]) -> dict[str, dic
     return figures
 
 
-def finish(partial: Path, output: Path, record: dict, quarantine: Sequence[dict]) -> None:
-    """The corpus takes its name, and CORPUS.partial goes."""
-    corpus = partial / "corpus"
-    store(corpus / "quarantine.jsonl", "".join(json.dumps(line) + "\n" for line in quarantine).encode())
+def finish(partial: Path, output: Path, record: dict, unreadable: Iterable[dict]) -> None:
+    """The corpus takes its name, and CORPUS.partial goes, with the corpus that it replaces."""
+    corpus, replaced = partial / "corpus", partial / "replaced"
+    with open(corpus / "quarantine.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in unreadable)
     store(corpus / RECORD, (json.dumps(record, indent=1) + "\n").encode())
     for path in corpus.rglob("*"):
         if path.is_file() and path.suffix != ".tar":  # these are on the disk already
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     if output.exists():
-        shutil.rmtree(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+        output.rename(replaced)
     corpus.rename(output)
     shutil.rmtree(partial)
 

@@ -4,7 +4,6 @@ Both are called in other processes (workers.py), so they are told all they need,
 Neither torch nor corpus.py is imported here: workers start in a fraction of a second.
 """
 
-import errno
 import functools
 import hashlib
 import json
@@ -19,12 +18,13 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from sentencepiece import SentencePieceProcessor, SetMinLogLevel
 
-from memformer_dist.data.documents import Document, File, Reader, Unit, absolute, look
+from memformer_dist.data.documents import NO_SPACE, Document, File, Reader, Unit, look
 from memformer_dist.data.shards import Facts, Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
 
-BATCH_CHARACTERS = 250_000  # encoded together; what a worker holds besides the largest document
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 250_000, 2_500  # encoded together; what a worker holds besides the largest document
 BUFFER = 1 << 20  # bytes
+STREAMS = (".tokens", ".mask", ".quarantine")  # of an encoded unit
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -33,23 +33,22 @@ BUFFER = 1 << 20  # bytes
 class EncodeTask(NamedTuple):
     number: int
     folder: Path  # CORPUS.partial
+    stem: Path  # of the files with what is encoded
     unit: Unit
     facts: Facts
 
-    @property
-    def stem(self) -> Path:
-        """Of the files with what was encoded. Named by what goes in: the same files and tokenizer, the same name."""
-        pieces = [(absolute(file.name), file.size, file.changed, *place) for file, *place in self.unit.pieces]
-        made_of = json.dumps([self.facts.tokenizer_sha256, pieces])
-        return self.folder / "encoded" / hashlib.sha256(made_of.encode()).hexdigest()[:32]
+
+def stem_of(folder: Path, unit: Unit, tokenizer_sha256: str) -> Path:
+    """Named by what goes in: the same files, cuts and tokenizer, the same name."""
+    pieces = [(file.path, file.size, file.changed, *place) for file, *place in unit.pieces]
+    return folder / "encoded" / hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
 
 
 class Encoded(NamedTuple):
     """What is known of a unit once its documents are encoded."""
 
     documents: int
-    unusable: list[int]  # numbers of the documents that are empty or unreadable
-    unreadable: list[list]  # [file, position, reason] of some of these
+    unreadable: int  # of these; listed in the .quarantine file
     masked: bool  # some part is not to be learnt
     lines: int  # where the unit is a part of a .jsonl
 
@@ -57,16 +56,22 @@ class Encoded(NamedTuple):
 def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
     """Read and encode the documents of a unit -> (its number, what was found).
 
-    Writes the tokens of all documents, the masks of those that have one, and their columns, one row a document; the record
-    comes last.
+    Writes the tokens of all documents, the masks of those that have one, their columns, one row a document, and what
+    cannot be read, a line each: file, position, reason. The record comes last.
     """
     model = _model(task.folder / "corpus" / "tokenizer.model", task.facts.tokenizer_sha256)
     dtype = task.facts.token_dtype
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
-    unreadable, reader = [], UnitReader(task.unit)
-    files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
+    reader, unreadable = UnitReader(task.unit), 0
+    file = record = task.stem.with_suffix(".json")
     try:
-        with open(files[0], "wb", BUFFER) as token_file, open(files[1], "wb", BUFFER) as mask_file:
+        record.unlink(missing_ok=True)  # of tokens that have become shards of other settings
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(open(file := task.stem.with_suffix(suffix), "wb", BUFFER)) for suffix in STREAMS
+            ]
+            token_file, mask_file, quarantine = files
+            file = task.stem.with_suffix(STREAMS[0])
             for document, tokens, mask in tokenise(reader, model):
                 token_file.write(tokens.astype(dtype))
                 if mask is not None:
@@ -75,27 +80,31 @@ def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
                 characters.append(len(document.text))
                 masked.append(mask is not None)
                 if document.unreadable:
-                    unreadable.append([document.source, document.position, document.unreadable])
-            for file in token_file, mask_file:
-                file.flush()
-                os.fsync(file.fileno())
+                    unreadable += 1
+                    line = [document.source, document.position, document.unreadable]
+                    quarantine.write(json.dumps(line).encode() + b"\n")
+            for opened in files:
+                opened.flush()
+                os.fsync(opened.fileno())
     except OSError as error:
-        raise cannot_write(files[0], error) from None
+        raise cannot_write(file, error) from None
     columns = {"length": length, "characters": characters, "masked": masked}
     store(task.stem.with_suffix(".safetensors"), save_safetensors({k: np.array(x) for k, x in columns.items()}))
-    unusable = np.flatnonzero(np.array(length) == 0).tolist()
-    encoded = Encoded(len(length), unusable, unreadable, any(masked), reader.lines)
-    store(task.stem.with_suffix(".json"), json.dumps(encoded).encode())
+    encoded = Encoded(len(length), unreadable, any(masked), reader.lines)
+    store(record, json.dumps(encoded).encode())
     return task.number, encoded
 
 
 def already_encoded(task: EncodeTask) -> Encoded | None:
     """What an earlier run has found, if the tokens are still there, or in shards already."""
     record = task.stem.with_suffix(".json")
-    in_shards = finished_record(task) is not None
-    if not record.exists() or not (in_shards or task.stem.with_suffix(".tokens").exists()):
-        return None
-    return Encoded(*json.loads(record.read_text()))
+    needed = [record, *(task.stem.with_suffix(suffix) for suffix in (STREAMS if finished_record(task) is None else ()))]
+    return Encoded(*json.loads(record.read_text())) if all(file.exists() for file in needed) else None
+
+
+def usable_documents(stem: Path) -> np.ndarray:
+    """bool [documents of an encoded unit]: those that are neither empty nor unreadable."""
+    return load_safetensors(stem.with_suffix(".safetensors").read_bytes())["length"] > 0
 
 
 class UnitReader:
@@ -122,7 +131,7 @@ def _expect_unchanged(file: File) -> None:
         now = look(file.name)
     except UserError as error:
         raise UserError(f"{file.name}: changed while it was read: {error}") from None
-    if now != file:
+    if (now.size, now.changed) != (file.size, file.changed):
         raise UserError(
             f"{file.name}: changed while it was read: {now.size} bytes, changed at {now.changed}; when the inputs were"
             f" listed {file.size} bytes, {file.changed}. Run again when nobody writes it any more"
@@ -157,7 +166,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= BATCH_CHARACTERS:
+        if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -185,7 +194,7 @@ class WriteTask(NamedTuple):
 
 def write_unit(task: WriteTask) -> tuple[int, dict]:
     """Make the shards of an encoded unit -> (its number, its record). Its tokens are then no longer needed and go."""
-    files = [task.stem.with_suffix(suffix) for suffix in (".tokens", ".mask")]
+    files = [task.stem.with_suffix(suffix) for suffix in STREAMS[:2]]
     columns = load_safetensors(task.stem.with_suffix(".safetensors").read_bytes())
     length, masked = columns["length"], columns["masked"].astype(bool)
     valid, dtype = frozenset(task.valid.tolist()), task.facts.token_dtype
@@ -283,6 +292,6 @@ def store(path: Path, raw: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in NO_SPACE
     advice = "; what is finished is kept: with more space, the same command goes on from there" if full else ""
     return UserError(f"cannot write {error.filename or path}: {error.strerror}{advice}")

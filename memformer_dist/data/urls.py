@@ -1,8 +1,8 @@
 """Inputs behind URLs, through fsspec: what a folder holds, how large a file is, its bytes.
 
-https://, s3://, gs://, file:// and whatever else fsspec knows. Over HTTP a URL that ends with / is a folder, whose page
-of links is its listing. A connection that breaks is tried again where it broke; one that stays broken ends the program,
-because what a network keeps back is no damaged document.
+https://, s3://, gs:// and whatever else fsspec knows. Over HTTP a URL that ends with /, or is redirected to one, is a folder,
+whose page of links is its listing. A connection that breaks, and a body that ends before the size that was listed, is
+tried again where it broke; what stays broken ends the program, because what a network keeps back is no damaged document.
 """
 
 import io
@@ -46,13 +46,19 @@ def look(url: str) -> tuple[int | None, str]:
     return info["size"], next((str(info[mark]) for mark in VERSION_MARKS if info.get(mark)), "")
 
 
-def open_url(url: str) -> io.BufferedReader:
-    return io.BufferedReader(_Remote(url), BUFFER)
+def open_url(url: str, size: int | None = None) -> io.BufferedReader:
+    """`size` in bytes, where it is known: a body that ends before is tried again."""
+    return io.BufferedReader(_Remote(url, size), BUFFER)
 
 
 def _inside(url: str) -> list[str] | None:
     system, path = _connect(url)
-    folder = url.endswith("/") if _is_http(url) else system.isdir(path)
+    if _is_http(url):
+        if url[-1] != "/" and "." not in url.rsplit("/", 1)[1] and str(system.info(path).get("url", "")).endswith("/"):
+            return _inside(url + "/")  # what the server redirects to
+        folder = url.endswith("/")
+    else:
+        folder = system.isdir(path)
     if not folder:
         return None
     prefix = url.rstrip("/") + "/"
@@ -63,8 +69,8 @@ def _inside(url: str) -> list[str] | None:
 class _Remote(io.RawIOBase):
     """A file read from its start to its end, or after a `seek` in ranges."""
 
-    def __init__(self, url: str):
-        self._url, self._position = url, 0
+    def __init__(self, url: str, size: int | None):
+        self._url, self._size, self._position = url, size, 0
         self._file, self._in_ranges = None, False
 
     def readable(self) -> bool:
@@ -99,7 +105,10 @@ class _Remote(io.RawIOBase):
         try:
             if self._file is None:
                 self._open()
-            return self._file.read(size)
+            read = self._file.read(size)
+            if not read and self._size is not None and self._position < self._size:
+                raise OSError(f"ends here, expected {self._size} bytes")
+            return read
         except Exception as error:
             self._drop()
             if "range requests" in str(error):

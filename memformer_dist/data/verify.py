@@ -3,12 +3,13 @@
     python -m memformer_dist.data.verify corpora/books
     python -m memformer_dist.data.verify corpora/books/train     # one split
 
-Compares corpus.json, the index, the size and sha256 of every shard and the tokenizer, and names files that do not belong
-there. Where a shard's sha256 is wrong it goes through the documents by their crc32, and through what lies between them,
+Compares corpus.json, the index, the size and sha256 of every shard, the tokenizer and what preparation has recorded
+(sharding.json), and names files that do not belong there. Where a shard's sha256 is wrong it goes through the documents by their crc32, and through what lies between them,
 to say what is damaged and where. Lists all problems and ends with exit code 2; 0 where there are none.
 """
 
 import argparse
+import json
 import os
 import tarfile
 import time
@@ -36,8 +37,8 @@ from memformer_dist.data.shards import (
 )
 from memformer_dist.errors import UserError
 
-TOKENIZER = "tokenizer.model"
-OF_A_CORPUS = {TOKENIZER, "train", "valid", "sharding.json", "quarantine.jsonl"}
+TOKENIZER, RECORD, QUARANTINE = "tokenizer.model", "sharding.json", "quarantine.jsonl"
+OF_A_CORPUS = {TOKENIZER, "train", "valid", RECORD, QUARANTINE}
 OF_A_SPLIT = {MANIFEST, INDEX, "schedules"}  # and the shards
 
 
@@ -59,9 +60,8 @@ def verify(corpus: Path, *, threads: int = 1, quiet: bool = True) -> Found:
             f"{corpus}: found no corpus.json and neither train/ nor valid/, expected a corpus or a split of one"
         )
     root, problems = (corpus, _strays(corpus, OF_A_CORPUS)) if splits else (corpus.parent, [])
-    problems += [
-        f"{corpus / name}: not found" for name in ("train", "valid") if splits and not (corpus / name).is_dir()
-    ]
+    if splits:
+        problems += _record(corpus)
     manifests = []
     for split in splits or [corpus]:
         manifest, index, wrong = _contents(split)
@@ -101,6 +101,30 @@ def _contents(split: Path) -> tuple[Manifest | None, Index | None, list[str]]:
     if manifest.has_mask != (index.mask_crc32 is not None):
         problems.append(f"{split / MANIFEST}: has_mask is {manifest.has_mask}, but the index says otherwise")
     return manifest, None if problems else index, problems
+
+
+def _record(corpus: Path) -> list[str]:
+    """Which splits there are, what their corpus.json were, and how many documents were left out. SplitWriter records nothing."""
+    made = {"train": None, "valid": None}
+    problems = []
+    try:
+        report = json.loads((corpus / RECORD).read_bytes())["report"]
+        made = {name: figures.get("fingerprint") for name, figures in report["splits"].items()}
+        listed = (corpus / QUARANTINE).read_bytes().count(b"\n")
+        if listed != report["unreadable"]:
+            problems.append(f"{corpus / QUARANTINE}: {listed} lines, {RECORD} says {report['unreadable']}")
+    except FileNotFoundError as error:
+        if error.filename != str(corpus / RECORD):
+            problems.append(f"{error.filename}: not found")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        problems.append(f"{corpus / RECORD}: is not what preparation wrote: {type(error).__name__}: {error}")
+    for name, fingerprint in made.items():
+        manifest = corpus / name / MANIFEST
+        if not manifest.parent.is_dir():
+            problems.append(f"{manifest.parent}: not found")
+        elif fingerprint and manifest.exists() and (found := sha256_of(manifest)) != fingerprint:
+            problems.append(f"{manifest}: sha256 is {found}, {RECORD} says {fingerprint}")
+    return problems
 
 
 def _strays(folder: Path, known: set[str]) -> list[str]:
