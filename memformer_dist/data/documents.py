@@ -7,7 +7,8 @@ but not learnt. Any of them may be compressed (`.gz`, `.zst`). In folders only t
 named directly or by a glob is read whatever its name.
 
 A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports
-it. What is wrong with the machine instead, a bad disk or a full one, ends the program. Text is kept exactly as it is in the file; nothing is stripped, and newlines are not translated.
+it. What is wrong with the machine instead, a bad disk or a full one, ends the program. Text is kept exactly as it is in
+the file; nothing is stripped, and newlines are not translated.
 
 For many workers the files are cut into units (`cut_units`) before anything is read: some whole files, or a part of one
 large file. Where the cuts are depends on the files' order, names and sizes alone.
@@ -163,6 +164,7 @@ def _below(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(path, name)), name))
         found += [Path(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
     return [str(path.relative_to(folder)) for path in sorted(found)]
 
@@ -294,7 +296,7 @@ class Reader:
         """Raises UserError where it is not the file's content that is wrong, but this machine."""
         if isinstance(error, OSError) and error.errno is not None:
             where = f" in {tempfile.gettempdir()}, where .parquet files are unpacked" if error.errno in NO_SPACE else ""
-            raise UserError(f"{self.name}: cannot be read: {error.strerror}{where}") from None
+            raise UserError(f"{self.name}: cannot be read: {error.strerror or error}{where}") from None
         return Document(self.name, position, unreadable=f"{type(error).__name__}: {error}")
 
     def _read_lines(self, file: BinaryIO) -> Iterator[Document]:

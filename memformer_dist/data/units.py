@@ -63,15 +63,12 @@ def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
     dtype = task.facts.token_dtype
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
     reader, unreadable = UnitReader(task.unit), 0
-    file = record = task.stem.with_suffix(".json")
+    record, streams = task.stem.with_suffix(".json"), [task.stem.with_suffix(suffix) for suffix in STREAMS]
     try:
         record.unlink(missing_ok=True)  # of tokens that have become shards of other settings
         with ExitStack() as stack:
-            files = [
-                stack.enter_context(open(file := task.stem.with_suffix(suffix), "wb", BUFFER)) for suffix in STREAMS
-            ]
+            files = [stack.enter_context(open(stream, "wb", BUFFER)) for stream in streams]
             token_file, mask_file, quarantine = files
-            file = task.stem.with_suffix(STREAMS[0])
             for document, tokens, mask in tokenise(reader, model):
                 token_file.write(tokens.astype(dtype))
                 if mask is not None:
@@ -83,11 +80,11 @@ def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
                     unreadable += 1
                     line = [document.source, document.position, document.unreadable]
                     quarantine.write(json.dumps(line).encode() + b"\n")
-            for opened in files:
-                opened.flush()
-                os.fsync(opened.fileno())
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
-        raise cannot_write(file, error) from None
+        raise cannot_write(streams[0], error) from None
     columns = {"length": length, "characters": characters, "masked": masked}
     store(task.stem.with_suffix(".safetensors"), save_safetensors({k: np.array(x) for k, x in columns.items()}))
     encoded = Encoded(len(length), unreadable, any(masked), reader.lines)
@@ -97,9 +94,10 @@ def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
 
 def already_encoded(task: EncodeTask) -> Encoded | None:
     """What an earlier run has found, if the tokens are still there, or in shards already."""
-    record = task.stem.with_suffix(".json")
-    needed = [record, *(task.stem.with_suffix(suffix) for suffix in (STREAMS if finished_record(task) is None else ()))]
-    return Encoded(*json.loads(record.read_text())) if all(file.exists() for file in needed) else None
+    needed = [".json"] if finished_record(task) is not None else [".json", *STREAMS]
+    if not all(task.stem.with_suffix(suffix).exists() for suffix in needed):
+        return None
+    return Encoded(*json.loads(task.stem.with_suffix(".json").read_text()))
 
 
 def usable_documents(stem: Path) -> np.ndarray:
