@@ -32,8 +32,9 @@ def main() -> None:
     def program() -> None:
         config = RunConfig.load(arguments.config, arguments.set, runtime.world_size())
         data = config.data
-        corpora = open_data(data.corpora, mode=data.mode, lanes=data.lanes, cache=data.cache, cache_gib=data.cache_gib)
         process = runtime.start()
+        cache = {"cache": data.cache, "cache_gib": data.cache_gib}
+        corpora = process.together(lambda: open_data(data.corpora, mode=data.mode, lanes=data.lanes, **cache))
         from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
         train(config, run_dir, corpora, process)

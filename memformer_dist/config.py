@@ -393,6 +393,17 @@ def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
                 f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, which does not divide the {share} lanes of a rank"
                 f" (data.lanes {data.lanes} on {world_size} ranks)"
             )
+        if data.mode == "stream":
+            problems += [
+                f"data.{field}: found {value} with data.mode 'stream', which joins all documents in their order;"
+                " expected mode 'documents', or none"
+                for field, value in (
+                    ("corpus", {name: weight for name, weight in data.corpora.items() if weight != 1}),
+                    ("min_tokens", data.min_tokens if data.min_tokens > 1 else None),
+                    ("shuffle_shards", data.shuffle_shards),
+                )
+                if value
+            ]
     if mrbp is not None and mrbp.readout_parts > 1 and mrbp.readout_group != 1:
         problems.append(
             f"mrbp.readout_parts: found {mrbp.readout_parts} with mrbp.readout_group {mrbp.readout_group!r}, which is for"

@@ -72,10 +72,13 @@ def evaluation_lanes(corpus: Documents, lanes: int, world_size: int) -> int:
 def _damage(reader: WindowReader, ticks: int) -> str | None:
     """As WindowReader.damage, a little at a time: of a remote corpus the cache holds no more than that at once, perhaps."""
     for tick in range(0, ticks, CHUNK_TICKS):
-        reader.expect(tick, min(tick + TICKS_AHEAD, ticks))
-        if message := reader.damage(tick, min(tick + CHUNK_TICKS, ticks)):
+        if message := _damage_from(reader, tick, ticks):
             return message
     return None
+
+
+def _damage_from(reader: WindowReader, tick: int, ticks: int) -> str | None:
+    return reader.damage(tick, min(tick + CHUNK_TICKS, ticks), ahead=min(tick + TICKS_AHEAD, ticks))
 
 
 @torch.no_grad()
@@ -115,8 +118,8 @@ def evaluate(
     losses = {mode: LossByAge(process.device) for mode in MODES}
     states = {mode: empty_state(len(block), device=process.device) for mode in MODES}
     for tick in show(range(ticks)):
-        if tick % CHUNK_TICKS == 0:
-            reader.expect(tick, min(tick + TICKS_AHEAD, ticks))
+        if tick % CHUNK_TICKS == 0 and (message := process.spread(_damage_from(reader, tick, ticks))):
+            raise CorpusError(message)  # of a shard that has come and gone since, or did not come again
         read = reader.segment(tick)
         strangers = _next_lane(states["shuffled"].memory, process)
         for group in groups:

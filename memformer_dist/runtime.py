@@ -14,13 +14,16 @@ import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import IO, Callable, NamedTuple
+from typing import IO, Callable, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from memformer_dist.errors import UserError
+
+
+Result = TypeVar("Result")
 
 
 class Process(NamedTuple):
@@ -55,6 +58,17 @@ class Process(NamedTuple):
             text.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
         dist.broadcast(text, speaker)
         return bytes(text.tolist()).decode()
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on this rank. Raises UserError on all ranks where it does on one: none waits for it."""
+        result = message = None
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+        if message := self.spread(message):
+            raise UserError(message)
+        return result
 
 
 def world_size() -> int:

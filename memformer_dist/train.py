@@ -158,8 +158,8 @@ class Trainer:
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
         tick, window = self.position.tick, self.curriculum.window
-        self.reader.expect(tick, tick + max(4 * window, TICKS_AHEAD))
-        damage = self.process.spread(self.reader.damage(tick, tick + window))
+        ahead = tick + max(4 * window, TICKS_AHEAD)
+        damage = self.process.spread(self.reader.damage(tick, tick + window, ahead=ahead))
         self.reader.look_ahead(tick + window, tick + 2 * window)
         if damage is not None:
             self._save()

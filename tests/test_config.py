@@ -253,6 +253,20 @@ def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
         RunConfig.check(config, 1)
 
 
+@pytest.mark.parametrize(
+    "field, value, found",
+    [("corpus", {"a": 0.5, "b": 1}, "{'a': 0.5}"), ("min_tokens", 3, "3"), ("shuffle_shards", 2, "2")],
+)
+def test_what_a_stream_does_not_heed(config, monkeypatch, field, value, found):
+    monkeypatch.setattr("memformer_dist.config._missing_shards", lambda raw: [])
+    config["data"][field] = value
+    RunConfig.check(config, 1)
+    config["data"]["mode"] = "stream"
+    assert [problem.partition(",")[0] for problem in problems(config, 1)] == [
+        f"data.{field}: found {found} with data.mode 'stream'"
+    ]
+
+
 def test_lanes_per_group_must_divide_the_lanes_of_a_rank(config):
     config["data"]["lanes"] = 8
     assert RunConfig.check(config, 2).lanes_per_group(2) == 4

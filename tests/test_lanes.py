@@ -1,6 +1,7 @@
 """The lane schedule, against a simulation that goes tick by tick."""
 
 import itertools
+import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from memformer_dist.data import lanes
 from memformer_dist.data.lanes import LaneSchedule
@@ -165,6 +167,12 @@ def test_threads_may_share_a_schedule():
         sys.setswitchinterval(interval)
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
     """The second schedule deals nothing itself; another seed, length, order or lane number does not find the first one's."""
     monkeypatch.setattr(lanes, "CACHE_FROM", 10)
@@ -198,6 +206,12 @@ def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
     assert read(start=280) == expected[40:] and 1 <= len(dealt) <= 2, "a damaged one is dealt again"
     dealt.clear()
     assert read(start=280) == expected[40:] and not dealt, "and kept again"
+    assert {path.stat().st_mode & 0o777 for path in kept} == {0o666 & ~umask()}, "others may read them"
+    left = starts.with_name(f"{kept[-1].name}.host-1")  # of a process that was killed
+    left.write_bytes(b"")
+    os.utime(left, (0, 0))
+    save_file({"free": np.zeros((1, 4), np.int64), "reading": np.zeros((1, 3, 4), np.int64)}, starts)
+    assert read(start=280) == expected[40:] and starts.exists() and not left.exists(), "without a sum it does not count"
     starts.write_bytes(starts.read_bytes()[:-3])
     assert read(start=280) == expected[40:] and starts.exists(), "without the starts, from the first epoch on"
     blocked = tmp_path / "file"

@@ -14,6 +14,7 @@ from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.order import EpochOrder, Source
+from memformer_dist.data.reading import lane_schedule
 from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
@@ -196,3 +197,11 @@ def test_segments_of_a_stream_are_tensors_of_a_corpus(tmp_path):
         segment = WindowReader(documents, schedule, lanes=range(2)).segment(0)
         assert [column.dtype for column in segment] == 3 * [torch.int64] + 2 * [torch.bool] + 2 * [torch.int64]
         assert segment.reset.all() and segment.tokens.shape == (2, 5)
+
+
+def test_weights_that_deal_nothing(tmp_path):
+    corpus, *_ = write(tmp_path / "a", [3, 4])
+    facts = dict(seed=0, lanes=1, segment_length=2)
+    with pytest.raises(UserError, match="data.corpus: an epoch deals 0.98 documents; expected weights that make at"):
+        lane_schedule(Mixture([corpus], [Fraction("0.49")]), **facts)
+    lane_schedule(Mixture([corpus], [Fraction("0.5")]), **facts)

@@ -319,6 +319,32 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, shards_held):
     assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
 
 
+def test_a_cached_shard_that_somebody_emptied(server, tmp_path):
+    corpus = opened(server, tmp_path)
+    check(corpus, 0)
+    corpus = opened(server, tmp_path)
+    (emptied,) = tmp_path.glob("*/shard-000000.tar")
+    emptied.write_bytes(b"")
+    with pytest.raises(
+        CorpusError, match="000000.tar.*: 0 bytes, expected .*; remove the cached file, and it is fetched"
+    ):
+        check(corpus, 0)
+    emptied.unlink()
+    check(corpus, 0)
+
+
+def test_a_cache_that_is_lost_is_told_before_a_window(server, folder, tmp_path):
+    """Also where everything that comes next is in memory: another rank must not wait for this one."""
+    local = Corpus.open(folder / "train")
+    schedule = LaneSchedule(local.lengths, lanes=2, segment_length=100, epochs=1)
+    reader = WindowReader(opened(server, tmp_path), schedule, lanes=range(2))
+    assert reader.damage(0, 2, ahead=8) is None
+    for path in tmp_path.iterdir():
+        path.rename(tmp_path.with_name("elsewhere"))
+    assert reader.damage(0, 2) is None
+    assert "data.cache: " in reader.damage(0, 2, ahead=schedule.ticks)
+
+
 def test_windows_through_a_small_cache(server, folder, tmp_path):
     """As a run reads: expected far ahead, checked, read forwards and backwards; the cache holds two shards a lane and one more."""
     local, lanes = Corpus.open(folder / "train"), 2

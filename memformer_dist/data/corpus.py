@@ -33,7 +33,9 @@ class CorpusError(UserError):
 
 
 class LocalShards:
-    """The shards of a split that lies in a folder: they are all there."""
+    """The shards of a split that lies in a folder: they are all there. `advice`: what to do about a damaged one."""
+
+    advice = ""
 
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises UserError naming a shard that is missing or was cut short."""
@@ -227,7 +229,7 @@ class Corpus:
             if found != expected:
                 raise CorpusError(
                     f"{self._shards.name(shard)}: the {what} of document {document} at byte {place} are damaged: "
-                    f"crc32 is {found:08x}, the index says {expected:08x}"
+                    f"crc32 is {found:08x}, the index says {expected:08x}{self._shards.advice}"
                 )
 
     def _check_unchanged(self, shard: int) -> None:

@@ -21,6 +21,7 @@ the lanes, and the last epochs themselves.
 
 import hashlib
 import os
+import time
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -32,7 +33,7 @@ from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from memformer_dist.data.order import EpochOrder, Source
 
@@ -270,7 +271,7 @@ class LaneSchedule:
             with safe_open(self._file(name), "numpy") as file:
                 found = {column: file.get_tensor(column) for column in columns}
                 whole = file.metadata()["crc32"] == _crc32(found)
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return found if whole else None
 
@@ -282,19 +283,23 @@ class LaneSchedule:
         partial = file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}")
         try:
             file.parent.mkdir(exist_ok=True)
-            save_file(columns, partial, metadata={"crc32": _crc32(columns)})
+            partial.write_bytes(save(columns, metadata={"crc32": _crc32(columns)}))  # save_file keeps it from others
             partial.rename(file)
         except (OSError, SafetensorError):
             with suppress(OSError):
                 partial.unlink()
 
     def _remove_old(self, epoch: int) -> None:
-        """Of the epochs, the last ones stay: where a run goes on."""
+        """Of the epochs, the last ones stay: where a run goes on. What an hour ago was not finished never will be."""
         if self._cache is None:
             return
-        for file in self._cache.glob(f"{self._key}-[0-9]*.safetensors"):
-            if int(file.stem.rpartition("-")[2]) <= epoch - EPOCHS_HELD:
-                file.unlink(missing_ok=True)
+        with suppress(OSError):
+            for file in self._cache.glob(f"{self._key}-[0-9]*.safetensors"):
+                if int(file.stem.rpartition("-")[2]) <= epoch - EPOCHS_HELD:
+                    file.unlink(missing_ok=True)
+            for partial in self._cache.glob(f"{self._key}-*.safetensors.*"):
+                if partial.stat().st_mtime < time.time() - 3600:
+                    partial.unlink(missing_ok=True)
 
 
 def _crc32(columns: dict[str, np.ndarray]) -> str:

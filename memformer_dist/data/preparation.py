@@ -111,6 +111,8 @@ def shard(
             "unit_mib": unit_mib,
         }
         partial = output.with_name(output.name + ".partial")
+        if (partial / "replaced").exists() and not output.exists():  # --overwrite was killed in its last moment
+            (partial / "replaced").rename(output)
         if (output / RECORD).exists():
             if not overwrite:
                 report = find_existing(output, recipe, strict)

@@ -11,6 +11,7 @@ from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture, open_mixture
 from memformer_dist.data.order import EpochOrder
 from memformer_dist.data.stream import Stream
+from memformer_dist.errors import UserError
 
 Mode = Literal["documents", "stream"]
 
@@ -38,9 +39,14 @@ def lane_schedule(
 ) -> LaneSchedule:
     """The endless schedule of training. Epochs of many documents are kept beside the index.
 
-    Raises UserError if no document has `min_tokens`.
+    Raises UserError if no document has `min_tokens`, or the weights leave less than one to an epoch.
     """
     sources = corpus.sources(min_tokens)
+    dealt = sum(source.weight * len(source.documents) for source in sources)
+    if dealt < 1:
+        raise UserError(
+            f"data.corpus: an epoch deals {float(dealt):.2g} documents; expected weights that make at least 1"
+        )
     order = EpochOrder(sources, seed=seed, shard_ends=corpus.shard_ends, shuffle_shards=shuffle_shards)
     return LaneSchedule(
         corpus.lengths,

@@ -41,6 +41,8 @@ class RemoteShards:
     forget   called with shards that left the cache although this process may have them mapped
     """
 
+    advice = "; remove the cached file, and it is fetched again"
+
     def __init__(self, remote: Remote, cache: Cache, manifest: Manifest):
         self.folder, self.wait_s = cache.folder, 0.0
         self.forget: Callable[[set[int]], object] = lambda numbers: None
@@ -76,15 +78,14 @@ class RemoteShards:
         """The bytes of the shard, uint8."""
         while True:
             try:
+                file = self.path(number)
+                size, expected = file.stat().st_size, self._manifest.shards[number].bytes
+                if size != expected:  # somebody has changed it in the cache
+                    raise CorpusError(f"{self.name(number)}: {size} bytes, expected {expected}{self.advice}")
                 # A plain array: slicing np.memmap, a subclass, takes several times as long.
-                found = np.memmap(self.path(number), np.uint8, "r").view(np.ndarray)
+                found = np.memmap(file, np.uint8, "r").view(np.ndarray)
             except FileNotFoundError:  # removed between the two
                 continue
-            if len(found) != self._manifest.shards[number].bytes:  # somebody has changed it in the cache
-                raise CorpusError(
-                    f"{self.name(number)}: {len(found)} bytes, expected {self._manifest.shards[number].bytes}; remove it,"
-                    " and it is fetched again"
-                )
             self._mapped.add(number)
             return found
 
@@ -211,11 +212,14 @@ def open_remote(url: str, cache: Path, cache_bytes: int) -> tuple[Split, RemoteS
         raise UserError(f"{remote.url}/{MANIFEST}: {field}: {problem['msg']}, found {problem['input']!r}") from None
     folder = cache.expanduser() / hashlib.sha256(raw).hexdigest()[:16]
     kept = Cache(folder, {shard.name: shard.bytes for shard in manifest.shards}, cache_bytes)
-    if not (folder / MANIFEST).exists() or (folder / MANIFEST).read_bytes() != raw:
-        with kept.locked():
-            partial = folder / (MANIFEST + PARTIAL)
-            partial.write_bytes(raw)
-            partial.rename(folder / MANIFEST)
+    try:
+        if not (folder / MANIFEST).exists() or (folder / MANIFEST).read_bytes() != raw:
+            with kept.locked():
+                partial = folder / (MANIFEST + PARTIAL)
+                partial.write_bytes(raw)
+                partial.rename(folder / MANIFEST)
+    except OSError as error:
+        raise CorpusError(f"data.cache: {error.filename or folder}: {error.strerror}, fetching {MANIFEST}") from None
     _obtain_whole(remote, kept, INDEX, manifest.index_sha256)
     return read_split(folder, remote.url), RemoteShards(remote, kept, manifest)
 

@@ -22,7 +22,7 @@ class Stream:
     """Answers as a Corpus does, of `parts` documents. The text ends with its last document: T = tokens + documents - 1."""
 
     def __init__(self, corpus: Corpus | Mixture, parts: int):
-        """Raises UserError for a corpus with loss masks, or one of fewer tokens than parts."""
+        """The weights of a Mixture do not count. Raises UserError for loss masks, and for fewer tokens than parts."""
         if corpus.has_mask:
             raise UserError('data.mode: "stream" joins documents, which loss masks are not made for; use "documents"')
         self._corpus, self.path, self.fingerprint = corpus, corpus.path, corpus.fingerprint

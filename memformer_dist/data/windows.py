@@ -213,14 +213,17 @@ class WindowReader:
             return
         self.corpus.expect(*self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes)))
 
-    def damage(self, start_tick: int, stop_tick: int) -> str | None:
+    def damage(self, start_tick: int, stop_tick: int, *, ahead: int | None = None) -> str | None:
         """What is wrong with a document that the reader's lanes read in start <= tick < stop, or None.
 
         Asked before a window, so that all processes can stop together instead of one in the middle of a collective.
+        `ahead`: the ticks up to there are read next (see `expect`).
         """
         began = time.perf_counter()
         places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
         try:
+            if ahead is not None:
+                self.expect(start_tick, ahead)
             self.corpus.check(*places)
         except CorpusError as error:
             return str(error)
