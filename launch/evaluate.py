@@ -77,11 +77,11 @@ def main() -> None:
                 raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
         if options.json is not None and not options.json.parent.is_dir():
             raise UserError(f"--json: found no folder {options.json.parent}")
-        saved = open_one(options.run_dir)
+        process = runtime.start()
+        saved = process.together(lambda: open_one(options.run_dir))
         config, position = saved.contents.config, saved.contents.position
         lanes = options.lanes or config.data.lanes
-        corpus = open_documents(saved, options.corpus, options.split, lanes)
-        process = runtime.start()
+        corpus = process.together(lambda: open_documents(saved, options.corpus, options.split, lanes))
         cell = saved.cell(process.device)
         losses = evaluate(
             cell,
