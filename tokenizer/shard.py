@@ -12,8 +12,8 @@ until it is known which documents are usable. The validation documents are a see
 
 Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
 The corpus appears under its name when it is whole; until then it is CORPUS.partial, where the same command goes on after
-an interruption, and one with other settings finds the units again that are the same. A corpus that is there already is kept if it was made of the same files with the same settings
-(sharding.json), and is an error otherwise.
+an interruption, and one with other settings finds the units again that are the same. A corpus that is there already is
+kept if it was made of the same files with the same settings (sharding.json), and is an error otherwise.
 """
 
 import argparse
