@@ -111,3 +111,18 @@ def process() -> Process:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Process(0, 1, torch.device("cpu"))
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory) -> Path:
+    """A tokenizer of 400 pieces."""
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(train_tokenizer("".join(documents(20)).split("\n"), vocab_size=400, cap_vocabulary=True))
+    return path
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name in "one.txt", "two.txt":
+        (tmp_path / name).write_text(f"this is {name}, abcdefg")
+    return f"{tmp_path}/*.txt"

@@ -16,15 +16,7 @@ from memformer_dist.data.documents import zstd
 from memformer_dist.data.preparation import shard
 from memformer_dist.errors import UserError
 from tests.conftest import documents
-from tests.test_preparation import encode, mib, read_back
-from tokenizer.train import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small.model"
-    path.write_bytes(train_tokenizer("".join(documents(20)).split("\n"), vocab_size=400, cap_vocabulary=True))
-    return path
+from tests.preparation import encode, mib, read_back
 
 
 class Ranges(SimpleHTTPRequestHandler):
