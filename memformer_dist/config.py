@@ -396,11 +396,11 @@ def _relations(sections: dict[str, Any], world_size: int) -> list[str]:
         if data.mode == "stream":
             problems += [
                 f"data.{field}: found {value} with data.mode 'stream', which joins all documents in their order;"
-                " expected mode 'documents', or none"
-                for field, value in (
-                    ("corpus", {name: weight for name, weight in data.corpora.items() if weight != 1}),
-                    ("min_tokens", data.min_tokens if data.min_tokens > 1 else None),
-                    ("shuffle_shards", data.shuffle_shards),
+                f" expected {expected}, or mode 'documents'"
+                for field, value, expected in (
+                    ("corpus", {name: weight for name, weight in data.corpora.items() if weight != 1}, "weights of 1"),
+                    ("min_tokens", data.min_tokens if data.min_tokens > 1 else None, "1"),
+                    ("shuffle_shards", data.shuffle_shards, "null"),
                 )
                 if value
             ]

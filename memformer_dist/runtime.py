@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from memformer_dist.errors import UserError
 
-
 Result = TypeVar("Result")
 
 

@@ -133,12 +133,13 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, work
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
-def test_another_recipe_starts_anew(tmp_path, texts, model_file, monkeypatch, capsys):
-    def full(*_):
-        raise KeyboardInterrupt
+def interrupted(*_):
+    raise KeyboardInterrupt
 
+
+def test_another_recipe_makes_the_shards_anew(tmp_path, texts, model_file, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("memformer_dist.data.preparation.merge", full)
+        patch.setattr("memformer_dist.data.preparation.merge", interrupted)
         shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000))
     shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000), seed=1)
     told = capsys.readouterr().err
@@ -147,7 +148,7 @@ def test_another_recipe_starts_anew(tmp_path, texts, model_file, monkeypatch, ca
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
 
 
-def test_a_mended_file_costs_no_other(tmp_path, model_file, monkeypatch, capsys):
+def test_a_mended_file_costs_no_other(tmp_path, model_file, capsys):
     """What was tokenised is found again by other inputs and settings."""
     for number, text in enumerate(documents(4)):
         (tmp_path / f"{number}.txt").write_text(text)
@@ -161,10 +162,6 @@ def test_a_mended_file_costs_no_other(tmp_path, model_file, monkeypatch, capsys)
     assert "tokenising: 3 of 5 units were finished by an earlier run" in capsys.readouterr().err
     shard(tmp_path / "fresh", model_file, [f"{tmp_path}/*.txt"], **options)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 def test_other_settings_interrupted_while_tokens_become_shards(tmp_path, model_file, two_files, monkeypatch):

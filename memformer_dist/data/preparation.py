@@ -15,6 +15,7 @@ Until the corpus is whole, everything lies in CORPUS.partial:
     sharding.json        the recipe of the shards: inputs, sizes, times, settings; with another one they are made anew
     shards/000042.json   the shards of a unit and their figures, written last; 000042-train.safetensors: an index
     corpus/              what is renamed to CORPUS at the end
+    replaced/            the old corpus, in the moment of --overwrite
     lock                 held by the process that works here
 
 An interrupted run goes on with the units that are not finished.
@@ -111,8 +112,8 @@ def shard(
             "unit_mib": unit_mib,
         }
         partial = output.with_name(output.name + ".partial")
-        if (partial / "replaced").exists() and not output.exists():  # --overwrite was killed in its last moment
-            (partial / "replaced").rename(output)
+        if (partial / "replaced").exists():
+            restore(partial, output)
         if (output / RECORD).exists():
             if not overwrite:
                 report = find_existing(output, recipe, strict)
@@ -123,16 +124,15 @@ def shard(
             raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
 
         facts = Facts(model.vocab_size(), model.bos_id(), model.eos_id(), recipe["tokenizer_sha256"])
-        stems = [stem_of(partial, source.unit, facts.tokenizer_sha256) for source in sources]
+        tasks = [
+            EncodeTask(number, partial, stem_of(partial, source.unit, facts.tokenizer_sha256), source.unit, facts)
+            for number, source in enumerate(sources)
+        ]
         with _claimed(partial):
-            begin(partial, recipe, {stem.name for stem in stems}, raw_model)
-            encode_tasks = [
-                EncodeTask(number, partial, stem, source.unit, facts)
-                for number, (stem, source) in enumerate(zip(stems, sources))
-            ]
-            encoded = work(pool, "tokenising", encode_unit, encode_tasks, sources, already_encoded)
+            begin(partial, recipe, {task.stem.name for task in tasks}, raw_model)
+            encoded = work(pool, "tokenising", encode_unit, tasks, sources, already_encoded)
             unread = sum(unit.unreadable for unit in encoded)
-            first = [_place(line) for line in islice(quarantine(sources, stems, encoded), 5)]
+            first = [_place(line) for line in islice(quarantine(tasks, encoded), 5)]
             for place in first:
                 print(f"cannot read {place}", file=sys.stderr)
             if strict and unread:
@@ -140,13 +140,11 @@ def shard(
                     f"--strict: {unread} documents cannot be read, no corpus is made. {'; '.join(first)}. What could be read"
                     f" is tokenised in {partial}: without --strict, or when these are mended, the command goes on there"
                 )
-            valid = held_out_documents(
-                sources, [usable_documents(stem) for stem in stems], unread, valid_fraction, seed
-            )
+            usable = [usable_documents(task.stem) for task in tasks]
+            valid = held_out_documents(sources, usable, unread, valid_fraction, seed)
             facts = facts._replace(has_mask=any(unit.masked for unit in encoded))
             write_tasks = [
-                WriteTask(number, partial, stem, held_out, facts)
-                for number, (stem, held_out) in enumerate(zip(stems, valid))
+                WriteTask(task.number, partial, task.stem, held_out, facts) for task, held_out in zip(tasks, valid)
             ]
             records = work(pool, "writing", write_unit, write_tasks, sources, finished_record)
             splits = merge(partial, facts, records)
@@ -157,7 +155,7 @@ def shard(
                 "unreadable": unread,
                 "ignored": ignored,
             }
-            finish(partial, output, recipe | {"report": report}, quarantine(sources, stems, encoded))
+            finish(partial, output, recipe | {"report": report}, quarantine(tasks, encoded))
         return report
 
 
@@ -232,16 +230,16 @@ def work(
     return results
 
 
-def quarantine(sources: Sequence[Source], stems: Sequence[Path], encoded: Sequence[Encoded]) -> Iterator[dict]:
+def quarantine(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> Iterator[dict]:
     """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
     before: dict[str, int] = {}  # lines of a .jsonl in the units up to here
-    for source, stem, unit in zip(sources, stems, encoded):
-        piece = source.unit.pieces[-1]
+    for task, unit in zip(tasks, encoded):
+        piece = task.unit.pieces[-1]
         offset = before.get(piece.file.name, 0)
         if piece.stop is not None:
             before[piece.file.name] = offset + unit.lines
         if unit.unreadable:
-            with open(stem.with_suffix(".quarantine"), "rb") as file:
+            with open(task.stem.with_suffix(".quarantine"), "rb") as file:
                 for file_name, position, reason in map(json.loads, file):
                     yield {"file": file_name, "position": position + offset, "reason": reason}
 
@@ -310,6 +308,13 @@ def _claimed(partial: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise cannot_write(partial, error) from None
+
+
+def restore(partial: Path, output: Path) -> None:
+    """Give a corpus its name back whose replacement was killed before it took it."""
+    with _claimed(partial):
+        if not output.exists():
+            (partial / "replaced").rename(output)
 
 
 def begin(partial: Path, recipe: dict, units: set[str], model: bytes) -> None:

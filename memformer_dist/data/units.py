@@ -264,7 +264,7 @@ def index_path(folder: Path, number: int, split: str) -> Path:
 
 def finished_record(task: EncodeTask | WriteTask) -> dict | None:
     """The record of a unit whose shards are written."""
-    number, folder, *_ = task
+    folder, number = task.folder, task.number
     try:
         record = json.loads(record_path(folder, number).read_text())
     except FileNotFoundError:

@@ -4,8 +4,8 @@
     python -m memformer_dist.data.verify corpora/books/train     # one split
 
 Compares corpus.json, the index, the size and sha256 of every shard, the tokenizer and what preparation has recorded
-(sharding.json), and names files that do not belong there. Where a shard's sha256 is wrong it goes through the documents by their crc32, and through what lies between them,
-to say what is damaged and where. Lists all problems and ends with exit code 2; 0 where there are none.
+(sharding.json), and names files that do not belong there. Where a shard's sha256 is wrong it goes through the documents
+by their crc32, and through what lies between them, to say what is damaged and where. Lists all problems and ends with exit code 2; 0 where there are none.
 """
 
 import argparse

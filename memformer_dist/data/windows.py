@@ -157,15 +157,19 @@ class WindowReader:
     def _read(self, start: int, stop: int, lanes: range) -> Chunk:
         """The ticks start <= tick < stop."""
         stretches = self.schedule.stretches(start, stop, lanes)
-        self.corpus.check(*self._places(stretches))
+        places = self._places(stretches)
+        self.corpus.check(*places)
         here = stretches._replace(lane=stretches.lane - lanes.start, tick=stretches.tick - start)
-        return Chunk(*self._copy(here, len(lanes), stop - start), *self._columns(here, len(lanes), stop - start))
+        rows, ticks = len(lanes), stop - start
+        return Chunk(*self._copy(here, places, rows, ticks), *self._columns(here, rows, ticks))
 
-    def _copy(self, stretches: Stretches, rows: int, ticks: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Text and mask of a chunk, whose first lane and tick are 0."""
+    def _copy(
+        self, stretches: Stretches, places: tuple[np.ndarray, ...], rows: int, ticks: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Text and mask of a chunk, whose first lane and tick are 0; `places` as `_places` tells them."""
         size = self.schedule.segment_length
         width = ticks * size + 1
-        document, first, last = self._places(stretches)
+        document, first, last = places
         # One more, for the last label. Where the document ends there is none, and the next one begins.
         stop = np.minimum(last + 1, self.corpus.lengths[document])
         at = stretches.lane * width + stretches.tick * size
