@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
-        "deepspeed==0.19.8",  # memformer_dist/engine.py leans on its internals; tests/test_engine.py says when to move
+        "deepspeed==0.19.8",  # memformer_dist/zero/engine.py leans on its internals; tests/test_engine.py says when to move
         "webdataset>=1.0",
         "sentencepiece>=0.2.1",
         "protobuf",  # sentencepiece's description of its models

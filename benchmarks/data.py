@@ -42,10 +42,11 @@ sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.figures import print_figures  # noqa: E402
 from memformer_dist.data.corpus import Corpus  # noqa: E402
+from memformer_dist.data.format import Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
 from memformer_dist.data.lanes import LaneSchedule  # noqa: E402
-from memformer_dist.data.reading import lane_schedule  # noqa: E402
-from memformer_dist.data.shards import Facts, Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
+from memformer_dist.data.open_data import lane_schedule  # noqa: E402
 from memformer_dist.data.windows import CHUNK_TICKS, CHUNKS_HELD, WindowReader  # noqa: E402
+from memformer_dist.vocabulary import Vocabulary  # noqa: E402
 
 LANES, LENGTH, DOCUMENT_TOKENS = 64, 512, 10_000
 MUST_SHOW = {  # of the issue
@@ -85,7 +86,9 @@ def train_model(folder: Path, text: str) -> Path:
 def write_documents(folder: Path, tokens: np.ndarray, length: int, documents: int) -> Path:
     """So many documents of `length` tokens, the text over and over from moving starts."""
     split, generator = folder / "train", np.random.default_rng(0)
-    with SplitWriter(split, Facts(4096, 1, 2, ""), shard_tokens=10_000_000) as writer:
+    with SplitWriter(
+        split, Vocabulary(size=4096, bos_id=1, eos_id=2, tokenizer_sha256=""), shard_tokens=10_000_000
+    ) as writer:
         for start in generator.integers(0, len(tokens) - length, documents).tolist():
             writer.add(tokens[start : start + length])
     return split
@@ -213,7 +216,7 @@ RESUME = """
 import sys, time
 import numpy as np
 from memformer_dist.data.corpus import Corpus
-from memformer_dist.data.reading import lane_schedule
+from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.data.windows import WindowReader
 split, tick, lanes, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 began = time.perf_counter()
@@ -268,7 +271,7 @@ def opening(folder: Path, documents: int) -> dict[str, float]:
             file.truncate(512)
         shard = Shard(name=name, bytes=512, sha256="", documents=count, tokens=int(lengths.sum()))
         written.append(WrittenShard(shard, index))
-    write_manifest(split, Facts(4096, 1, 2, ""), written)
+    write_manifest(split, Vocabulary(size=4096, bos_id=1, eos_id=2, tokenizer_sha256=""), written)
     size = (split / "index.safetensors").stat().st_size
     began = time.perf_counter()
     Corpus.open(split)

@@ -17,8 +17,9 @@ import torch
 from benchmarks.collectives import Collectives
 from benchmarks.mrbp_worker import BOS, Layout, RandomWindow
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.engine import Engine
-from memformer_dist.runtime import Process, run_program, start
+from memformer_dist.errors import run_program
+from memformer_dist.world import World
+from memformer_dist.zero.engine import Engine
 
 SEGMENTS, LANE_GROUPS, READOUT_GROUP = 8, 2, 4
 LAYOUT = Layout(
@@ -32,24 +33,24 @@ LAYOUT = Layout(
 )
 
 
-def new_engine(process: Process, stage: int, **settings: Any) -> Engine:
+def new_engine(world: World, stage: int, **settings: Any) -> Engine:
     torch.manual_seed(0)
     cell = Memformer(
         MemformerConfig(**LAYOUT.model), vocab_size=LAYOUT.vocabulary, bos_id=BOS, segment_length=LAYOUT.length
     )
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # ZeRO-3: every parameter is partitioned
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
-    return Engine(cell, optimizer, process, settings={"zero_optimization": zero}, **settings)
+    return Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **settings)
 
 
 def reduced(seen: Collectives) -> int:
     return sum(seen.bytes(kind) for kind in ("all_reduce", "reduce_scatter", "reduce"))
 
 
-def plain_data_parallel(process: Process, stage: int) -> int:
+def plain_data_parallel(world: World, stage: int) -> int:
     """Bytes reduced for one optimiser step with one backward."""
-    engine = new_engine(process, stage)
-    window, state, loss = RandomWindow(LAYOUT, 2, process.device), engine.module.empty_state(LAYOUT.lanes), 0.0
+    engine = new_engine(world, stage)
+    window, state, loss = RandomWindow(LAYOUT, 2, world.device), engine.module.empty_state(LAYOUT.lanes), 0.0
     with Collectives() as seen:
         for t in range(len(window)):
             features, state = engine.engine("advance", window[t], state)
@@ -58,21 +59,21 @@ def plain_data_parallel(process: Process, stage: int) -> int:
     return reduced(seen)
 
 
-def replayed(process: Process, stage: int, **settings: Any) -> tuple[Collectives, dict[str, int]]:
+def replayed(world: World, stage: int, **settings: Any) -> tuple[Collectives, dict[str, int]]:
     """What a window sends, and how often each parameter was gathered for it."""
-    engine = new_engine(process, stage, **settings)
+    engine = new_engine(world, stage, **settings)
     gathers = count_gathers(engine) if stage == 3 else Counter()
     lanes = LAYOUT.lanes
-    windows = [RandomWindow(LAYOUT, SEGMENTS, process.device)] * LANE_GROUPS
+    windows = [RandomWindow(LAYOUT, SEGMENTS, world.device)] * LANE_GROUPS
     states = [engine.module.empty_state(lanes)] * LANE_GROUPS
-    tokens = SEGMENTS * LANE_GROUPS * lanes * LAYOUT.length * process.world_size
+    tokens = SEGMENTS * LANE_GROUPS * lanes * LAYOUT.length * world.size
     for _ in range(2):  # the second window: whatever is set up once is set up by then
         gathers.clear()
         with Collectives() as seen:
             engine.accumulate(windows, states, valid_tokens=tokens, readout_group=READOUT_GROUP)
         engine.step(0.1)
     parameters = dict(engine.module.named_parameters())
-    moved = sum(gathers[name] * 4 * padded(p, process.world_size) for name, p in parameters.items() if gathers[name])
+    moved = sum(gathers[name] * 4 * padded(p, world.size) for name, p in parameters.items() if gathers[name])
     assert moved == seen.bytes("all_gather"), f"counted gathers of {moved} bytes, {seen.bytes('all_gather')} were moved"
     return seen, dict(gathers)
 
@@ -100,13 +101,13 @@ def most(gathers: dict[str, int], prefix: str) -> int:
     return max(count for name, count in gathers.items() if name.startswith(prefix))
 
 
-def traffic(process: Process, quick: bool = False) -> list[dict[str, Any]]:
+def traffic(world: World, quick: bool = False) -> list[dict[str, Any]]:
     """One row for each ZeRO stage, at stage 3 for each `mrbp.keep_gathered`; quick: stages 2 and 3 with its default."""
     rows: list[dict[str, Any]] = []
     for stage in (2, 3) if quick else (1, 2, 3):
-        plain = plain_data_parallel(process, stage)
+        plain = plain_data_parallel(world, stage)
         for keep in ("all",) if quick or stage < 3 else ("all", "readout", "none"):
-            seen, gathers = replayed(process, stage, keep_gathered=keep)
+            seen, gathers = replayed(world, stage, keep_gathered=keep)
             row = {
                 "zero_stage": stage,
                 "segments": SEGMENTS,
@@ -130,9 +131,9 @@ def traffic(process: Process, quick: bool = False) -> list[dict[str, Any]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    process = start()
-    rows = traffic(process, quick="--quick" in sys.argv)
-    if process.is_main:
+    world = World.start()
+    rows = traffic(world, quick="--quick" in sys.argv)
+    if world.is_main:
         print("\n" + json.dumps(rows), flush=True)
 
 

@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.mrbp import as_leaves, inner_product, memory_replay
-from memformer_dist.runtime import reseed
+from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.replay import as_leaves, inner_product, memory_replay
+from memformer_dist.mrbp.states import HostStates
 from memformer_dist.segment import Segment, concatenate
-from memformer_dist.states import HostStates
 
 SEED = 1
 PARTS = 2  # of a readout, half of the lanes each

@@ -56,11 +56,11 @@ def resident(field: str) -> int:
 def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats: int) -> list[dict[str, Any]]:
     """On one of the ranks: a row for every length of the window."""
     from memformer_dist.cells.memformer import Memformer, MemformerConfig
-    from memformer_dist.config import OptimizerConfig
-    from memformer_dist.engine import Engine, adamw
-    from memformer_dist.runtime import start
+    from memformer_dist.optimizer import OptimizerConfig, adamw
+    from memformer_dist.world import World
+    from memformer_dist.zero.engine import Engine
 
-    process = start()
+    world = World.start()
     torch.manual_seed(0)
     before = resident("VmRSS")
     model = MemformerConfig(**LAYOUT.model)
@@ -70,7 +70,7 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
     engine = Engine(
         cell,
         adamw(cell, OptimizerConfig()),
-        process,
+        world,
         settings={"zero_optimization": zero},
         precision=precision,
         reduce=reduce,
@@ -79,9 +79,9 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
     for segments in windows:
 
         def step() -> None:
-            tokens = segments * LAYOUT.lanes * LAYOUT.length * process.world_size
+            tokens = segments * LAYOUT.lanes * LAYOUT.length * world.size
             engine.accumulate(
-                [RandomWindow(LAYOUT, segments, process.device)],
+                [RandomWindow(LAYOUT, segments, world.device)],
                 [engine.module.empty_state(LAYOUT.lanes)],
                 valid_tokens=tokens,
             )
@@ -111,7 +111,7 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
                 "calls": seen.calls(),
             }
         )
-    return rows if process.is_main else []
+    return rows if world.is_main else []
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from memformer_dist.errors import UserError
-from memformer_dist.runtime import run_program
+from memformer_dist.errors import UserError, run_program
 
 CURVES = {
     "eval/loss": ("memory carried", "tab:blue"),

@@ -1,12 +1,12 @@
 """Loss of a trained model on held-out documents, with the memory carried and with it taken away.
 
     python launch/evaluate.py --run-dir runs/small
-    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-ticks 100 --json it.json
+    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json it.json
     torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
 
 memformer_dist/evaluate.py says what the rows of the table are. Plain torch in the precision of the weights, fp32: a run
 trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
-"shuffled" reads; with --max-ticks, which segments of every lane, it also changes which documents are read.
+"shuffled" reads; with --max-segments, which segments of every lane, it also changes which documents are read.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from memformer_dist import runtime
 from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.reading import as_read
-from memformer_dist.errors import UserError
+from memformer_dist.data.open_data import as_read
+from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import AGES, Losses, evaluate, summary
+from memformer_dist.world import World
 
 NAMES = {
     "carried": "memory carried",
@@ -65,35 +65,35 @@ def main() -> None:
     parser.add_argument(
         "--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)"
     )
-    parser.add_argument("--max-ticks", type=int, help="stop after this many segments of every lane (default: all)")
+    parser.add_argument("--max-segments", type=int, help="stop after this many segments of every lane (default: all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
     options = parser.parse_args()
 
     def program() -> None:
-        for option in ("lanes", "max_ticks"):
+        for option in ("lanes", "max_segments"):
             found = getattr(options, option)
             if found is not None and found < 1:
                 raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
         if options.json is not None and not options.json.parent.is_dir():
             raise UserError(f"--json: found no folder {options.json.parent}")
-        process = runtime.start()
-        saved = process.together(lambda: open_one(options.run_dir))
+        world = World.start()
+        saved = world.on_all_or_raise(lambda: open_one(options.run_dir))
         config, position = saved.contents.config, saved.contents.position
         lanes = options.lanes or config.data.lanes
-        corpus = process.together(lambda: open_documents(saved, options.corpus, options.split, lanes))
-        cell = saved.cell(process.device)
+        corpus = world.on_all_or_raise(lambda: open_documents(saved, options.corpus, options.split, lanes))
+        cell = saved.cell(world.device)
         losses = evaluate(
             cell,
             cell.empty_state,
             corpus,
-            process,
+            world,
             lanes=lanes,
             segment_length=config.data.segment_length,
-            ticks=options.max_ticks,
-            show=lambda ticks: tqdm(ticks, desc="evaluate", unit=" segments", disable=not process.is_main),
+            ticks=options.max_segments,
+            show=lambda ticks: tqdm(ticks, desc="evaluate", unit=" segments", disable=not world.is_main),
         )
-        if not process.is_main:
+        if not world.is_main:
             return
         print(
             f"{saved.path}, {position.tokens:,} tokens; {corpus.path}: {len(corpus.lengths):,} documents,"
@@ -105,11 +105,11 @@ def main() -> None:
                 "step": position.step,
                 "tokens": position.tokens,
                 "corpus": str(corpus.path),
-                "max_ticks": options.max_ticks,
+                "max_segments": options.max_segments,
             }
             options.json.write_text(json.dumps(facts | summary(losses), indent=2) + "\n")
 
-    runtime.run_program(program)
+    run_program(program)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.checkpoint import Checkpoint, open_one
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
 from memformer_dist.generate import Generation, Sampling, TextStream
-from memformer_dist.runtime import run_program
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

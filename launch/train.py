@@ -13,9 +13,10 @@ with exit code 0. A SIGTERM to the `deepspeed` command alone ends that command a
 import argparse
 from pathlib import Path
 
-from memformer_dist import runtime
 from memformer_dist.config import RunConfig
-from memformer_dist.data.reading import open_data
+from memformer_dist.data.open_data import open_data
+from memformer_dist.errors import run_program
+from memformer_dist.world import World, world_size
 
 
 def main() -> None:
@@ -30,16 +31,16 @@ def main() -> None:
     run_dir = arguments.run_dir or Path("runs") / arguments.config.stem
 
     def program() -> None:
-        config = RunConfig.load(arguments.config, arguments.set, runtime.world_size())
+        config = RunConfig.load(arguments.config, arguments.set, world_size())
         data = config.data
-        process = runtime.start()
+        world = World.start()
         cache = {"cache": data.cache, "cache_gib": data.cache_gib}
-        corpora = process.together(lambda: open_data(data.corpora, mode=data.mode, lanes=data.lanes, **cache))
+        corpora = world.on_all_or_raise(lambda: open_data(data.corpora, mode=data.mode, lanes=data.lanes, **cache))
         from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
-        train(config, run_dir, corpora, process)
+        train(config, run_dir, corpora, world)
 
-    runtime.run_program(program, error_log=run_dir / "errors.log")
+    run_program(program, error_log=run_dir / "errors.log")
 
 
 if __name__ == "__main__":

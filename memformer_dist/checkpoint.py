@@ -30,56 +30,14 @@ from torch import Tensor, nn
 from memformer_dist.cells.memformer import Memformer
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
-from memformer_dist.data.windows import Documents
+from memformer_dist.data.windows import TokenDataset
 from memformer_dist.errors import UserError
-from memformer_dist.runtime import Process
+from memformer_dist.progress import Interval, Position
+from memformer_dist.vocabulary import Vocabulary
+from memformer_dist.world import World
 
 VERSION = 1
 FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
-
-
-class Position(BaseModel, extra="forbid"):
-    """Where a run is. The tick is the whole state of the data, the tokens that of every schedule."""
-
-    step: int = 0  # windows trained on, skipped ones included
-    tick: int = 0  # segments consumed by every lane
-    tokens: int = 0  # labels trained on, over all lanes
-    updates: int = 0  # optimiser steps applied: Adam's own count
-    evaluated: int = 0  # tokens at the last evaluation on the way
-    seconds: float = 0.0  # in training steps, over all the parts of a resumed run
-    wall_s: float = 0.0  # all the time that these parts have run
-
-
-class Interval(BaseModel, extra="forbid"):
-    """Sums over the steps since the last record of the log, over all ranks. Saved, so that a resumed log repeats the run's."""
-
-    steps: int = 0
-    ticks: int = 0
-    labels: int = 0
-    tokens: int = 0  # that are not padding
-    documents: int = 0  # started
-    skipped: int = 0
-    losses: list[float] = []  # LossByAge's sums, flat; steps that were skipped are left out
-    drift: float = 0.0  # the largest of a step, added up over the ranks: 0 where all of them repeated the rollout
-    step_s: float = 0.0
-    rollout_s: float = 0.0  # of rank 0
-    wait_s: float = 0.0  # of rank 0
-
-
-class Vocabulary(BaseModel, extra="forbid", frozen=True):
-    size: int
-    bos_id: int
-    eos_id: int
-    tokenizer_sha256: str
-
-    @classmethod
-    def of(cls, corpus: Documents) -> "Vocabulary":
-        return cls(
-            size=corpus.vocab_size,
-            bos_id=corpus.bos_id,
-            eos_id=corpus.eos_id,
-            tokenizer_sha256=corpus.tokenizer_sha256,
-        )
 
 
 class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
@@ -108,7 +66,7 @@ class FileRecord(BaseModel, extra="forbid"):
     sha256: str
 
 
-MANIFEST = TypeAdapter(dict[str, FileRecord])  # manifest.json, by file name
+MANIFEST_FILE = TypeAdapter(dict[str, FileRecord])  # manifest.json, by file name
 
 
 class Damaged(Exception):
@@ -121,7 +79,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.manifest = MANIFEST.validate_json((path / "manifest.json").read_bytes())
+            self.manifest = MANIFEST_FILE.validate_json((path / "manifest.json").read_bytes())
         except (OSError, ValidationError) as error:
             raise Damaged(f"{path / 'manifest.json'}: {str(error).splitlines()[0]}")
 
@@ -145,7 +103,7 @@ class Checkpoint:
             field = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path}: was written by another version of this program; {field}: {first['msg']}")
 
-    def changes(self, config: RunConfig, corpus: Documents) -> dict:
+    def changes(self, config: RunConfig, corpus: TokenDataset) -> dict:
         """Fields of the configuration that differ from the checkpoint's, as {name: (saved, now)}.
 
         Raises UserError where a run that goes on from here may not change them, or has another corpus or tokenizer.
@@ -228,7 +186,7 @@ class TensorFiles:
 def save(
     run_dir: Path,
     engine,
-    process: Process,
+    world: World,
     *,
     contents: Contents,
     lanes: range,
@@ -238,7 +196,7 @@ def save(
     folder = run_dir / "checkpoints"
     final = folder / f"step-{contents.position.step:08d}"
     partial = folder / f"partial-{contents.position.step:08d}"
-    if process.is_main:
+    if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -246,12 +204,12 @@ def save(
         {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()},
         partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors",
     )
-    _save_tensors(partial, engine, process)
+    _save_tensors(partial, engine, world)
     dist.barrier()
-    if process.is_main:
+    if world.is_main:
         (partial / "checkpoint.json").write_text(contents.model_dump_json(indent=2))
         manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_bytes(MANIFEST.dump_json(manifest, indent=2))
+        (partial / "manifest.json").write_bytes(MANIFEST_FILE.dump_json(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)  # of a save whose end its run did not live to see
@@ -262,7 +220,7 @@ def save(
     return final
 
 
-def _save_tensors(folder: Path, engine, process: Process) -> None:
+def _save_tensors(folder: Path, engine, world: World) -> None:
     """Weights and moments in files of bounded size; every rank takes part in the gathering, rank 0 writes."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
@@ -277,7 +235,7 @@ def _save_tensors(folder: Path, engine, process: Process) -> None:
         held, count = 0, count + 1
 
     for name, weight, both in engine.tensors():
-        if not process.is_main:
+        if not world.is_main:
             continue
         weights[name] = weight.detach().cpu().contiguous()
         moments |= {f"{key}.{name}": moment.cpu().contiguous() for key, moment in both.items()}
@@ -288,15 +246,13 @@ def _save_tensors(folder: Path, engine, process: Process) -> None:
         write()
 
 
-def newest(
-    run_dir: Path, process: Process, say=lambda text: print(text, file=sys.stderr, flush=True)
-) -> Checkpoint | None:
+def newest(run_dir: Path, world: World, say=lambda text: print(text, file=sys.stderr, flush=True)) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None in a run that has none. A collective call: rank 0 verifies.
 
     Raises UserError when there are checkpoints and none of them is good: a fresh start would throw the run away.
     """
     choice = torch.tensor([-1])  # step; -1: there is none; -2: none is good
-    if process.is_main:
+    if world.is_main:
         candidates = sorted((run_dir / "checkpoints").glob("step-[0-9]*"), reverse=True)
         choice[0] = -2 if candidates or any((run_dir / "checkpoints").glob("damaged-*")) else -1
         for path in candidates:
@@ -310,7 +266,7 @@ def newest(
                 continue
             choice[0] = int(path.name.removeprefix("step-"))
             break
-    choice = choice.to(process.device)
+    choice = choice.to(world.device)
     dist.broadcast(choice, 0)
     step = int(choice)
     if step == -2:

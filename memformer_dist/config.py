@@ -16,15 +16,13 @@ from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.curriculum import SHAPES, Window, WindowByMetric
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
 from memformer_dist.data.corpus import is_url
-from memformer_dist.data.reading import Mode
+from memformer_dist.data.open_data import Mode
 from memformer_dist.errors import UserError
-from memformer_dist.reduction import Reduce
-from memformer_dist.states import Store
-from memformer_dist.zero3 import Keep
-
-
-class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A section of the configuration: unknown keys are errors, values do not change. JSON has no infinity to save."""
+from memformer_dist.mrbp.states import Store
+from memformer_dist.optimizer import OptimizerConfig
+from memformer_dist.section import Section
+from memformer_dist.zero.gathering import Keep
+from memformer_dist.zero.reduction import Reduce
 
 
 def _folder_or_weights(value: Any) -> str | None:
@@ -127,18 +125,6 @@ class MrbpConfig(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW; the learning rate rises linearly over warmup_tokens and falls along a cosine until training.tokens."""
-
-    learning_rate: PositiveFloat = 3e-4
-    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
-    warmup_tokens: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0, description="on the weights of linear layers alone")
-    gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the global gradient; 0 does not clip")
-
-
 class TrainingConfig(Section):
     tokens: PositiveInt = Field(description="labels to train on, over all lanes and epochs: when the run ends")
     seed: int = Field(0, ge=0, description="initial weights and dropout")
@@ -149,7 +135,9 @@ class TrainingConfig(Section):
     )
     init_from: str | None = Field(None, description="run directory or checkpoint: its weights alone start a fresh run")
     evaluate_every_tokens: PositiveInt | None = Field(None, description="null: only at the end")
-    evaluate_ticks: PositiveInt | None = Field(None, description="segments a lane in evaluations on the way; null: all")
+    evaluate_segments: PositiveInt | None = Field(
+        None, description="segments a lane in evaluations on the way; null: all"
+    )
     skipped_steps_limit: PositiveInt = Field(
         10, description="steps in a row with a non-finite gradient that end the run"
     )
@@ -169,7 +157,7 @@ class MonitorConfig(Section):
 
 
 # What the section `deepspeed` may not name, and where it is said instead.
-OURS = {
+SET_BY_US = {
     "train_batch_size": "data.lanes",
     "train_micro_batch_size_per_gpu": "data.lanes and mrbp.lanes_per_group",
     "gradient_accumulation_steps": "mrbp.window and mrbp.lanes_per_group",
@@ -191,7 +179,7 @@ OURS = {
     "zero_force_ds_cpu_optimizer": "the engine",
 }
 # What it may name. DeepSpeed itself passes over a misspelt key in silence.
-THEIRS = (
+PASSED_THROUGH = (
     "zero_optimization",
     "aio",
     "comms_logger",
@@ -216,7 +204,7 @@ MAY_CHANGE = (
     "data.cache",
     "training.tokens",
     "training.evaluate_every_tokens",
-    "training.evaluate_ticks",
+    "training.evaluate_segments",
     "training.skipped_steps_limit",
 )
 
@@ -349,7 +337,7 @@ def _sentence(section: str, model: type[BaseModel], error: dict) -> str:
     if error["type"] == "missing":
         return f"{field}: missing; {(known[name].description if name in known else None) or 'required'}"
     if field == "training.precision" and error["input"] == "fp16":
-        return f"{field}: found 'fp16', expected 'fp32' or 'bf16'; {OURS['fp16'].partition('(')[2].rstrip(')')}"
+        return f"{field}: found 'fp16', expected 'fp32' or 'bf16'; {SET_BY_US['fp16'].partition('(')[2].rstrip(')')}"
     if error["type"] == "value_error":  # a validator of ours: the message says what was found
         return f"{field}: {error['ctx']['error']}"
     return f"{field}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
@@ -364,9 +352,11 @@ def _zero_stage(deepspeed: Any) -> Any:
 def _deepspeed_problems(section: Any) -> list[str]:
     if not isinstance(section, dict):
         return [f"deepspeed: found {section!r}, expected an object"]
-    problems = [f"deepspeed.{key}: is not set here but by {OURS[key]}" for key in section if key in OURS]
+    problems = [f"deepspeed.{key}: is not set here but by {SET_BY_US[key]}" for key in section if key in SET_BY_US]
     problems += [
-        f"deepspeed.{key}: unknown key{_nearest(key, THEIRS)}" for key in section if key not in (*OURS, *THEIRS)
+        f"deepspeed.{key}: unknown key{_nearest(key, PASSED_THROUGH)}"
+        for key in section
+        if key not in (*SET_BY_US, *PASSED_THROUGH)
     ]
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memformer_dist.data.corpus import CorpusError
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, Documents, WindowReader
-from memformer_dist.runtime import Process
+from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.errors import CorpusError
 from memformer_dist.segment import IGNORE, Segment, concatenate
+from memformer_dist.world import World
 
 MODES = ("carried", "no_memory", "no_state", "shuffled")
 AGES = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # segments since the document's start
@@ -64,7 +64,7 @@ class Losses(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-def evaluation_lanes(corpus: Documents, lanes: int, world_size: int) -> int:
+def evaluation_lanes(corpus: TokenDataset, lanes: int, world_size: int) -> int:
     """No more lanes than documents, but a multiple of the ranks."""
     return math.ceil(min(lanes, len(corpus.lengths)) / world_size) * world_size
 
@@ -85,8 +85,8 @@ def _damage_from(reader: WindowReader, tick: int, ticks: int) -> str | None:
 def evaluate(
     forward: Callable,
     empty_state: Callable,
-    corpus: Documents,
-    process: Process,
+    corpus: TokenDataset,
+    world: World,
     *,
     lanes: int,
     segment_length: int,
@@ -106,22 +106,22 @@ def evaluate(
 
     Raises CorpusError, on every rank, when a document is damaged.
     """
-    lanes = evaluation_lanes(corpus, lanes, process.world_size)
+    lanes = evaluation_lanes(corpus, lanes, world.size)
     schedule = LaneSchedule(corpus.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1)
-    block = process.block(lanes)
+    block = world.lanes_of_rank(lanes)
     reader = WindowReader(corpus, schedule, lanes=block)
     ticks = min(schedule.ticks, ticks or schedule.ticks)
-    if message := process.spread(_damage(reader, ticks)):
+    if message := world.broadcast_first(_damage(reader, ticks)):
         raise CorpusError(message)
     share = lanes_per_group or len(block)
     groups = [slice(first, min(first + share, len(block))) for first in range(0, len(block), share)]
-    losses = {mode: LossByAge(process.device) for mode in MODES}
-    states = {mode: empty_state(len(block), device=process.device) for mode in MODES}
+    losses = {mode: LossByAge(world.device) for mode in MODES}
+    states = {mode: empty_state(len(block), device=world.device) for mode in MODES}
     for tick in show(range(ticks)):
-        if tick % CHUNK_TICKS == 0 and (message := process.spread(_damage_from(reader, tick, ticks))):
+        if tick % CHUNK_TICKS == 0 and (message := world.broadcast_first(_damage_from(reader, tick, ticks))):
             raise CorpusError(message)  # of a shard that has come and gone since, or did not come again
         read = reader.segment(tick)
-        strangers = _next_lane(states["shuffled"].memory, process)
+        strangers = _next_lane(states["shuffled"].memory, world)
         for group in groups:
             # Lanes that have run dry are left out. Where all have, one goes through the model, which every rank must do
             # equally often (ZeRO-3), and leaves its state as it was.
@@ -130,8 +130,8 @@ def evaluate(
             text = Segment(*(column[rows] for column in read))
             always = torch.ones_like(text.reset)
             # The modes go through the model side by side, as more lanes.
-            segments = [text, text._replace(forget=always), text._replace(reset=always), text]
-            together = concatenate(segments).to(process.device)
+            segments = [text, text._replace(reset_memory=always), text._replace(reset=always), text]
+            together = concatenate(segments).to(world.device)
             starts = [states[mode] for mode in MODES]
             starts[-1] = starts[-1]._replace(memory=strangers)
             start = starts[0]._make(torch.cat([x[rows] for x in column]) for column in zip(*starts))
@@ -143,7 +143,7 @@ def evaluate(
                     held[live] = new[: len(live)]
         if stop():
             return None
-    return {mode: Losses.of(process.sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}
+    return {mode: Losses.of(world.all_reduce_sum(loss.sums.flatten().tolist())) for mode, loss in losses.items()}
 
 
 def summary(losses: dict[str, Losses]) -> dict:
@@ -156,8 +156,8 @@ def summary(losses: dict[str, Losses]) -> dict:
     return figures
 
 
-def _next_lane(memory: Tensor, process: Process) -> Tensor:
+def _next_lane(memory: Tensor, world: World) -> Tensor:
     """Row i gets what global lane i+1 has; the last lane gets the first's."""
-    firsts = [torch.empty_like(memory[:1]) for _ in range(process.world_size)]
+    firsts = [torch.empty_like(memory[:1]) for _ in range(world.size)]
     dist.all_gather(firsts, memory[:1].contiguous())
-    return torch.cat([memory[1:], firsts[(process.rank + 1) % process.world_size]])
+    return torch.cat([memory[1:], firsts[(world.rank + 1) % world.size]])

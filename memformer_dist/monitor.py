@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from memformer_dist.checkpoint import Position
-from memformer_dist.runtime import Process
+from memformer_dist.progress import Position
 from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.world import World
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
 # Dense bf16 tensor-core peaks of the makers' data sheets, in TFLOP/s, for perf/mfu.
@@ -131,7 +131,7 @@ def _continue(path: Path, position: Position) -> Path:
     return path
 
 
-def boundary_norms(state_gradient_squares: Tensor, process: Process) -> list[float]:
+def boundary_norms(state_gradient_squares: Tensor, world: World) -> list[float]:
     """Norms over the lanes of all ranks of dL/d(state at a boundary), L the mean loss of the window. A collective call.
 
     The N - 1 boundaries from the window's start on: the last item knows of the last segment's loss alone. Read from
@@ -140,8 +140,8 @@ def boundary_norms(state_gradient_squares: Tensor, process: Process) -> list[flo
     Args:
         state_gradient_squares: [N], of this rank; of a loss that is L times the world size (Engine.accumulate).
     """
-    squares = process.sum(state_gradient_squares[1:].tolist())
-    return [math.sqrt(square) / process.world_size for square in squares]
+    squares = world.all_reduce_sum(state_gradient_squares[1:].tolist())
+    return [math.sqrt(square) / world.size for square in squares]
 
 
 def _commit() -> str | None:

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     labels: Tensor  # int64 [L, S], IGNORE where nothing is to be predicted
     length: Tensor  # int64 [L], tokens that are not padding; 0 only on a lane that has run dry
     reset: Tensor  # bool [L], a new document starts here
-    forget: Tensor  # bool [L], the memory alone is reset, the rest of the state kept (ablations)
+    reset_memory: Tensor  # bool [L], the memory alone is reset, the rest of the state kept (ablations)
     document: Tensor  # int64 [L], the document's number, -1 on a lane that has run dry
     offset: Tensor  # int64 [L], the position of the row's first token in its document
 

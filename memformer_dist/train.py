@@ -19,29 +19,24 @@ import torch
 from torch import Tensor
 
 from memformer_dist import checkpoint, evaluate, monitor
-from memformer_dist.checkpoint import Contents, Interval, Position, ReadoutGroup, Vocabulary, build_cell
-from memformer_dist.config import OptimizerConfig, RunConfig
+from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
+from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
-from memformer_dist.data.corpus import CorpusError
-from memformer_dist.data.reading import first_epoch, lane_schedule
-from memformer_dist.data.windows import TICKS_AHEAD, Documents, WindowReader
-from memformer_dist.engine import Engine, StepResult, adamw
-from memformer_dist.errors import UserError
+from memformer_dist.data.open_data import first_epoch, lane_schedule
+from memformer_dist.data.windows import TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
-from memformer_dist.grouping import choose_readout_group
-from memformer_dist.runtime import Process, StopRequest, claim, reseed
+from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.readout_size import choose_readout_group
+from memformer_dist.optimizer import adamw, learning_rate
+from memformer_dist.progress import Interval, Position
+from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Segment
+from memformer_dist.vocabulary import Vocabulary
+from memformer_dist.world import World
+from memformer_dist.zero.engine import Engine, StepResult
 
 LOGGED_AGES = AGES[:4] + ("8+",)
-
-
-def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
-    """Linear warm-up, then a cosine down to the final ratio, as a function of consumed tokens (this step's included)."""
-    if tokens < config.warmup_tokens:
-        return config.learning_rate * tokens / config.warmup_tokens
-    progress = min(1.0, (tokens - config.warmup_tokens) / max(1, total_tokens - config.warmup_tokens))
-    ratio = config.final_learning_rate_ratio
-    return config.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def crosses(before: int, after: int, every: int | None) -> bool:
@@ -61,21 +56,21 @@ class Trained(NamedTuple):
 class Trainer:
     """A run on one rank. Collective throughout: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[Documents, Documents], process: Process):
-        self.config, self.run_dir, self.process = config, run_dir, process
+    def __init__(self, config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDataset], world: World):
+        self.config, self.run_dir, self.world = config, run_dir, world
         self.train_corpus, self.valid_corpus = corpora
         self.started = time.perf_counter()
-        self.lock = claim(run_dir, process)
-        self.stop = StopRequest(run_dir, process)
+        self.lock = lock_run_dir(run_dir, world)
+        self.stop = StopRequest(run_dir, world)
 
         data = config.data
         self.schedule = lane_schedule(self.train_corpus, **data.schedule)
-        self.lanes = process.block(data.lanes)
+        self.lanes = world.lanes_of_rank(data.lanes)
         self.reader = WindowReader(self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
-        share = config.lanes_per_group(process.world_size)
+        share = config.lanes_per_group(world.size)
         self.groups = [range(first, first + share) for first in range(self.lanes.start, self.lanes.stop, share)]
 
-        self.resumed = checkpoint.newest(run_dir, process)
+        self.resumed = checkpoint.newest(run_dir, world)
         self.position = self.resumed.contents.position if self.resumed else Position()
         self.interval = self.resumed.contents.interval if self.resumed else Interval()
         self.earlier_s = self.position.wall_s
@@ -99,7 +94,7 @@ class Trainer:
         self.engine = Engine(
             cell,
             adamw(cell, config.optimizer),
-            process,
+            world,
             settings=config.deepspeed,
             precision=config.training.precision,
             gradient_clipping=config.optimizer.gradient_clipping,
@@ -108,13 +103,13 @@ class Trainer:
             state_store=config.mrbp.state_store,
             keep_gathered=config.mrbp.keep_gathered,
         )
-        self.states = [self.engine.module.empty_state(len(group), device=process.device) for group in self.groups]
+        self.states = [self.engine.module.empty_state(len(group), device=world.device) for group in self.groups]
         if self.resumed:
             self.engine.load_moments(self.position.updates, self.resumed.moment)
             self.states = [self.resumed.load_lanes(group, empty) for group, empty in zip(self.groups, self.states)]
         self.saved = self.position.model_copy()
-        self.monitor = monitor.Monitor(run_dir, self.position, config.training.tokens, is_main=process.is_main)
-        self.peak_flops = monitor.peak_flops(process.device, config.monitor.device_peak_tflops)
+        self.monitor = monitor.Monitor(run_dir, self.position, config.training.tokens, is_main=world.is_main)
+        self.peak_flops = monitor.peak_flops(world.device, config.monitor.device_peak_tflops)
         self.flops_per_token = monitor.training_flops_per_token(
             lambda: build_cell(config, self.vocabulary), data.segment_length
         )
@@ -126,7 +121,7 @@ class Trainer:
         """Train to the end of the token budget, or until asked to stop; returns who asked."""
         config, position = self.config, self.position
         self.engine.module.train()
-        if self.process.is_main and not self._done():
+        if self.world.is_main and not self._done():
             (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one continues
         reason = self._evaluate_if_due()  # where the run was stopped before it could
         readout_group = None if reason or self._done() else self._readout_group()
@@ -159,7 +154,7 @@ class Trainer:
         """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
         tick, window = self.position.tick, self.curriculum.window
         ahead = tick + max(4 * window, TICKS_AHEAD)
-        damage = self.process.spread(self.reader.damage(tick, tick + window, ahead=ahead))
+        damage = self.world.broadcast_first(self.reader.damage(tick, tick + window, ahead=ahead))
         self.reader.look_ahead(tick + window, tick + 2 * window)
         if damage is not None:
             self._save()
@@ -176,7 +171,7 @@ class Trainer:
         if frozen is None or frozen.lanes != len(lanes):
             self._check_next_window()
             segment, window = self.reader.segment(self.position.tick, lanes), self.curriculum.largest
-            choice = choose_readout_group(self.engine, segment, self.states[0], self.process, window=window)
+            choice = choose_readout_group(self.engine, segment, self.states[0], self.world, window=window)
             self.chosen_group = ReadoutGroup(segments=choice.readout_group, lanes=len(lanes))
             self.monitor.say(
                 f"mrbp.readout_group: {choice.readout_group} segments, for a segment of {len(lanes)} lanes takes"
@@ -190,7 +185,7 @@ class Trainer:
         ticks = self.position.tick, self.position.tick + self.curriculum.window
         if not self.train_corpus.has_mask:
             return self.reader.valid_tokens(*ticks)
-        return int(self.process.sum([self.reader.valid_tokens(*ticks, self.lanes)])[0])
+        return int(self.world.all_reduce_sum([self.reader.valid_tokens(*ticks, self.lanes)])[0])
 
     def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
@@ -198,7 +193,7 @@ class Trainer:
         config, position, interval = self.config, self.position, self.interval
         segments = self.curriculum.window
         valid_tokens = self._labels_of_window()
-        losses = LossByAge(self.process.device, LOGGED_AGES)
+        losses = LossByAge(self.world.device, LOGGED_AGES)
         tokens = documents = 0
 
         def observe(t: int, segment: Segment, nll: Tensor) -> None:
@@ -219,7 +214,7 @@ class Trainer:
             learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
         )
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
-        tokens, documents, drift, *sums = self.process.sum(
+        tokens, documents, drift, *sums = self.world.all_reduce_sum(
             [tokens, documents, float(window.drift), *losses.sums.flatten().tolist()]
         )
 
@@ -229,8 +224,8 @@ class Trainer:
         position.updates += result.applied
         interval.steps += 1
         interval.ticks += segments
-        interval.labels += valid_tokens
-        interval.tokens += int(tokens)
+        interval.tokens += valid_tokens
+        interval.input_tokens += int(tokens)
         interval.documents += int(documents)
         interval.skipped += not result.applied
         if result.applied:
@@ -246,7 +241,7 @@ class Trainer:
 
     def _finite_lanes(self, state: NamedTuple) -> NamedTuple:
         """After a window whose gradient was not finite: lanes whose state is not finite start again from the empty one."""
-        empty = self.engine.module.empty_state(len(state[0]), device=self.process.device)
+        empty = self.engine.module.empty_state(len(state[0]), device=self.world.device)
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state]).all(0)  # [lanes]
         return state._make(
             torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, fresh) for x, fresh in zip(state, empty)
@@ -254,7 +249,7 @@ class Trainer:
 
     def _agreed_stop(self) -> str | None:
         """Who asked any rank to stop: the same answer on all of them."""
-        return self.process.spread(self.stop.reason())
+        return self.world.broadcast_first(self.stop.reason())
 
     def _tell(self, change: str | None) -> None:
         if change:
@@ -265,7 +260,7 @@ class Trainer:
         position, training = self.position, self.config.training
         if self._done() or not crosses(position.evaluated, position.tokens, training.evaluate_every_tokens):
             return None
-        losses = self._evaluate("eval", training.evaluate_ticks)
+        losses = self._evaluate("eval", training.evaluate_segments)
         if losses is not None:
             position.evaluated = position.tokens
             carried = losses["carried"].loss
@@ -282,11 +277,11 @@ class Trainer:
             self.engine,
             module.empty_state,
             self.valid_corpus,
-            self.process,
+            self.world,
             lanes=self.config.data.lanes,
             segment_length=self.config.data.segment_length,
             ticks=ticks,
-            lanes_per_group=self.config.lanes_per_group(self.process.world_size),
+            lanes_per_group=self.config.lanes_per_group(self.world.size),
             stop=lambda: self._agreed_stop() is not None,
         )
         module.train()
@@ -312,7 +307,7 @@ class Trainer:
     def finish(self) -> dict | None:
         """Evaluate on every held-out document and write summary.json; None when stopped on the way.
 
-        Logged as final/..., because evaluations on the way may have read only the beginnings (training.evaluate_ticks).
+        Logged as final/..., because evaluations on the way may have read only the beginnings (training.evaluate_segments).
         """
         path = self.run_dir / "summary.json"
         if path.exists() and (summary := json.loads(path.read_text()))["steps"] == self.position.step:
@@ -325,12 +320,12 @@ class Trainer:
         summary = evaluate.summary(losses) | {
             "tokens_per_s": position.tokens / position.seconds,
             "wall_s": self._wall_s(),
-            "world_size": self.process.world_size,
+            "world_size": self.world.size,
             "tokens": position.tokens,
             "steps": position.step,
             "parameters": self.parameters,
         }
-        if self.process.is_main:
+        if self.world.is_main:
             path.write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -356,16 +351,16 @@ class Trainer:
             config=self.config,
         )
         state = self.states[0]._make(torch.cat(column) for column in zip(*self.states))
-        checkpoint.save(self.run_dir, self.engine, self.process, contents=contents, lanes=self.lanes, state=state)
+        checkpoint.save(self.run_dir, self.engine, self.world, contents=contents, lanes=self.lanes, state=state)
         self.saved = self.position.model_copy()
 
     def _log(self, trained: Trained) -> None:
         """A record of the interval, which begins anew. Collective."""
-        process, config, interval, position = self.process, self.config, self.interval, self.position
+        world, config, interval, position = self.world, self.config, self.interval, self.position
         losses = Losses.of(interval.losses, LOGGED_AGES)
         positions = interval.ticks * config.data.lanes * config.data.segment_length
         window = len(trained.state_gradient_squares)
-        rate = interval.labels / interval.step_s
+        rate = interval.tokens / interval.step_s
         scalars = {
             "loss/train": losses.loss,
             **{f"loss/by_segment_age/{age}": loss for age, loss in losses.by_age.items()},
@@ -377,21 +372,21 @@ class Trainer:
             "mrbp/replay_drift": interval.drift,
             "mrbp/rollout_share": interval.rollout_s / interval.step_s,
             "mrbp/state_bytes": window * sum(x.nbytes for x in self.states[0]),
-            "data/pad_fraction": 1 - interval.tokens / positions,
+            "data/pad_fraction": 1 - interval.input_tokens / positions,
             "data/wait_s": interval.wait_s,
             "data/documents_started": interval.documents,
             "perf/tokens_per_s": rate,
-            "perf/tokens_per_s_per_device": rate / process.world_size,
+            "perf/tokens_per_s_per_device": rate / world.size,
             "perf/step_s": interval.step_s / interval.steps,
         }
         if self.peak_flops:
-            scalars["perf/mfu"] = rate * self.flops_per_token / (process.world_size * self.peak_flops)
-        if process.device.type == "cuda":
+            scalars["perf/mfu"] = rate * self.flops_per_token / (world.size * self.peak_flops)
+        if world.device.type == "cuda":
             scalars["device/max_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
             scalars["device/alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
         curves = {}
         if window > 1:
-            curves["memory/grad_norm_by_boundary"] = monitor.boundary_norms(trained.state_gradient_squares, process)
+            curves["memory/grad_norm_by_boundary"] = monitor.boundary_norms(trained.state_gradient_squares, world)
         self.monitor.log(position, scalars, curves)
         self.monitor.advance(position, losses.loss, rate)
         self.interval = Interval()
@@ -399,7 +394,7 @@ class Trainer:
     @torch.no_grad()
     def _diagnose(self) -> dict[str, float]:
         """How the cell uses its memory: the first lane group's last segment, read again with the memory it left."""
-        segment = self.reader.segment(self.position.tick - 1, self.groups[0]).to(self.process.device)
+        segment = self.reader.segment(self.position.tick - 1, self.groups[0]).to(self.world.device)
         segment = segment._replace(reset=torch.zeros_like(segment.reset))
         self.engine.module.eval()
         found = self.engine("diagnose", segment, self.states[0])
@@ -408,17 +403,17 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Say what is about to happen, and record how the run was started."""
-        if not self.process.is_main:
+        if not self.world.is_main:
             return
         data, window, say = self.config.data, self.config.mrbp.window, self.monitor.say
         (self.run_dir / "config.json").write_text(self.config.to_json())
         shutil.copyfile(self.train_corpus.tokenizer(), self.run_dir / "tokenizer.model")
         epoch = first_epoch(self.train_corpus, self.schedule)
-        monitor.record_start(self.run_dir, self.process.world_size, self.position.step)
+        monitor.record_start(self.run_dir, self.world.size, self.position.step)
         say(
             f"{self.parameters:,} parameters, vocabulary {self.vocabulary.size}; an epoch is"
             f" {epoch.documents:,} documents, {epoch.tokens:,} tokens, {epoch.padding:.1%} of the positions are padding;"
-            f" {self.process.world_size} ranks on {self.process.device.type}, ZeRO"
+            f" {self.world.size} ranks on {self.world.device.type}, ZeRO"
             f" {self.config.zero_stage}, {self.config.training.precision}; a step is {data.lanes} lanes x"
             f" {self.curriculum.window} segments x {data.segment_length} tokens"
             + ("" if isinstance(window, int) else f"; mrbp.window: {window}")
@@ -438,19 +433,19 @@ class Trainer:
             )
 
 
-def train(config: RunConfig, run_dir: Path, corpora: tuple[Documents, Documents], process: Process) -> dict | None:
+def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDataset], world: World) -> dict | None:
     """Start, resume or finish the run in `run_dir`. Returns its summary, or None when it was stopped before the end.
 
     Args:
         corpora: the training and the validation split.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, run_dir, corpora, process)
+    trainer = Trainer(config, run_dir, corpora, world)
     try:
         reason = trainer.fit()
         summary = None if reason else trainer.finish()
         if summary is None:
-            reason = reason or process.spread(trainer.stop.reason())
+            reason = reason or world.broadcast_first(trainer.stop.reason())
             trainer.monitor.say(
                 f"stopped by {reason} at step {trainer.position.step}; the same command goes on from there"
             )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from memformer_dist.runtime import Process
+from memformer_dist.world import World
 from tokenizer.shard import shard
 from tokenizer.train import train_tokenizer
 
@@ -104,12 +104,12 @@ def trained_run(_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def process() -> Process:
+def world() -> World:
     """A process group of this process alone, for what is collective. The environment stays as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Process(0, 1, torch.device("cpu"))
+    yield World(0, 1, torch.device("cpu"))
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ SHARD = ROOT / "tokenizer" / "shard.py"
 
 
 def mib(size: int) -> float:
-    """--unit-mib for units of so many bytes."""
+    """--partition-mib for partitions of so many bytes."""
     return size / 2**20
 
 

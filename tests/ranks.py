@@ -13,7 +13,7 @@ from multiprocessing.reduction import DupFd
 import torch
 import torch.multiprocessing as multiprocessing
 
-from memformer_dist import runtime
+from memformer_dist.world import World
 
 
 def run_ranks(world_size: int, function, *arguments) -> None:
@@ -71,8 +71,8 @@ def _rank(rank: int, world_size: int, port: str, output: Output, function, argum
     )
     torch.set_num_threads(1)
     try:
-        process = runtime.start()
-        function(process, *arguments)
+        world = World.start()
+        function(world, *arguments)
     except BaseException:
         traceback.print_exc()
         raise

@@ -77,7 +77,7 @@ def hooks_rank(process):
 
 def deepspeed_rank(process):
     """What DeepSpeed issues for a window and a step, at every stage, against the events that gloo itself records."""
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     for stage in range(4):
         torch.manual_seed(5)

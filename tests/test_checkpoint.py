@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from memformer_dist import checkpoint
-from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, Position, ReadoutGroup, Vocabulary
+from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, ReadoutGroup
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.errors import UserError
-from memformer_dist.runtime import Process
+from memformer_dist.progress import Position
+from memformer_dist.vocabulary import Vocabulary
+from memformer_dist.world import World
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.toy import ToyCell, ToyState, random_window
@@ -66,12 +68,12 @@ def lane_state(lanes: range, step: int) -> ToyState:
     return ToyState(memory, 1000 * step + torch.tensor(lanes))
 
 
-def save(run_dir, process, step, *, cell=None, **about):
-    lanes = process.block(LANES)
+def save(run_dir, world, step, *, cell=None, **about):
+    lanes = world.lanes_of_rank(LANES)
     return checkpoint.save(
         run_dir,
         FakeEngine(cell, None) if cell else FakeEngine(ToyCell(), step),
-        process,
+        world,
         contents=contents(step, **about),
         lanes=lanes,
         state=lane_state(lanes, step),
@@ -98,36 +100,36 @@ def names(run_dir) -> list[str]:
 # ---- out and in ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded(tmp_path, process):
-    assert checkpoint.newest(tmp_path, process) is None
-    assert save(tmp_path, process, 3) == tmp_path / "checkpoints" / "step-00000003"
-    assert_of_step(checkpoint.newest(tmp_path, process), 3)
+def test_what_is_saved_is_loaded(tmp_path, world):
+    assert checkpoint.newest(tmp_path, world) is None
+    assert save(tmp_path, world, 3) == tmp_path / "checkpoints" / "step-00000003"
+    assert_of_step(checkpoint.newest(tmp_path, world), 3)
     with pytest.raises(AssertionError):
-        assert_of_step(checkpoint.newest(tmp_path, process), 4)
-    save(tmp_path, process, 12)
-    assert_of_step(checkpoint.newest(tmp_path, process), 12)
+        assert_of_step(checkpoint.newest(tmp_path, world), 4)
+    save(tmp_path, world, 12)
+    assert_of_step(checkpoint.newest(tmp_path, world), 12)
 
 
 @pytest.mark.parametrize("file_bytes, files", [(1, 9), (300, 5), (10**6, 1)])
-def test_large_models_take_several_files(tmp_path, process, monkeypatch, file_bytes, files):
+def test_large_models_take_several_files(tmp_path, world, monkeypatch, file_bytes, files):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
-    save(tmp_path, process, 5)
-    saved = checkpoint.newest(tmp_path, process)
+    save(tmp_path, world, 5)
+    saved = checkpoint.newest(tmp_path, world)
     assert len(saved.files("weights-")) == len(saved.files("moments-")) == files
     assert_of_step(saved, 5)
 
 
-def save_rank(process, run_dir):
-    save(run_dir, process, 4)
-    saved = checkpoint.newest(run_dir, process, say=None)
-    block = process.block(LANES)
+def save_rank(world, run_dir):
+    save(run_dir, world, 4)
+    saved = checkpoint.newest(run_dir, world, say=None)
+    block = world.lanes_of_rank(LANES)
     state = saved.load_lanes(block, ToyCell().empty_state(len(block)))
     assert all(map(torch.equal, state, lane_state(block, 4)))
 
 
-def test_lanes_of_two_ranks_load_anywhere(tmp_path, process):
+def test_lanes_of_two_ranks_load_anywhere(tmp_path, world):
     run_ranks(2, save_rank, tmp_path)
-    saved = checkpoint.newest(tmp_path, process)
+    saved = checkpoint.newest(tmp_path, world)
     assert [path.name for path in saved.files("lanes-")] == [
         "lanes-00000-00004.safetensors",
         "lanes-00004-00008.safetensors",
@@ -138,9 +140,9 @@ def test_lanes_of_two_ranks_load_anywhere(tmp_path, process):
         assert all(map(torch.equal, state, lane_state(lanes, 4)))
 
 
-def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, process):
-    save(tmp_path, process, 1)
-    state = checkpoint.newest(tmp_path, process).load_lanes(range(LANES), ToyCell().double().empty_state(LANES))
+def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, world):
+    save(tmp_path, world, 1)
+    state = checkpoint.newest(tmp_path, world).load_lanes(range(LANES), ToyCell().double().empty_state(LANES))
     assert state.memory.dtype == torch.float64 and state.seen.dtype == torch.int64
 
 
@@ -150,15 +152,15 @@ def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, process):
 def save_for_ever(run_dir):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    process = Process(0, 1, torch.device("cpu"))
-    found = checkpoint.newest(run_dir, process)
+    world = World(0, 1, torch.device("cpu"))
+    found = checkpoint.newest(run_dir, world)
     step = found.contents.position.step if found else 0
     while True:
         step += 1
-        save(run_dir, process, step)
+        save(run_dir, world, step)
 
 
-def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, process, capfd):
+def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, world, capfd):
     """SIGKILL until six have come in the middle of a save; each new process goes on from what it finds."""
     context = multiprocessing.get_context("forkserver")  # which imports once, so that a start takes no second
     context.set_forkserver_preload(["tests.test_checkpoint"])
@@ -166,7 +168,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, process, c
     while interrupted < 6:
         kills += 1
         assert kills <= 60, "the kills do not come while it is saving"
-        saver = context.Process(target=save_for_ever, args=(tmp_path,))
+        saver = context.World(target=save_for_ever, args=(tmp_path,))
         saver.start()
         first, deadline = f"step-{last + 1:08d}", time.monotonic() + 60
         while not (tmp_path / "checkpoints" / first).exists() and time.monotonic() < deadline:
@@ -176,13 +178,13 @@ def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, process, c
         saver.join()
         assert saver.exitcode == -9
         interrupted += any(name.startswith("partial-") for name in names(tmp_path))
-        saved = checkpoint.newest(tmp_path, process)
+        saved = checkpoint.newest(tmp_path, world)
         step = saved.contents.position.step
         assert step > last
         assert_of_step(saved, step)
         last = step
     assert "passed over" not in capfd.readouterr().err  # whatever has its name is whole
-    save(tmp_path, process, last + 1)
+    save(tmp_path, world, last + 1)
     assert not any(name.startswith("partial-") for name in names(tmp_path))
 
 
@@ -190,7 +192,7 @@ class Crash(BaseException):
     pass
 
 
-def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, process, monkeypatch):
+def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, world, monkeypatch):
     """The same without chance: the n-th touch of the disk does not happen, nor any after it, for every n."""
     touches = [
         (checkpoint, "save_file"),
@@ -201,8 +203,8 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, proc
         (checkpoint.Path, "rename"),
         (checkpoint.shutil, "rmtree"),
     ]
-    save(tmp_path, process, 1)
-    save(tmp_path, process, 2)
+    save(tmp_path, world, 1)
+    save(tmp_path, world, 2)
     left = crash = 0
     completed = False
     while not completed:
@@ -221,11 +223,11 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, proc
 
                 patch.setattr(owner, name, touch)
             try:
-                save(tmp_path, process, 3)
+                save(tmp_path, world, 3)
                 completed = True
             except Crash:
                 pass
-        found = checkpoint.newest(tmp_path, process, say=None)
+        found = checkpoint.newest(tmp_path, world, say=None)
         step = found.contents.position.step
         assert step == 3 if completed else step in (2, 3)
         assert_of_step(found, step)
@@ -258,21 +260,21 @@ DAMAGES |= {"strange manifest.json": ("manifest.json", lambda path: path.write_t
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, process, damage):
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, world, damage):
     for step in (1, 2):
-        save(tmp_path, process, step)
+        save(tmp_path, world, step)
     name, harm = DAMAGES[damage]
     harm(tmp_path / "checkpoints" / "step-00000002" / name)
     said = []
-    assert_of_step(checkpoint.newest(tmp_path, process, said.append), 1)
+    assert_of_step(checkpoint.newest(tmp_path, world, said.append), 1)
     assert len(said) == 1 and f"step-00000002/{name}" in said[0] and "damaged-step-00000002" in said[0]
     assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
-    assert_of_step(checkpoint.newest(tmp_path, process, said.append), 1)
+    assert_of_step(checkpoint.newest(tmp_path, world, said.append), 1)
     assert len(said) == 1  # once is enough
 
 
-def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path, process):
-    manifest = save(tmp_path, process, 1) / "manifest.json"
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path, world):
+    manifest = save(tmp_path, world, 1) / "manifest.json"
     whole = manifest.read_bytes()
     for place in range(len(whole)):
         flip(manifest, place)
@@ -282,32 +284,32 @@ def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path, process):
     Checkpoint(manifest.parent).verify()
 
 
-def test_a_step_that_is_damaged_twice(tmp_path, process):
+def test_a_step_that_is_damaged_twice(tmp_path, world):
     """The run goes on from the one before, reaches the step again, and has bad luck again."""
-    save(tmp_path, process, 1)
+    save(tmp_path, world, 1)
     for _ in range(2):
-        truncate(save(tmp_path, process, 2) / FILES[0])
-        assert_of_step(checkpoint.newest(tmp_path, process), 1)
-    save(tmp_path, process, 2)
-    assert_of_step(checkpoint.newest(tmp_path, process), 2)
+        truncate(save(tmp_path, world, 2) / FILES[0])
+        assert_of_step(checkpoint.newest(tmp_path, world), 1)
+    save(tmp_path, world, 2)
+    assert_of_step(checkpoint.newest(tmp_path, world), 2)
 
 
-def test_where_all_are_damaged_the_run_does_not_start_afresh(tmp_path, process):
+def test_where_all_are_damaged_the_run_does_not_start_afresh(tmp_path, world):
     for step in (1, 2):
-        flip(save(tmp_path, process, step) / FILES[step])
+        flip(save(tmp_path, world, step) / FILES[step])
     for _ in range(3):  # not when the same command is given again, either
         with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints'}: every checkpoint is damaged"):
-            checkpoint.newest(tmp_path, process)
+            checkpoint.newest(tmp_path, world)
     with pytest.raises(UserError, match="no checkpoint found"):
         checkpoint.open_one(tmp_path)
 
 
-def test_an_interrupted_save_is_no_checkpoint(tmp_path, process):
+def test_an_interrupted_save_is_no_checkpoint(tmp_path, world):
     partial = tmp_path / "checkpoints" / "partial-00000009"
     partial.mkdir(parents=True)
     (partial / "checkpoint.json").write_text("{")
-    assert checkpoint.newest(tmp_path, process) is None
-    save(tmp_path, process, 1)
+    assert checkpoint.newest(tmp_path, world) is None
+    save(tmp_path, world, 1)
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -321,47 +323,47 @@ def rewrite(path, change) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_checkpoint_from_before_there_were_curricula(tmp_path, process):
+def test_a_checkpoint_from_before_there_were_curricula(tmp_path, world):
     def before(raw: dict) -> None:
         del raw["curriculum"], raw["readout_group"], raw["interval"]["ticks"]
         raw["config"]["mrbp"] = {"window": 2, "readout_group": 1, "lanes_per_group": None}
 
-    rewrite(save(tmp_path, process, 1), before)
-    found = checkpoint.newest(tmp_path, process).contents
+    rewrite(save(tmp_path, world, 1), before)
+    found = checkpoint.newest(tmp_path, world).contents
     assert found.curriculum is None and found.readout_group is None
     assert found.config.mrbp.window == 2 and found.config.mrbp.reduce == "window"
 
 
-def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, process):
+def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, world):
     """It stays where it is: an older program can still read it."""
 
     def rename(raw: dict) -> None:
         raw["config"]["mrbp"]["renamed"] = raw["config"]["mrbp"].pop("window")
 
-    rewrite(save(tmp_path, process, 1), rename)
+    rewrite(save(tmp_path, world, 1), rename)
     message = "checkpoint.json: was written by another version of this program; config.mrbp.window: Field required"
     with pytest.raises(UserError, match=message):
-        checkpoint.newest(tmp_path, process).contents
+        checkpoint.newest(tmp_path, world).contents
     assert names(tmp_path) == ["step-00000001"]
 
 
 # ---- which are kept --------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_and_the_anchors_are_kept(tmp_path, process):
+def test_the_newest_and_the_anchors_are_kept(tmp_path, world):
     for step in range(1, 9):
-        save(tmp_path, process, step, anchor=step in (2, 5))
+        save(tmp_path, world, step, anchor=step in (2, 5))
     assert names(tmp_path) == [f"step-{step:08d}" for step in (2, 5, 7, 8)]
-    save(tmp_path, process, 9, keep=3)
+    save(tmp_path, world, 9, keep=3)
     assert names(tmp_path) == [f"step-{step:08d}" for step in (2, 5, 7, 8, 9)]
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "checkpoint.json"])
-def test_an_interrupted_removal_is_completed(tmp_path, process, lost):
+def test_an_interrupted_removal_is_completed(tmp_path, world, lost):
     for step in (1, 2):
-        save(tmp_path, process, step)
+        save(tmp_path, world, step)
     (tmp_path / "checkpoints" / "step-00000001" / lost).unlink()
-    save(tmp_path, process, 3)
+    save(tmp_path, world, 3)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
@@ -382,9 +384,9 @@ def losses(cell) -> torch.Tensor:
     return torch.cat(rows).detach()
 
 
-def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, process):
+def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, world):
     cell = memformer()
-    path = save(tmp_path, process, 1, cell=cell)
+    path = save(tmp_path, world, 1, cell=cell)
     for place in (tmp_path, path):
         saved = checkpoint.open_one(place)
         loaded = saved.cell(torch.device("cpu"))
@@ -407,8 +409,8 @@ def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, process):
         ({"memory_norm": False}, "memory_norm.bias, memory_norm.weight on one side only"),
     ],
 )
-def test_weights_of_another_model_are_refused(tmp_path, process, model, message):
-    path = save(tmp_path, process, 1, cell=memformer())
+def test_weights_of_another_model_are_refused(tmp_path, world, model, message):
+    path = save(tmp_path, world, 1, cell=memformer())
     checkpoint.open_one(tmp_path).load_weights(memformer())
     with pytest.raises(UserError, match=f"{path}: .*{message}"):
         checkpoint.open_one(tmp_path).load_weights(memformer(MODEL | model))
@@ -435,8 +437,8 @@ def unpicklers(source: str) -> set[str]:
     return {name for name in found if re.fullmatch(forbidden, name)}
 
 
-def test_nothing_is_pickled(tmp_path, process):
-    files = [path for path in save(tmp_path, process, 1).iterdir()]
+def test_nothing_is_pickled(tmp_path, world):
+    files = [path for path in save(tmp_path, world, 1).iterdir()]
     assert {path.suffix for path in files} == {".json", ".safetensors"} and len(files) == 5
     sources = [path for folder in ("memformer_dist", "launch", "tokenizer") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 15

@@ -13,21 +13,21 @@ LANES = 4
 ADVANCE = ("embedding", "mix", "write", "initial")  # of the toy cell; its readout uses embedding and head
 
 
-def new_engine(process, stage, name="toy", overlap_comm=False, bucket=10**6, **options):
-    from memformer_dist.engine import Engine
+def new_engine(world, stage, name="toy", overlap_comm=False, bucket=10**6, **options):
+    from memformer_dist.zero.engine import Engine
 
     cell = new_cell(name)
     zero = {"stage": stage, "overlap_comm": overlap_comm, "reduce_bucket_size": bucket}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or all parameters of so small a cell would be kept for good
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
-    return Engine(cell, optimizer, process, settings={"zero_optimization": zero}, **options)
+    return Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
 
 
-def collectives_of_a_window(process, engine, segments, groups, readout_group, readout_parts=1) -> Collectives:
+def collectives_of_a_window(world, engine, segments, groups, readout_group, readout_parts=1) -> Collectives:
     """Of the second step: the first shows the engine which part uses what."""
-    share = LANES // process.world_size // groups
-    first = process.rank * share * groups
+    share = LANES // world.size // groups
+    first = world.rank * share * groups
     for step in range(2):
         window = random_window(segments, LANES, 6, seed=step)
         rows = [slice(first + group * share, first + (group + 1) * share) for group in range(groups)]
@@ -52,13 +52,13 @@ def bytes_of(name: str, *prefixes: str, ranks: int = 1) -> int:
 # ---- the gradient --------------------------------------------------------------------------------------------------------
 
 
-def one_reduction_rank(process):
+def one_reduction_rank(world):
     """One reduction a step and the bytes of plain data parallel, which a window of one segment in one group is."""
     for stage in (0, 1, 2, 3):
         total = bytes_of("toy", "", ranks=2 if stage == 3 else 1)
-        engine = new_engine(process, stage)
+        engine = new_engine(world, stage)
         for segments, groups in ((2, 1), (8, 1), (8, 2), (32, 1)):
-            seen = collectives_of_a_window(process, engine, segments, groups, readout_group=4)
+            seen = collectives_of_a_window(world, engine, segments, groups, readout_group=4)
             case = f"ZeRO {stage}, {segments} segments, {groups} groups: {seen.record}"
             kind = "reduce_scatter" if stage == 3 else "all_reduce"
             assert seen.calls(kind) == 1 and seen.bytes(kind, torch.float32) == total, case
@@ -70,10 +70,10 @@ def test_one_reduction_a_step_whatever_the_window():
     run_ranks(2, one_reduction_rank)
 
 
-def overlapped_rank(process):
+def overlapped_rank(world):
     """With overlap_comm the readout's gradients set out before the last backward; the bytes stay the same."""
     for stage in (1, 2, 3):
-        engine = new_engine(process, stage, overlap_comm=True)
+        engine = new_engine(world, stage, overlap_comm=True)
         before_backward = []
         backward = engine.engine.backward
 
@@ -82,7 +82,7 @@ def overlapped_rank(process):
             return backward(*arguments, **options)
 
         engine.engine.backward = watched
-        seen = collectives_of_a_window(process, engine, 8, 2, readout_group=4)
+        seen = collectives_of_a_window(world, engine, 8, 2, readout_group=4)
         kind = "reduce_scatter" if stage == 3 else "all_reduce"
         assert seen.bytes(kind) == bytes_of("toy", "", ranks=2 if stage == 3 else 1), f"ZeRO {stage}"
         # Two steps of two lane groups, each with two readouts and eight advances: all but the last add up locally.
@@ -93,12 +93,12 @@ def test_the_overlapped_reduction_has_the_same_bytes():
     run_ranks(2, overlapped_rank)
 
 
-def sharded_rank(process):
+def sharded_rank(world):
     """reduce="segment": each of the window's backwards reduces what it has touched, and nothing twice."""
     embedding, head = (bytes_of("toy", module, ranks=2) for module in ("embedding", "head"))
     write, advance = (bytes_of("toy", *modules, ranks=2) for modules in (["write"], ADVANCE))
-    engine = new_engine(process, 3, reduce="segment")
-    seen = collectives_of_a_window(process, engine, 8, 1, readout_group=4)
+    engine = new_engine(world, 3, reduce="segment")
+    seen = collectives_of_a_window(world, engine, 8, 1, readout_group=4)
     assert seen.bytes("reduce_scatter") == 8 * advance - write + 2 * (embedding + head)
     assert seen.calls("reduce_scatter") == 8 + 2
 
@@ -107,12 +107,12 @@ def test_the_reduction_of_every_backward():
     run_ranks(2, sharded_rank)
 
 
-def many_reductions_rank(process):
+def many_reductions_rank(world):
     import contextlib
 
-    engine = new_engine(process, 2)
+    engine = new_engine(world, 2)
     engine.reduction.of_a_step = contextlib.nullcontext
-    seen = collectives_of_a_window(process, engine, 8, 1, 1)
+    seen = collectives_of_a_window(world, engine, 8, 1, 1)
     assert seen.bytes("all_reduce") > 3 * bytes_of("toy", "")
 
 
@@ -124,14 +124,14 @@ def test_the_count_sees_a_reduction_per_backward():
 # ---- the parameters, at ZeRO-3 -------------------------------------------------------------------------------------------
 
 
-def gathers_rank(process):
+def gathers_rank(world):
     embedding, head, write = (bytes_of("toy", module, ranks=2) for module in ("embedding", "head", "write"))
     advance = bytes_of("toy", *ADVANCE, ranks=2)
     for keep in ("none", "readout", "all"):
-        engine = new_engine(process, 3, keep_gathered=keep)
+        engine = new_engine(world, 3, keep_gathered=keep)
         longest = [(32, 1, 8)] if keep == "all" else []
         for segments, groups, readout_group in [(2, 1, 1), (8, 1, 4), (8, 2, 2), *longest]:
-            seen = collectives_of_a_window(process, engine, segments, groups, readout_group)
+            seen = collectives_of_a_window(world, engine, segments, groups, readout_group)
             readouts = groups * segments // readout_group
             if keep == "all":  # the embedding with the advance's
                 expected, calls = advance + readouts * head, 1 + readouts
@@ -154,9 +154,9 @@ def test_gathers_at_zero_3():
 AROUND = ("embedding.", "normalise.", "memory_norm.", "encoder.", "writer.")
 
 
-def memformer_gathers_rank(process):
-    engine = new_engine(process, 3, "encoder_decoder")
-    seen = collectives_of_a_window(process, engine, 6, 1, 3, readout_parts=2)
+def memformer_gathers_rank(world):
+    engine = new_engine(world, 3, "encoder_decoder")
+    seen = collectives_of_a_window(world, engine, 6, 1, 3, readout_parts=2)
     decoder, rest = (bytes_of("encoder_decoder", *names, ranks=2) for names in (["decoder."], AROUND))
     assert seen.bytes("all_gather") == rest + 2 * decoder
     assert seen.calls("all_gather") == 1 + 2
@@ -166,18 +166,18 @@ def test_memformers_decoder_is_gathered_once_a_group():
     run_ranks(2, memformer_gathers_rank)
 
 
-def kept_sgd_rank(process):
+def kept_sgd_rank(world):
     _, _, expected = reference_run("encoder_decoder", "sgd", 0.2, steps=3)
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     for keep, threshold in (("none", 0), ("readout", 50), ("all", 0)):  # 50: small parameters stay for good
         cell = new_cell("encoder_decoder")
         settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
         optimizer = torch.optim.SGD(cell.parameters(), lr=0.2)
         store = "host" if keep == "readout" else "device"
-        engine = Engine(cell, optimizer, process, settings=settings, keep_gathered=keep, state_store=store)
+        engine = Engine(cell, optimizer, world, settings=settings, keep_gathered=keep, state_store=store)
         how = dict(stage=3, groups=2, readout_group=2, engine=engine, between=use)
-        engine_run(process, "encoder_decoder", "sgd", 0.2, 3, **how)
+        engine_run(world, "encoder_decoder", "sgd", 0.2, 3, **how)
         difference = largest_difference(weights_of(engine), expected)
         assert difference <= 1e-6, f"{keep}, threshold {threshold}: {difference}"
 

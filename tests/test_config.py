@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from memformer_dist.config import OURS, RunConfig
+from memformer_dist.config import SET_BY_US, RunConfig
 from memformer_dist.errors import UserError
 from tests.conftest import ROOT
 
@@ -115,11 +115,14 @@ def test_fp16_is_refused_with_the_reason(config):
 
 def test_what_is_ours_is_refused_in_the_section_deepspeed(config):
     expected = "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping"
-    assert {*expected.split(), "optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast"} <= OURS.keys()
-    config["deepspeed"] = {key: 1 for key in OURS} | {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
-    assert problems(config) == [f"deepspeed.{key}: is not set here but by {place}" for key, place in OURS.items()]
+    assert {*expected.split(), "optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast"} <= SET_BY_US.keys()
+    config["deepspeed"] = {key: 1 for key in SET_BY_US} | {
+        "zero_optimization": {"stage": 2},
+        "wall_clock_breakdown": True,
+    }
+    assert problems(config) == [f"deepspeed.{key}: is not set here but by {place}" for key, place in SET_BY_US.items()]
     # Where a place names fields of ours, these exist: a renamed field must be renamed here too.
-    for place in OURS.values():
+    for place in SET_BY_US.values():
         for word in place.replace(",", " ").split():
             section, dot, field = word.partition(".")
             assert not dot or field in RunConfig.model_fields[section].annotation.model_fields, word
@@ -425,7 +428,7 @@ ALLOWED = {
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
-    *("training.tokens", "training.evaluate_every_tokens", "training.evaluate_ticks", "training.skipped_steps_limit"),
+    *("training.tokens", "training.evaluate_every_tokens", "training.evaluate_segments", "training.skipped_steps_limit"),
 }
 
 

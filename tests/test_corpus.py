@@ -12,12 +12,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data import shards
-from memformer_dist.data.corpus import Corpus, CorpusError
-from memformer_dist.data.shards import Facts, SplitWriter
-from memformer_dist.errors import UserError
+from memformer_dist.data import format as shards
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.format import SplitWriter
+from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.vocabulary import Vocabulary
 
-FACTS = Facts(vocab_size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
+VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 def random_documents(number=20, vocab_size=1000, seed=0):
@@ -28,7 +29,9 @@ def random_documents(number=20, vocab_size=1000, seed=0):
 
 
 def write(path, documents, masks=None, *, shard_tokens=10**6, **facts):
-    with SplitWriter(path, FACTS._replace(has_mask=masks is not None, **facts), shard_tokens=shard_tokens) as writer:
+    with SplitWriter(
+        path, VOCABULARY.model_copy(update=facts), has_mask=masks is not None, shard_tokens=shard_tokens
+    ) as writer:
         for number, document in enumerate(documents):
             writer.add(document, masks and masks[number])
     return path
@@ -49,7 +52,7 @@ def test_reads_back(tmp_path, vocab_size, dtype, has_mask):
     documents, masks = random_documents(vocab_size=vocab_size)
     documents[3][:] = vocab_size - 1
     corpus = Corpus.open(
-        write(tmp_path / "a", documents, masks if has_mask else None, vocab_size=vocab_size, shard_tokens=800)
+        write(tmp_path / "a", documents, masks if has_mask else None, size=vocab_size, shard_tokens=800)
     )
     assert len(corpus.manifest.shards) > 2 and corpus.lengths.tolist() == list(map(len, documents))
     assert corpus.total_tokens == sum(map(len, documents)) and corpus.has_mask == has_mask
@@ -184,19 +187,19 @@ def test_open_refuses_what_is_not_whole(split, damage, message):
 
 
 def test_nothing_half_written_is_left(tmp_path):
-    with pytest.raises(KeyboardInterrupt), SplitWriter(tmp_path / "a", FACTS) as writer:
+    with pytest.raises(KeyboardInterrupt), SplitWriter(tmp_path / "a", VOCABULARY) as writer:
         writer.add(np.array([5]))
         assert not (tmp_path / "a").exists()
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="no document"):
-        SplitWriter(tmp_path / "a", FACTS).close()
+        SplitWriter(tmp_path / "a", VOCABULARY).close()
     assert not list(tmp_path.iterdir())
-    killed = SplitWriter(tmp_path / "a", FACTS)  # a run that is killed leaves what the next one removes
+    killed = SplitWriter(tmp_path / "a", VOCABULARY)  # a run that is killed leaves what the next one removes
     killed.add(np.array([5]))
     write(tmp_path / "a", [np.array([6, 7])])
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and Corpus.open(tmp_path / "a").lengths.tolist() == [2]
     with pytest.raises(UserError, match="exists already"):
-        SplitWriter(tmp_path / "a", FACTS)
+        SplitWriter(tmp_path / "a", VOCABULARY)
 
 
 @settings(deadline=None)

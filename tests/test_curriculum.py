@@ -16,7 +16,7 @@ from memformer_dist.curriculum import Curriculum, Progress, Window
 from memformer_dist.data.corpus import open_corpora
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.train import learning_rate
+from memformer_dist.optimizer import learning_rate
 from tests.ranks import run_ranks
 from tests.test_train import last_checkpoint, records, run_rank, settings, tensors
 
@@ -179,7 +179,7 @@ PLANS = {
 WINDOWS = {name: windows for name, (_, _, windows, _) in PLANS.items()}
 
 
-def followed_run(process, raw: dict, run_dir, stops=(None,), forget: bool = False) -> None:
+def followed_run(world, raw: dict, run_dir, stops=(None,), reset_memory: bool = False) -> None:
     """A run in parts, each stopped after a given step. Notes every window that is read; may forget the curriculum."""
     from memformer_dist import train
 
@@ -193,19 +193,19 @@ def followed_run(process, raw: dict, run_dir, stops=(None,), forget: bool = Fals
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "WindowReader", Noting)
         for stop in stops:
-            run_rank(process, raw, run_dir, stop)
-            if forget:
+            run_rank(world, raw, run_dir, stop)
+            if reset_memory:
                 patch.setattr(train, "Curriculum", lambda window, step, saved, changed: Curriculum(window, step))
 
 
-def followed_runs(process, cases: dict, folder) -> None:
+def followed_runs(world, cases: dict, folder) -> None:
     for name, raw in cases.items():
         _, _, _, stops = PLANS[name]
-        followed_run(process, raw, folder / name / "whole")
-        followed_run(process, raw, folder / name / "parts", (*stops, None))
-    followed_run(process, cases["loss"], folder / "loss" / "forgetful", (5, None), forget=True)
+        followed_run(world, raw, folder / name / "whole")
+        followed_run(world, raw, folder / name / "parts", (*stops, None))
+    followed_run(world, cases["loss"], folder / "loss" / "forgetful", (5, None), reset_memory=True)
     raw = cases["by_step"] | {"deepspeed": {"zero_optimization": {"stage": 3}}}
-    followed_run(process, raw, folder / "by_step" / "stage3")
+    followed_run(world, raw, folder / "by_step" / "stage3")
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def followed(corpus_dir, tmp_path_factory):
         raw["optimizer"]["warmup_tokens"] = 200
         raw["monitor"]["log_every_steps"] = 2 if name == "by_step" else 1  # a stop, and a change, within an interval
         if name == "evaluation":
-            raw["training"] |= {"evaluate_every_tokens": 400, "evaluate_ticks": 2}
+            raw["training"] |= {"evaluate_every_tokens": 400, "evaluate_segments": 2}
         cases[name] = raw
     run_ranks(2, followed_runs, cases, folder)
     return folder, cases

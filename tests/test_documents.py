@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memformer_dist.data.documents import Part, discover, read_documents, zstd
 from memformer_dist.errors import UserError
+from memformer_dist.prepare.documents import Part, discover, read_documents, zstd
 
 
 def make(folder, **files):
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_the_machine_is_no_unreadable_document(tmp_path, monk
     if name.endswith(".gz"):
         monkeypatch.setattr("shutil.copyfileobj", failing(errno.ENOSPC))
     else:
-        monkeypatch.setattr("memformer_dist.data.documents.open", lambda *_: FailingFile(), raising=False)
+        monkeypatch.setattr("memformer_dist.prepare.documents.open", lambda *_: FailingFile(), raising=False)
     with pytest.raises(UserError, match=f"{name}: cannot be read: "):
         list(read_documents([tmp_path / name]))
     monkeypatch.undo()

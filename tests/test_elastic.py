@@ -8,7 +8,7 @@ import pytest
 
 from memformer_dist.data import windows
 from memformer_dist.data.mixture import Mixture
-from memformer_dist.data.reading import lane_schedule
+from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.segment import concatenate

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memformer_dist.config import OptimizerConfig
+from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.segment import select_rows
 from tests.ranks import run_ranks
 from tests.test_mrbp import memformer
@@ -46,7 +46,7 @@ class Rows:
 def make_optimizer(kind, cell, learning_rate):
     if kind == "sgd":
         return torch.optim.SGD(cell.parameters(), lr=learning_rate)
-    from memformer_dist.engine import adamw
+    from memformer_dist.optimizer import adamw
 
     return adamw(cell, OptimizerConfig(learning_rate=learning_rate, weight_decay=0.1))
 
@@ -67,7 +67,7 @@ def reference_run(name, kind, learning_rate, steps, clipping=0.0):
 
 
 def engine_run(
-    process,
+    world,
     name,
     kind,
     learning_rate,
@@ -84,15 +84,15 @@ def engine_run(
 ):
     """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite;
     `between(engine)` is called after each."""
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}
         engine = Engine(
-            cell, make_optimizer(kind, cell, learning_rate), process, settings=settings, gradient_clipping=clipping
+            cell, make_optimizer(kind, cell, learning_rate), world, settings=settings, gradient_clipping=clipping
         )
-    share = LANES // process.world_size // groups
+    share = LANES // world.size // groups
     states = [engine.module.empty_state(share) for _ in range(groups)]
     losses, norms = [], []
     for step, window in enumerate(windows(steps)):
@@ -102,13 +102,13 @@ def engine_run(
             nonlocal total
             total += float(nll.double().sum())
 
-        first = process.rank * share * groups
+        first = world.rank * share * groups
         parts = [
             Rows(window, slice(first + g * share, first + (g + 1) * share), start=step * SEGMENTS)
             for g in range(groups)
         ]
         if step in skip:  # a memory that is not finite, on one rank alone: all of them must drop the step
-            factor = float("nan") if process.rank == 1 else 1.0
+            factor = float("nan") if world.rank == 1 else 1.0
             poisoned = [state._replace(memory=state.memory * factor) for state in states]
             started = [segment._replace(reset=torch.zeros_like(segment.reset)) for segment in window]
             read = [Rows(started, part.rows, part.start) for part in parts]
@@ -126,7 +126,7 @@ def engine_run(
         states = accumulated.states
         result = engine.step(learning_rate)
         assert result.applied and accumulated.drift == 0
-        losses.append(process.sum([total])[0] / labels_in(window))
+        losses.append(world.all_reduce_sum([total])[0] / labels_in(window))
         norms.append(result.gradient_norm)
         between(engine)
     return losses, norms, engine
@@ -147,14 +147,14 @@ def largest_difference(found, expected):
 # ---- parameters after several SGD steps, every stage ---------------------------------------------------------------------
 
 
-def sgd_rank(process, name, batchings):
+def sgd_rank(world, name, batchings):
     _, norms, expected = reference_run(name, "sgd", 0.2, steps=4)
     initial = dict(new_cell(name).named_parameters())
     assert largest_difference(initial, expected) > 1e-2  # the steps move the parameters far more than the tolerance
     for stage in STAGES:
         for groups, readout_group in batchings:
             _, found_norms, engine = engine_run(
-                process, name, "sgd", 0.2, 4, stage=stage, groups=groups, readout_group=readout_group
+                world, name, "sgd", 0.2, 4, stage=stage, groups=groups, readout_group=readout_group
             )
             difference = largest_difference(weights_of(engine), expected)
             assert difference <= 1e-6, (
@@ -174,11 +174,11 @@ def test_parameters_after_sgd_steps_equal_full_bptt(name, batchings):
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------
 
 
-def adamw_rank(process):
+def adamw_rank(world):
     expected, _, _ = reference_run("encoder_decoder", "adamw", 3e-3, steps=8, clipping=0.5)
     assert expected[0] - expected[-1] > 0.05
     for stage in STAGES:
-        losses, norms, _ = engine_run(process, "encoder_decoder", "adamw", 3e-3, 8, stage=stage, clipping=0.5)
+        losses, norms, _ = engine_run(world, "encoder_decoder", "adamw", 3e-3, 8, stage=stage, clipping=0.5)
         assert max(norms) > 0.5, "clipping never happened"
         assert max(abs(x - y) for x, y in zip(losses, expected)) <= 1e-5, f"ZeRO {stage}"
 
@@ -190,11 +190,11 @@ def test_losses_under_adamw_equal_full_bptt():
 # ---- a window whose gradient is not finite -------------------------------------------------------------------------------
 
 
-def skipped_step_rank(process):
+def skipped_step_rank(world):
     for stage in STAGES:
-        clean, _, engine = engine_run(process, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0)
+        clean, _, engine = engine_run(world, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0)
         skipping, _, other = engine_run(
-            process, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0, skip=(0, 2)
+            world, "encoder_decoder", "adamw", 3e-3, 4, stage=stage, clipping=1.0, skip=(0, 2)
         )
         assert skipping == clean, f"ZeRO {stage}"
         assert largest_difference(weights_of(other), weights_of(engine)) == 0, f"ZeRO {stage}"
@@ -208,12 +208,12 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
 # ---- Adam's moments out and in, from each stage to another ---------------------------------------------------------------
 
 
-def moments_rank(process):
-    from memformer_dist.engine import Engine
+def moments_rank(world):
+    from memformer_dist.zero.engine import Engine
 
     saved = {}
     for stage in STAGES:
-        _, _, engine = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage)
+        _, _, engine = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage)
         saved[stage] = {
             name: (weight.clone(), {k: m.clone() for k, m in both.items()}) for name, weight, both in engine.tensors()
         }
@@ -223,7 +223,7 @@ def moments_rank(process):
             for key in ("exp_avg", "exp_avg_sq")
         )
     expected, _, _ = engine_run(
-        process, "toy", "adamw", 1e-2, 3, stage=2, engine=engine_run(process, "toy", "adamw", 1e-2, 3, stage=2)[2]
+        world, "toy", "adamw", 1e-2, 3, stage=2, engine=engine_run(world, "toy", "adamw", 1e-2, 3, stage=2)[2]
     )
     for stage in STAGES:
         tensors = saved[(stage + 1) % 4]
@@ -231,10 +231,10 @@ def moments_rank(process):
         for name, parameter in cell.named_parameters():
             parameter.data.copy_(tensors[name][0])
         engine = Engine(
-            cell, make_optimizer("adamw", cell, 1e-2), process, settings={"zero_optimization": {"stage": stage}}
+            cell, make_optimizer("adamw", cell, 1e-2), world, settings={"zero_optimization": {"stage": stage}}
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
-        losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
+        losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
         assert max(abs(x - y) for x, y in zip(losses, expected)) < 1e-6, f"ZeRO {stage}"
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
@@ -242,10 +242,10 @@ def moments_rank(process):
         fresh = Engine(
             forgetful,
             make_optimizer("adamw", forgetful, 1e-2),
-            process,
+            world,
             settings={"zero_optimization": {"stage": stage}},
         )
-        losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=fresh)
+        losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=fresh)
         assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
 
 
@@ -253,14 +253,14 @@ def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
 
 
-def no_update_rank(process):
+def no_update_rank(world):
     """Moments are asked for before any step was applied: every step so far was skipped."""
     for stage in STAGES:
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        from memformer_dist.engine import Engine
+        from memformer_dist.zero.engine import Engine
 
-        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), process, settings=settings)
+        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
         found = list(engine.tensors())
         assert len(found) == len(list(cell.parameters()))
         assert all(
@@ -268,8 +268,8 @@ def no_update_rank(process):
             for _, weight, both in found
             for moment in both.values()
         )
-        losses, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
-        expected, _, _ = engine_run(process, "toy", "adamw", 1e-2, 3, stage=stage)
+        losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
+        expected, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage)
         assert losses == expected, f"ZeRO {stage}: asking for the moments changed the training"
 
 
@@ -310,25 +310,25 @@ def ones_and_crumbs() -> list:
     return [crumb] * 65 + [one]
 
 
-def accumulated_gradient(process, settings: dict, precision: str) -> float:
+def accumulated_gradient(world, settings: dict, precision: str) -> float:
     """What one step of SGD at learning rate 1 takes off the weight."""
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     cell = Scale()
-    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), process, settings=settings, precision=precision)
+    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision)
     window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
-    engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=process.world_size)
+    engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=world.size)
     engine.step(1.0)
     assert cell.computed_in == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return 1.0 - float(weights_of(engine)["weight.weight"])
 
 
-def accumulation_rank(process):
+def accumulation_rank(world):
     import deepspeed
 
     for stage in STAGES:
         for precision in ("fp32", "bf16"):
-            found = accumulated_gradient(process, {"zero_optimization": {"stage": stage}}, precision)
+            found = accumulated_gradient(world, {"zero_optimization": {"stage": stage}}, precision)
             assert found == 1.126953125, f"ZeRO {stage}, {precision}: {found}"
 
     initialize = deepspeed.initialize
@@ -345,10 +345,10 @@ def accumulation_rank(process):
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
     with_config(parameters_in_bf16)
-    found = accumulated_gradient(process, {"zero_optimization": {"stage": 2}}, "bf16")
+    found = accumulated_gradient(world, {"zero_optimization": {"stage": 2}}, "bf16")
     assert found == pytest.approx(1.0, abs=0.01), "DeepSpeed has changed: bf16 parameters accumulate in fp32"
     with_config(lambda config: config["torch_autocast"].pop("lower_precision_safe_modules"))
-    found = accumulated_gradient(process, {"zero_optimization": {"stage": 2}}, "bf16")
+    found = accumulated_gradient(world, {"zero_optimization": {"stage": 2}}, "bf16")
     assert found == 1.125, "DeepSpeed has changed: under autocast it reduces in fp32"
 
 
@@ -360,18 +360,18 @@ def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
 # ---- what DeepSpeed does with many backwards a step: the ways not taken --------------------------------------------------
 
 
-def many_backwards_rank(process):
+def many_backwards_rank(world):
     import contextlib
 
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     expected = reference_run("toy", "sgd", 0.2, steps=4)[2]
     for stage in (1, 2):
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), process, settings=settings)
+        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
         engine.reduction.of_a_step = contextlib.nullcontext
-        engine_run(process, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
+        engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
 
 
@@ -386,18 +386,18 @@ def test_backwards_outside_one_reduction_are_wrong():
 # ---- the other ways of reducing ------------------------------------------------------------------------------------------
 
 
-def other_reductions_rank(process, name, cases):
-    from memformer_dist.engine import Engine
+def other_reductions_rank(world, name, cases):
+    from memformer_dist.zero.engine import Engine
 
     _, norms, expected = reference_run(name, "sgd", 0.2, steps=3)
     for stage, reduce, overlap, groups, readout_group in cases:
         cell = new_cell(name)
         zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}  # many buckets
         engine = Engine(
-            cell, make_optimizer("sgd", cell, 0.2), process, settings={"zero_optimization": zero}, reduce=reduce
+            cell, make_optimizer("sgd", cell, 0.2), world, settings={"zero_optimization": zero}, reduce=reduce
         )
         _, found_norms, _ = engine_run(
-            process,
+            world,
             name,
             "sgd",
             0.2,

@@ -9,8 +9,8 @@ import pytest
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from tests.ranks import run_ranks
 from tests.conftest import SEGMENT_LENGTH, make_corpus, run_script
+from tests.ranks import run_ranks
 from tokenizer.shard import shard
 
 
@@ -189,19 +189,19 @@ def test_a_run_that_is_whole_goes_on(config, copy_of_run):
     assert not (copy_of_run / "errors.log").exists()
 
 
-def together_rank(process):
+def together_rank(world):
     """What one rank cannot do stops both, with its message; what all can, each does for itself."""
     from memformer_dist.errors import UserError
 
     def broken(rank):
-        if process.rank == rank:
+        if world.rank == rank:
             raise UserError(f"rank {rank}: no such shard")
         return "opened"
 
-    assert process.together(lambda: f"{broken(2)} by {process.rank}") == f"opened by {process.rank}"
+    assert world.on_all_or_raise(lambda: f"{broken(2)} by {world.rank}") == f"opened by {world.rank}"
     for rank in range(2):
         with pytest.raises(UserError, match=f"rank {rank}: no such shard"):
-            process.together(lambda: broken(rank))
+            world.on_all_or_raise(lambda: broken(rank))
 
 
 def test_the_mistake_of_one_rank_stops_all():

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
 from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import ROOT, make_corpus, run_script
 from tests.ranks import run_ranks
 from tests.test_mrbp import memformer
@@ -21,7 +22,7 @@ from tests.toy import VOCABULARY, ToyCell
 LENGTH = 6  # of a segment
 EOS = 2
 LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
-FACTS = Facts(vocab_size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
+TOKENIZER = Vocabulary(size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
 EXACT = 1e-12  # relative, in float64
 
 
@@ -45,7 +46,7 @@ def random_documents(lengths=LENGTHS, seed=0) -> tuple[list[np.ndarray], list[np
 
 
 def write(path, tokens, masks=None) -> Corpus:
-    with SplitWriter(path, FACTS._replace(has_mask=masks is not None)) as writer:
+    with SplitWriter(path, TOKENIZER, has_mask=masks is not None) as writer:
         for number, document in enumerate(tokens):
             writer.add(document, masks and masks[number])
     return Corpus.open(path)
@@ -56,8 +57,8 @@ def corpus(tmp_path) -> Corpus:
     return write(tmp_path / "valid", random_documents()[0])
 
 
-def run(cell, corpus, process, *, lanes=4, **options):
-    return evaluate(cell, cell.empty_state, corpus, process, lanes=lanes, segment_length=LENGTH, **options)
+def run(cell, corpus, world, *, lanes=4, **options):
+    return evaluate(cell, cell.empty_state, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Row(NamedTuple):
     labels: int
 
 
-def cut(document, mask, age: int, *, reset: bool, forget: bool = False) -> Segment:
+def cut(document, mask, age: int, *, reset: bool, reset_memory: bool = False) -> Segment:
     """A segment of one lane, cut out and padded here once more."""
     following = [*document[1:], EOS]
     tokens, labels, start = [0] * LENGTH, [IGNORE] * LENGTH, age * LENGTH
@@ -81,7 +82,7 @@ def cut(document, mask, age: int, *, reset: bool, forget: bool = False) -> Segme
         tokens[i] = int(document[start + i])
         if mask is None or mask[start + i]:
             labels[i] = int(following[start + i])
-    return Segment(*map(torch.tensor, ([tokens], [labels], [real], [reset], [forget], [0], [start])))
+    return Segment(*map(torch.tensor, ([tokens], [labels], [real], [reset], [reset_memory], [0], [start])))
 
 
 def read(cell, segment: Segment, state, document: int) -> tuple[Row, NamedTuple]:
@@ -98,7 +99,7 @@ def document_by_document(cell, documents, masks=None, *, mode="carried", segment
         state, mask = cell.empty_state(1), None if masks is None else masks[number]
         for age in range(min(segments, math.ceil(len(document) / LENGTH))):
             reset = age == 0 or mode == "no_state"
-            segment = cut(document, mask, age, reset=reset, forget=mode == "no_memory")
+            segment = cut(document, mask, age, reset=reset, reset_memory=mode == "no_memory")
             row, state = read(cell, segment, state, number)
             rows.append(row)
     return rows
@@ -159,11 +160,11 @@ def assert_equal(found: Losses, rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_token_weighs_alike(tmp_path, process, cell_name, masked):
+def test_every_token_weighs_alike(tmp_path, world, cell_name, masked):
     tokens, masks = random_documents()
     masks = masks if masked else None
     corpus, cell = write(tmp_path / "valid", tokens, masks), new_cell(cell_name)
-    found = run(cell, corpus, process)
+    found = run(cell, corpus, world)
     assert tuple(found) == MODES
     for mode in ("carried", "no_memory", "no_state"):
         rows = document_by_document(cell, tokens, masks, mode=mode)
@@ -176,19 +177,19 @@ def test_every_token_weighs_alike(tmp_path, process, cell_name, masked):
     assert len(different) == 4 if cell_name != "decoder" else 3  # its state is the memory and nothing else
 
 
-def assert_the_same_on(process, path, lanes_to_try) -> None:
+def assert_the_same_on(world, path, lanes_to_try) -> None:
     corpus, (tokens, _), cell = Corpus.open(path), random_documents(), new_cell("encoder_decoder")
     expected = {mode: document_by_document(cell, tokens, mode=mode) for mode in ("carried", "no_memory", "no_state")}
     for lanes in lanes_to_try:
-        found = run(cell, corpus, process, lanes=lanes)
+        found = run(cell, corpus, world, lanes=lanes)
         for mode, rows in expected.items():
             assert_equal(found[mode], rows)
-        assert_equal(found["shuffled"], shuffled(cell, tokens, evaluation_lanes(corpus, lanes, process.world_size)))
+        assert_equal(found["shuffled"], shuffled(cell, tokens, evaluation_lanes(corpus, lanes, world.size)))
 
 
-def test_any_number_of_lanes_gives_the_same(corpus, process):
+def test_any_number_of_lanes_gives_the_same(corpus, world):
     """More lanes than documents, too."""
-    assert_the_same_on(process, corpus.path, (1, 2, 3, 9, 20))
+    assert_the_same_on(world, corpus.path, (1, 2, 3, 9, 20))
     assert evaluation_lanes(corpus, 20, 1) == len(LENGTHS)
 
 
@@ -198,12 +199,12 @@ def test_two_ranks_give_the_same(corpus):
     run_ranks(2, assert_the_same_on, corpus.path, (1, 6, 20))
 
 
-def test_of_some_ticks_the_first_segments_of_every_lane(corpus, process):
+def test_of_some_ticks_the_first_segments_of_every_lane(corpus, world):
     cell, (tokens, _) = new_cell("toy"), random_documents()
-    found = run(cell, corpus, process, lanes=len(LENGTHS), ticks=3)  # a lane for every document
+    found = run(cell, corpus, world, lanes=len(LENGTHS), ticks=3)  # a lane for every document
     assert_equal(found["carried"], document_by_document(cell, tokens, segments=3))
     assert found["carried"].loss != pytest.approx(mean(document_by_document(cell, tokens)), rel=1e-6)
-    assert run(cell, corpus, process, ticks=10**6) == run(cell, corpus, process)
+    assert run(cell, corpus, world, ticks=10**6) == run(cell, corpus, world)
 
 
 def test_the_buckets_hold_the_ages_that_they_name():
@@ -229,27 +230,27 @@ def test_the_buckets_hold_the_ages_that_they_name():
 
 
 @pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
-def test_shuffled_reads_the_memory_of_the_next_lane(corpus, process, cell_name):
+def test_shuffled_reads_the_memory_of_the_next_lane(corpus, world, cell_name):
     cell, (tokens, _) = new_cell(cell_name), random_documents()
-    found = run(cell, corpus, process, lanes=3)
+    found = run(cell, corpus, world, lanes=3)
     assert_equal(found["shuffled"], shuffled(cell, tokens, 3))
     for away in (0, 2):  # its own; the lane before
         assert abs(found["shuffled"].loss / mean(shuffled(cell, tokens, 3, away=away)) - 1) > 1e-6
 
 
-def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, process):
+def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, world):
     cell, document = new_cell("encoder_decoder"), random_documents()[0][2]
-    found = run(cell, write(tmp_path / "copies", [document] * 4), process)
+    found = run(cell, write(tmp_path / "copies", [document] * 4), world)
     assert found["shuffled"] == found["carried"] != found["no_memory"]
     reversed_once = [document, document, document, document[::-1]]
-    found = run(cell, write(tmp_path / "others", reversed_once), process)
+    found = run(cell, write(tmp_path / "others", reversed_once), world)
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
 
 
 # ---- what an evaluation leaves behind --------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind(corpus, process):
+def test_nothing_is_left_behind(corpus, world):
     """No gradient, not asked for either; parameters as they were, bit by bit; the same figures when asked again."""
     cell = new_cell("encoder_decoder")
     before = {name: parameter.clone() for name, parameter in cell.named_parameters()}
@@ -260,14 +261,14 @@ def test_nothing_is_left_behind(corpus, process):
         recorded.append(torch.is_grad_enabled() or (part == "readout" and result.requires_grad))
         return result
 
-    found = evaluate(forward, cell.empty_state, corpus, process, lanes=4, segment_length=LENGTH)
+    found = evaluate(forward, cell.empty_state, corpus, world, lanes=4, segment_length=LENGTH)
     assert recorded and not any(recorded) and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in cell.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in cell.named_parameters())
-    assert run(cell, corpus, process) == found
+    assert run(cell, corpus, world) == found
 
 
-def test_a_stopped_evaluation_has_no_figures(corpus, process):
+def test_a_stopped_evaluation_has_no_figures(corpus, world):
     cell, answers, shown = new_cell("toy"), iter([False, False, True]), []
 
     def show(ticks):
@@ -275,12 +276,12 @@ def test_a_stopped_evaluation_has_no_figures(corpus, process):
             shown.append((tick, len(ticks)))
             yield tick
 
-    assert run(cell, corpus, process, lanes=9, show=show, stop=lambda: next(answers)) is None
+    assert run(cell, corpus, world, lanes=9, show=show, stop=lambda: next(answers)) is None
     assert shown == [(0, 7), (1, 7), (2, 7)]  # the longest document has 7 segments
 
 
-def test_summary_names_every_figure(corpus, process):
-    found = run(new_cell("toy"), corpus, process)
+def test_summary_names_every_figure(corpus, world):
+    found = run(new_cell("toy"), corpus, world)
     figures = summary(found)
     assert figures["eval_loss"] == found["carried"].loss and figures["eval_loss_shuffled"] == found["shuffled"].loss
     assert figures["gap"] == found["no_memory"].loss - found["carried"].loss != 0
@@ -328,11 +329,11 @@ def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):
     path = tmp_path / "train.json"
     done = run_script(
         *("launch/evaluate.py", "--run-dir", trained_run, "--corpus", corpus_dir, "--split", "train"),
-        *("--max-ticks", 2, "--json", path),
+        *("--max-segments", 2, "--json", path),
     )
     assert done.returncode == 0 and str(corpus_dir / "train") in done.stdout
     written = json.loads(path.read_text())
-    assert set(written["eval_loss_by_segment_age"]["carried"]) == {"0", "1"} and written["max_ticks"] == 2
+    assert set(written["eval_loss_by_segment_age"]["carried"]) == {"0", "1"} and written["max_segments"] == 2
 
     other = make_corpus(tmp_path, seed=1)
     done = run_script("launch/evaluate.py", "--run-dir", trained_run, "--corpus", other)

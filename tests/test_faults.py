@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from memformer_dist.data.corpus import Corpus, CorpusError
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.errors import UserError
+from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import documents, run_script
 from tests.server import ALWAYS, FileServer
 from tokenizer.shard import shard
@@ -27,13 +28,13 @@ SHARDS, PER_SHARD, TOKENS = 6, 5, 100
 TICKS = 80  # in which every shard is met
 NAME = "shard-000003.tar"  # the one to harm
 HARMED = 3 * PER_SHARD + 1  # a document in it
-FACTS = Facts(vocab_size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
+VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 def write(split, seed):
     """Shards of one size whatever the seed, so that only their content tells them apart."""
     generator = np.random.default_rng(seed)
-    with SplitWriter(split, FACTS, shard_tokens=PER_SHARD * TOKENS) as writer:
+    with SplitWriter(split, VOCABULARY, shard_tokens=PER_SHARD * TOKENS) as writer:
         for _ in range(SHARDS * PER_SHARD):
             writer.add(generator.integers(4, 1000, TOKENS))
     return split

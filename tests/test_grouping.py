@@ -14,11 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from memformer_dist import grouping
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.config import OptimizerConfig
-from memformer_dist.grouping import choose_readout_group, even_group, first_step_bytes, footprint, saved_storages
-from memformer_dist.runtime import host_free_bytes
+from memformer_dist.host_memory import host_free_bytes
+from memformer_dist.mrbp import readout_size
+from memformer_dist.mrbp.readout_size import (
+    choose_readout_group,
+    even_group,
+    first_step_bytes,
+    footprint,
+    saved_storages,
+)
+from memformer_dist.optimizer import OptimizerConfig
 from tests.ranks import run_ranks
 from tests.test_engine import Rows
 from tests.test_mrbp import memformer
@@ -193,10 +199,10 @@ def test_free_memory_of_a_host_is_bounded_by_its_cgroups(tmp_path, cgroup, files
 
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
-    monkeypatch.setattr("memformer_dist.runtime.host_free_bytes", lambda root: 1000)
+    monkeypatch.setattr("memformer_dist.host_memory.host_free_bytes", lambda root: 1000)
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    from memformer_dist.runtime import free_bytes
+    from memformer_dist.host_memory import free_bytes
 
     assert free_bytes(torch.device("cpu")) == 1000
     monkeypatch.setenv("LOCAL_SIZE", "4")
@@ -208,34 +214,35 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
 # ---- through the engine, on two ranks ------------------------------------------------------------------------------------
 
 
-def new_engine(process, stage, cell=None, **settings):
-    from memformer_dist.engine import Engine, adamw
+def new_engine(world, stage, cell=None, **settings):
+    from memformer_dist.optimizer import adamw
+    from memformer_dist.zero.engine import Engine
 
     if cell is None:
         torch.manual_seed(5)
         cell = memformer("encoder_decoder")  # with dropout
     optimizer = adamw(cell, OptimizerConfig(learning_rate=3e-3))
-    return Engine(cell, optimizer, process, settings={"zero_optimization": {"stage": stage}}, seed=7, **settings)
+    return Engine(cell, optimizer, world, settings={"zero_optimization": {"stage": stage}}, seed=7, **settings)
 
 
-def agreement_rank(process):
+def agreement_rank(world):
     """Whoever has the least decides; what was measured is the same at all stages, gathered parameters or not."""
     segment = random_window(1, LANES, LENGTH, seed=0)[0]
     measured = {}
     for stage in STAGES:
         torch.manual_seed(5)
-        engine = new_engine(process, stage, ToyCell(width=201))
+        engine = new_engine(world, stage, ToyCell(width=201))
         state = engine.module.empty_state(LANES)
         measured[stage] = footprint(engine, segment, state)
         pending = first_step_bytes(engine, state, window=16) + measured[stage].group
-        one = math.ceil(grouping.SAFETY * measured[stage].segment)
+        one = math.ceil(readout_size.SAFETY * measured[stage].segment)
         for least, expected in ((1, 1), (0.5, 1), (7, 6), (11.9, 8), (1000, 16), (-3, 1)):
-            room = (least, least + 5)[(process.rank + stage) % WORLD]
-            grouping.free_bytes = lambda device: int(pending + one * room / grouping.SHARE) + 1
-            choice = choose_readout_group(engine, segment, state, process, window=16)
+            room = (least, least + 5)[(world.rank + stage) % WORLD]
+            readout_size.free_bytes = lambda device: int(pending + one * room / readout_size.SHARE) + 1
+            choice = choose_readout_group(engine, segment, state, world, window=16)
             assert choice.readout_group == expected, f"ZeRO {stage}, room for {least}: {choice}"
             assert choice.segment_bytes == one
-            assert choice.free_bytes == max(0, int(one * least / grouping.SHARE) + 1)
+            assert choice.free_bytes == max(0, int(one * least / readout_size.SHARE) + 1)
     assert len(set(measured.values())) == 1, measured
     parameters = sum(p.nbytes for p in ToyCell(width=201).parameters())
     assert measured[3].segment < parameters / 4, "too few parameters to see them counted"
@@ -245,15 +252,15 @@ def test_ranks_agree_on_the_tightest_of_them():
     run_ranks(WORLD, agreement_rank)
 
 
-def train(process, stage, *, before=lambda engine, step, segment, state: None, **settings):
+def train(world, stage, *, before=lambda engine, step, segment, state: None, **settings):
     """Losses of 3 steps on windows of 3 segments, and the weights after; `before` is called at each step's beginning."""
-    engine = new_engine(process, stage, **settings)
+    engine = new_engine(world, stage, **settings)
     engine.module.train()
     share = LANES // WORLD
     state, losses = engine.module.empty_state(share), []
     for step in range(3):
         window = random_window(3, LANES, LENGTH, seed=step)
-        rows = Rows(window, slice(process.rank * share, (process.rank + 1) * share), start=3 * step)
+        rows = Rows(window, slice(world.rank * share, (world.rank + 1) * share), start=3 * step)
         total = []
         before(engine, step, rows[0], state)
         accumulated = engine.accumulate(
@@ -271,7 +278,7 @@ def choose(engine, step, segment, state):
         return
     random_state = torch.get_rng_state()
     engine.module.train(step == 0)
-    choice = choose_readout_group(engine, segment, state, engine.process, window=3)
+    choice = choose_readout_group(engine, segment, state, engine.world, window=3)
     assert choice.readout_group == 3
     assert engine.module.training == (step == 0)
     engine.module.train()
@@ -279,11 +286,11 @@ def choose(engine, step, segment, state):
     assert all(p.grad is None for p in engine.module.parameters()) or step == 2
 
 
-def no_trace_rank(process):
+def no_trace_rank(world):
     plain = {}
     for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
-        plain[stage], weights = train(process, stage, precision=precision)
-        losses, after = train(process, stage, precision=precision, before=choose)
+        plain[stage], weights = train(world, stage, precision=precision)
+        losses, after = train(world, stage, precision=precision, before=choose)
         assert losses == plain[stage], f"ZeRO {stage}, {precision}"
         assert all(torch.equal(x, y) for x, y in zip(after, weights)), f"ZeRO {stage}, {precision}"
 
@@ -291,7 +298,7 @@ def no_trace_rank(process):
         features, _ = engine("advance", segment, state)
         engine.engine.backward(engine("readout", segment, features).sum() * 1e-3)
 
-    assert train(process, 0, before=with_a_backward)[0] != plain[0], "what a backward leaves is not seen either"
+    assert train(world, 0, before=with_a_backward)[0] != plain[0], "what a backward leaves is not seen either"
 
 
 def test_choosing_leaves_no_trace_in_training():
@@ -299,12 +306,12 @@ def test_choosing_leaves_no_trace_in_training():
     run_ranks(WORLD, no_trace_rank)
 
 
-def first_step_rank(process):
+def first_step_rank(world):
     """Against what parameters and optimiser hold after a step."""
     segment, width, window = random_window(1, LANES, LENGTH, seed=0)[0], 256, 5
     numbers = sum(p.numel() for p in ToyCell(width=width).parameters())
     for stage, reduce in ((0, "window"), (1, "window"), (2, "window"), (3, "window"), (2, "segment"), (3, "segment")):
-        engine = new_engine(process, stage, ToyCell(width=width), reduce=reduce)
+        engine = new_engine(world, stage, ToyCell(width=width), reduce=reduce)
         state = engine.module.empty_state(LANES)
         expected = first_step_bytes(engine, state, window)
         # All gradients of this rank or, where they are reduced at every backward, a bucket of them.
@@ -348,7 +355,7 @@ def measure_peaks() -> None:
 
 def measure_peak(layout: str, vocabulary: int, precision: str, dropout: float) -> list[int]:
     from memformer_dist.cells.memformer import Memformer, MemformerConfig
-    from memformer_dist.mrbp import memory_replay
+    from memformer_dist.mrbp.replay import memory_replay
 
     torch.manual_seed(0)
     config = MemformerConfig(
@@ -405,9 +412,9 @@ def growth(peak: list[int]) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_bounds_the_growth_of_the_real_peak(peaks, case):
     """At most SAFETY of the footprint, and not below three quarters of it."""
-    assert 0.75 * peaks[case][0] < growth(peaks[case]) < grouping.SAFETY * peaks[case][0]
+    assert 0.75 * peaks[case][0] < growth(peaks[case]) < readout_size.SAFETY * peaks[case][0]
 
 
 def test_an_estimate_without_dropout_does_not_bound_training_with_it(peaks):
     """The control: that much is told apart."""
-    assert growth(peaks["dropout"]) > grouping.SAFETY * peaks["plain"][0]
+    assert growth(peaks["dropout"]) > readout_size.SAFETY * peaks["plain"][0]

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memformer_dist.data import units as units_module
-from memformer_dist.data.preparation import shard
 from memformer_dist.errors import UserError
+from memformer_dist.prepare import encode as encode_module
+from memformer_dist.prepare.build import shard
 from tests.conftest import ROOT, documents
 from tests.preparation import SHARD, command, environment, mib, run, tree
 
@@ -34,7 +34,7 @@ def texts(tmp_path_factory) -> Path:
 def whole(texts, model_file, tmp_path_factory) -> dict[str, bytes]:
     """The corpus of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "corpus"
-    shard(folder, model_file, [texts], unit_mib=mib(200_000))
+    shard(folder, model_file, [texts], partition_mib=mib(200_000))
     return tree(folder)
 
 
@@ -43,7 +43,7 @@ def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, 
     texts.mkdir()
     for number, text in enumerate(documents(4)):
         (texts / f"{number}.txt").write_text(text)
-    options = dict(unit_mib=mib(1), valid_fraction=0.3)
+    options = dict(partition_mib=mib(1), valid_fraction=0.3)
     shard(tmp_path / "whole", model_file, [texts], **options)
     fsync, left = os.fsync, 0
 
@@ -69,7 +69,7 @@ def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, 
     assert moment > 15
     told = capsys.readouterr().err
     for step in "tokenising", "writing":
-        assert f"{step}: 3 of 4 units were finished by an earlier run" in told
+        assert f"{step}: 3 of 4 partitions were finished by an earlier run" in told
 
 
 def until(condition, process) -> None:
@@ -86,7 +86,7 @@ def units_finished(output: Path, step: str = "encoded") -> int:
 @pytest.mark.parametrize("step, finished", [("encoded", 0), ("encoded", 9), ("shards", 1)])
 def test_killed_and_started_again(tmp_path, texts, model_file, whole, step, finished):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", 2)
+    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     begun = output.with_name("corpus.partial") / "sharding.json"
     until(lambda: begun.exists() and units_finished(output, step) >= finished, process)
@@ -108,7 +108,7 @@ def workers_of(process) -> list[psutil.Process]:
 
 def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", 2)
+    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     until(lambda: units_finished(output) >= 1, process)
     workers_of(process)[0].kill()
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole)
 def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers, interrupt):
     """Sent to all as a terminal does, or to the main process alone."""
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000), "--workers", workers)
+    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", workers)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(start, **pipes, env=environment(), start_new_session=True)
     until(lambda: units_finished(output) >= 1, process)
@@ -139,12 +139,12 @@ def interrupted(*_):
 
 def test_another_recipe_makes_the_shards_anew(tmp_path, texts, model_file, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("memformer_dist.data.preparation.merge", interrupted)
-        shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000))
-    shard(tmp_path / "corpus", model_file, [texts], unit_mib=mib(200_000), seed=1)
+        patch.setattr("memformer_dist.prepare.build.merge", interrupted)
+        shard(tmp_path / "corpus", model_file, [texts], partition_mib=mib(200_000))
+    shard(tmp_path / "corpus", model_file, [texts], partition_mib=mib(200_000), seed=1)
     told = capsys.readouterr().err
     assert "has other seed: its shards are made anew" in told and "finished by an earlier run" not in told
-    shard(tmp_path / "fresh", model_file, [texts], unit_mib=mib(200_000), seed=1)
+    shard(tmp_path / "fresh", model_file, [texts], partition_mib=mib(200_000), seed=1)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
 
 
@@ -154,21 +154,21 @@ def test_a_mended_file_costs_no_other(tmp_path, model_file, capsys):
         (tmp_path / f"{number}.txt").write_text(text)
     (tmp_path / "1.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="1.txt: not UTF-8.*goes on there"):
-        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], unit_mib=mib(1), strict=True)
+        shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], partition_mib=mib(1), strict=True)
     (tmp_path / "1.txt").write_text("mended")
     (tmp_path / "4.txt").write_text("added")
-    options = dict(unit_mib=mib(1), strict=True, seed=3)
+    options = dict(partition_mib=mib(1), strict=True, seed=3)
     shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], **options)
-    assert "tokenising: 3 of 5 units were finished by an earlier run" in capsys.readouterr().err
+    assert "tokenising: 3 of 5 partitions were finished by an earlier run" in capsys.readouterr().err
     shard(tmp_path / "fresh", model_file, [f"{tmp_path}/*.txt"], **options)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
 
 
 def test_other_settings_interrupted_while_tokens_become_shards(tmp_path, model_file, two_files, monkeypatch):
     """Tokens that are in shards already are gone: with the shards of other settings they are made again."""
-    for place, seed in ("preparation.merge", 0), ("units.tokenise", 1):
+    for place, seed in ("build.merge", 0), ("encode.tokenise", 1):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"memformer_dist.data.{place}", interrupted)
+            patch.setattr(f"memformer_dist.prepare.{place}", interrupted)
             shard(tmp_path / "corpus", model_file, [two_files], seed=seed)
     shard(tmp_path / "corpus", model_file, [two_files], seed=1)
     shard(tmp_path / "fresh", model_file, [two_files], seed=1)
@@ -211,9 +211,9 @@ def test_overwriting_interrupted(tmp_path, model_file, two_files, monkeypatch, r
 def test_tokens_that_were_cut_short_are_not_used(tmp_path, model_file, two_files, monkeypatch):
     def cut(task):
         os.truncate(task.stem.with_suffix(".tokens"), 10)
-        return units_module.write_unit(task)
+        return encode_module.write_partition(task)
 
-    monkeypatch.setattr("memformer_dist.data.preparation.write_unit", cut)
+    monkeypatch.setattr("memformer_dist.prepare.build.write_partition", cut)
     with pytest.raises(UserError, match=r"\.tokens: 10 bytes, expected \d+; remove .*corpus.partial"):
         shard(tmp_path / "corpus", model_file, [two_files])
 
@@ -232,7 +232,7 @@ def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
 
 def test_under_mpi(tmp_path, texts, model_file, whole):
     start = [MPIRUN, "-iface", "lo", "-n", "3"]
-    arguments = "--input", texts, "--unit-mib", mib(200_000)
+    arguments = "--input", texts, "--partition-mib", mib(200_000)
     done = run(*start, *command(tmp_path / "corpus", model_file, *arguments))
     assert done.returncode == 0 and done.stdout.count("padding at 128") == 1, done.stderr
     assert tree(tmp_path / "corpus") == whole
@@ -242,7 +242,7 @@ def test_under_mpi(tmp_path, texts, model_file, whole):
 
 def test_a_rank_that_dies_ends_the_job(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--unit-mib", mib(200_000))
+    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen([MPIRUN, "-iface", "lo", "-n", "3", *start], **pipes, env=environment())
     until(lambda: units_finished(output) >= 1, process)
@@ -284,7 +284,7 @@ def test_a_full_disk(texts, model_file, whole, small_disk, workers, step, share)
     The disk has room for some of the tokens, or for all of them and no shard.
     """
     folder, enlarge = small_disk(int(share * sum(map(len, whole.values()))))
-    options = dict(unit_mib=mib(200_000), workers=workers)
+    options = dict(partition_mib=mib(200_000), workers=workers)
     with pytest.raises(UserError, match=rf"cannot write .*{step}: No space.*goes on from there"):
         shard(folder / "corpus", model_file, [texts], **options)
     assert not (folder / "corpus").exists()

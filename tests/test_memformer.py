@@ -39,14 +39,14 @@ def make(layout: str = "encoder_decoder", dtype=torch.float64, **fields) -> Memf
     return cell
 
 
-def make_segment(length, reset=None, forget=None, seed=0) -> Segment:
+def make_segment(length, reset=None, reset_memory=None, seed=0) -> Segment:
     """Random text; padded rows hold what the reader writes there, token 0 and label IGNORE."""
     lanes = len(length)
     generator = torch.Generator().manual_seed(seed)
     length = torch.tensor(length)
     padding = torch.arange(SIZE) >= length[:, None]
     tokens, labels = (torch.randint(VOCABULARY, (lanes, SIZE), generator=generator) for _ in range(2))
-    flags = [torch.tensor(flag or [False] * lanes) for flag in (reset, forget)]
+    flags = [torch.tensor(flag or [False] * lanes) for flag in (reset, reset_memory)]
     numbers = torch.zeros(lanes, dtype=torch.int64)
     tokens, labels = tokens.masked_fill(padding, 0), labels.masked_fill(padding, IGNORE)
     return Segment(tokens, labels, length, *flags, numbers, numbers)
@@ -65,7 +65,7 @@ def random_state(cell: Memformer, lanes: int):
 TICKS = [
     make_segment([5, 3, 5], reset=[True, True, True], seed=1),
     make_segment([5, 5, 5], reset=[False, True, False], seed=2),
-    make_segment([2, 5, 5], forget=[False, False, True], seed=3),
+    make_segment([2, 5, 5], reset_memory=[False, False, True], seed=3),
     make_segment([5, 5, 0], reset=[False, True, False], seed=4),
     make_segment([5, 5, 0], seed=5),
 ]
@@ -177,9 +177,9 @@ class Reference:
         """-> (nll [S], next memory, next context)."""
         tokens = segment.tokens[lane].tolist()
         length, reset = int(segment.length[lane]), bool(segment.reset[lane])
-        if reset or segment.forget[lane]:
+        if reset or segment.reset_memory[lane]:
             memory = self.initial()
-        if reset or (segment.forget[lane] and self.mistake == "forget drops the context"):
+        if reset or (segment.reset_memory[lane] and self.mistake == "forget drops the context"):
             context = [BOS]
         causal = lambda i, j: j <= i  # noqa: E731
         everywhere = lambda i, j: True  # noqa: E731
@@ -352,8 +352,10 @@ def test_reset_forgets_everything_and_forget_the_memory_alone():
         return cell.readout(segment, cell.advance(segment, state)[0])
 
     assert torch.equal(nll(one, reset=[True, True]), nll(other, reset=[True, True]))
-    assert torch.equal(nll(one, forget=[True, True]), nll(one._replace(memory=other.memory), forget=[True, True]))
-    assert not torch.allclose(nll(one, forget=[True, True]), nll(other, forget=[True, True]))
+    assert torch.equal(
+        nll(one, reset_memory=[True, True]), nll(one._replace(memory=other.memory), reset_memory=[True, True])
+    )
+    assert not torch.allclose(nll(one, reset_memory=[True, True]), nll(other, reset_memory=[True, True]))
     assert not torch.allclose(nll(one), nll(one._replace(memory=other.memory)))
 
 
@@ -512,7 +514,7 @@ def test_diagnosis_of_an_even_attention(layout):
 def test_diagnosis_of_how_far_a_slot_moves(layout):
     """From the memory that the segment read: m(0) where a document starts or the memory is forgotten."""
     cell = make(layout)
-    segment = make_segment([5, 5, 5], reset=[False, True, False], forget=[False, False, True])
+    segment = make_segment([5, 5, 5], reset=[False, True, False], reset_memory=[False, False, True])
     state = random_state(cell, 3)
     with torch.no_grad():
         _, after = cell.advance(segment, state)

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture
-from memformer_dist.data.order import EpochOrder, Source
-from memformer_dist.data.reading import lane_schedule
-from memformer_dist.data.shards import Facts, SplitWriter
+from memformer_dist.data.open_data import lane_schedule
+from memformer_dist.data.sampler import EpochSampler, Source
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.segment import IGNORE
+from memformer_dist.vocabulary import Vocabulary
 
 EOS = 2
 weights = st.sampled_from([Fraction(n) for n in ("1", "2", "1/2", "5/2", "1/3", "0.7", "3")])
@@ -30,7 +31,12 @@ def write(path, lengths, masked=False, seed=0, tokenizer="x", shard_tokens=50):
     generator = np.random.default_rng(seed)
     documents = [generator.integers(4, 1000, length) for length in lengths]
     masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(path, Facts(1000, 1, EOS, tokenizer, has_mask=masked), shard_tokens=shard_tokens) as writer:
+    with SplitWriter(
+        path,
+        Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256=tokenizer),
+        has_mask=masked,
+        shard_tokens=shard_tokens,
+    ) as writer:
         for document, mask in zip(documents, masks):
             writer.add(document, mask if masked else None)
     return Corpus.open(path), documents, masks
@@ -44,7 +50,7 @@ def write(path, lengths, masked=False, seed=0, tokenizer="x", shard_tokens=50):
 def test_proportions_are_exact(sources, seed):
     """After every epoch: floor(epochs x weight x documents) of each source, no document more than once oftener."""
     bounds = np.cumsum([0] + [size for size, _ in sources])
-    order = EpochOrder(
+    order = EpochSampler(
         [Source(np.arange(a, b), weight) for (a, b), (_, weight) in zip(itertools.pairwise(bounds), sources)], seed=seed
     )
     dealt = Counter()
@@ -58,13 +64,13 @@ def test_proportions_are_exact(sources, seed):
 
 
 def test_one_source_is_a_permutation_by_seed_and_epoch():
-    orders = [tuple(EpochOrder([Source(np.arange(50))], seed=seed)(epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [tuple(EpochSampler([Source(np.arange(50))], seed=seed)(epoch)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_shards_are_read_in_groups():
     ends = np.array([30, 60, 70, 100, 130, 160])
-    order = EpochOrder([Source(np.arange(160))], seed=0, shard_ends=ends, shuffle_shards=2)(epoch=1)
+    order = EpochSampler([Source(np.arange(160))], seed=0, shard_ends=ends, shuffle_shards=2)(epoch=1)
     assert sorted(order) == list(range(160)) and list(order) != list(range(160))
     shards = np.searchsorted(ends, order, side="right")
     sizes = np.diff([0, *ends])
@@ -76,7 +82,7 @@ def test_shards_are_read_in_groups():
         groups.append(group)
         start += count
     assert sorted(itertools.chain(*groups)) == list(range(6))
-    plain = np.searchsorted(ends, EpochOrder([Source(np.arange(160))], seed=0)(epoch=1), side="right")
+    plain = np.searchsorted(ends, EpochSampler([Source(np.arange(160))], seed=0)(epoch=1), side="right")
     assert len(set(plain[:60])) > 2, "the control"
 
 
@@ -108,7 +114,7 @@ def read_epoch(reader, epochs):
 @pytest.mark.parametrize("masked", [(False, False), (False, True)])
 def test_a_mixture_reads_each_corpus_by_its_weight(tmp_path, masked):
     mixture, documents, masks = mixture_of(tmp_path, masked)
-    order = EpochOrder(mixture.sources(), seed=0)
+    order = EpochSampler(mixture.sources(), seed=0)
     schedule = LaneSchedule(mixture.lengths, order=order, lanes=1, segment_length=4, epochs=1)
     reader = WindowReader(mixture, schedule, lanes=range(1))
     labels, texts = read_epoch(reader, 1)

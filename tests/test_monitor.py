@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from memformer_dist import monitor
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.checkpoint import Position
 from memformer_dist.monitor import Monitor
+from memformer_dist.progress import Position
 
 STEP_TOKENS = 1000
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.mrbp import memory_replay
-from memformer_dist.states import DeviceStates, HostStates
+from memformer_dist.mrbp.replay import memory_replay
+from memformer_dist.mrbp.states import DeviceStates, HostStates
 from tests.toy import (
     ToyCell,
     ToyState,

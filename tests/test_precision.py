@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.config import OptimizerConfig
-from memformer_dist.mrbp import memory_replay
-from memformer_dist.runtime import reseed
+from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.replay import memory_replay
+from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.segment import Segment
 from tests import test_engine
 from tests.ranks import run_ranks
@@ -184,12 +184,12 @@ def test_dropout_masks_do_not_depend_on_the_precision():
 # ---- bf16 parameters through DeepSpeed -----------------------------------------------------------------------------------
 
 
-def new_engine(process, name, kind, learning_rate, stage, precision, reduce="segment", clipping=0.0, cell=None):
+def new_engine(world, name, kind, learning_rate, stage, precision, reduce="segment", clipping=0.0, cell=None):
     """DeepSpeed remembers for the life of the process that one engine used autocast, and reduces the gradients of every later
     engine in the dtype of its parameters. A run has one engine; these tests have many."""
     import deepspeed.runtime.torch_autocast
 
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
     deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     if cell is None:
@@ -197,7 +197,7 @@ def new_engine(process, name, kind, learning_rate, stage, precision, reduce="seg
     return Engine(
         cell,
         make_optimizer(kind, cell, learning_rate),
-        process,
+        world,
         settings={"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}},
         precision=precision,
         reduce=reduce,
@@ -271,9 +271,9 @@ def reference_run(name, learning_rate, steps, clipping, *, as_zero3):
     return norms, originals
 
 
-def bf16_parameters_rank(process, name):
+def bf16_parameters_rank(world, name):
     initial = {name: parameter.detach() for name, parameter in test_engine.new_cell(name).named_parameters()}
-    run = {"process": process, "name": name, "kind": "adamw", "learning_rate": 3e-3}
+    run = {"process": world, "name": name, "kind": "adamw", "learning_rate": 3e-3}
     for stage in (2, 3):
         made = run | {"stage": stage, "precision": "bf16_parameters", "clipping": 0.5}
         engine = new_engine(**made)
@@ -306,31 +306,31 @@ def test_bf16_parameters_equal_plain_torch():
     run_ranks(WORLD, bf16_parameters_rank, "encoder_decoder")
 
 
-def crumbs(process):
+def crumbs(world):
     """One contribution of 1 on rank 0, 131 of 2^-9 beside it or on rank 1. The big one is replayed first."""
     both = test_engine.ones_and_crumbs()
-    return Rows(both if process.rank == 0 else both[:1] * len(both), slice(0, 1), start=0)
+    return Rows(both if world.rank == 0 else both[:1] * len(both), slice(0, 1), start=0)
 
 
 EVERYTHING = (1 + 131 / 512) / 2  # the average over the ranks
 
 
-def accumulated_gradient(process, stage, precision) -> float:
+def accumulated_gradient(world, stage, precision) -> float:
     """What a step of SGD at learning rate 1 takes off the weight."""
-    engine = new_engine(process, "scale", "sgd", 1.0, stage, precision)
-    engine.accumulate([crumbs(process)], [engine.module.empty_state(1)], valid_tokens=process.world_size)
+    engine = new_engine(world, "scale", "sgd", 1.0, stage, precision)
+    engine.accumulate([crumbs(world)], [engine.module.empty_state(1)], valid_tokens=world.size)
     result = engine.step(1.0)
     found = 1.0 - float(weights_of(engine)["weight.weight"])
     assert result.gradient_norm == pytest.approx(found, rel=1e-6)
     return found
 
 
-def sharded_accumulation_rank(process):
+def sharded_accumulation_rank(world):
     import deepspeed
 
     for stage in (2, 3):
         for precision in ("fp32", "bf16", "bf16_parameters"):
-            found = accumulated_gradient(process, stage, precision)
+            found = accumulated_gradient(world, stage, precision)
             assert found == EVERYTHING, f"ZeRO {stage}, {precision}: {found}"
 
     initialize = deepspeed.initialize
@@ -340,7 +340,7 @@ def sharded_accumulation_rank(process):
         return initialize(config=config, **arguments)
 
     deepspeed.initialize = without_communication_data_type
-    found = accumulated_gradient(process, 3, "bf16_parameters")
+    found = accumulated_gradient(world, 3, "bf16_parameters")
     assert found == EVERYTHING - 2**-10, "DeepSpeed has changed: it reduces bf16 gradients in fp32"
 
 
@@ -349,13 +349,13 @@ def test_sharded_gradients_accumulate_and_reduce_in_fp32():
     run_ranks(WORLD, sharded_accumulation_rank)
 
 
-def dropped_window_rank(process):
+def dropped_window_rank(world):
     ways = [(1, "bf16", "window"), (3, "bf16", "window"), (2, "bf16", "segment"), (3, "fp32", "segment")]
     ways += [(stage, "bf16_parameters", "segment") for stage in (2, 3)]
     for stage, precision, reduce in ways:
         ends = []
         for skip in ((), (1,)):
-            arguments = process, "encoder_decoder", "adamw", 3e-3
+            arguments = world, "encoder_decoder", "adamw", 3e-3
             engine = new_engine(*arguments, stage, precision, reduce, clipping=1.0)
             losses, _, _ = engine_run(*arguments, 2, stage=stage, engine=engine, skip=skip)
             ends.append((losses, weights_of(engine)))

@@ -1,4 +1,4 @@
-"""From inputs to a corpus in units: any kinds of files, any number of workers, any mistake."""
+"""From inputs to a corpus in partitions: any kinds of files, any number of workers, any mistake."""
 
 import gzip
 import io
@@ -18,15 +18,14 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data import units as units_module
-from memformer_dist.data.documents import Reader, cut_units, discover, look, zstd
-from memformer_dist.data.preparation import shard
 from memformer_dist.errors import UserError
+from memformer_dist.prepare import encode as encode_module
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.documents import Reader, cut_partitions, discover, look, zstd
 from tests.conftest import ROOT, documents
 from tests.preparation import SHARD, encode, mib, read_back, run, tree
 
-
-# ------------------------------------------------------------------------------------------------ any files, any units
+# ------------------------------------------------------------------------------------------------ any files, any partitions
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 words = st.text(st.sampled_from("abc dé\n\t\r\u2581中😀"), max_size=30)
@@ -77,25 +76,25 @@ def quarantined(corpus: Path) -> list[tuple[str, int]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(made=st.lists(files(), min_size=1, max_size=6), unit=st.integers(1, 400))
-def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_factory, model_file, made, unit):
+@given(made=st.lists(files(), min_size=1, max_size=6), partition=st.integers(1, 400))
+def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_factory, model_file, made, partition):
     folder = tmp_path_factory.mktemp("any")
     paths, expected, bad = write_files(folder, made)
     if not expected:
         return
-    shard(folder / "corpus", model_file, paths, valid_fraction=0, unit_mib=mib(unit))
+    shard(folder / "corpus", model_file, paths, valid_fraction=0, partition_mib=mib(partition))
     assert read_back(folder / "corpus" / "train") == encode(model_file, expected)
     assert quarantined(folder / "corpus") == bad
 
 
 @settings(max_examples=6, deadline=None)
-@given(made=st.lists(files(), min_size=2, max_size=8), unit=st.integers(1, 200), seed=st.integers(0, 3))
-def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, made, unit, seed):
+@given(made=st.lists(files(), min_size=2, max_size=8), partition=st.integers(1, 200), seed=st.integers(0, 3))
+def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, made, partition, seed):
     folder = tmp_path_factory.mktemp("workers")
     paths, expected, _ = write_files(folder, made)
     if len(expected) < 2:
         return
-    options = dict(unit_mib=mib(unit), valid_fraction=0.3, seed=seed)
+    options = dict(partition_mib=mib(partition), valid_fraction=0.3, seed=seed)
     for workers in 1, 2, 3:
         shard(folder / str(workers), model_file, paths, workers=workers, **options)
     assert tree(folder / "1") == tree(folder / "2") == tree(folder / "3")
@@ -103,10 +102,10 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, 
     assert tree(folder / "other") != tree(folder / "1")
 
 
-def texts_of(path: Path, unit: int) -> list[list[str]]:
-    """The documents of every unit of a file."""
+def texts_of(path: Path, partition: int) -> list[list[str]]:
+    """The documents of every partition of a file."""
     found = []
-    for cut in cut_units([look(str(path))], unit):
+    for cut in cut_partitions([look(str(path))], partition):
         found.append([document.text for piece in cut.pieces for document in Reader(piece)])
     return found
 
@@ -122,12 +121,12 @@ def test_a_line_belongs_to_the_range_in_which_it_starts(tmp_path, ending, last):
     path.write_bytes((ending.join(lines) + (ending if last else "")).encode())
     starts = {len((ending.join(lines[:number]) + ending).encode()) for number in range(1, len(lines))}
     exactly = 0
-    for unit in range(1, path.stat().st_size + 2):
-        found = texts_of(path, unit)
+    for partition in range(1, path.stat().st_size + 2):
+        found = texts_of(path, partition)
         assert sum(found, []) == LINES
-        cuts = cut_units([look(str(path))], unit)
+        cuts = cut_partitions([look(str(path))], partition)
         exactly += sum(cut.pieces[0].start in starts for cut in cuts)
-        assert all(cut.bytes <= unit for cut in cuts)
+        assert all(cut.bytes <= partition for cut in cuts)
     assert exactly > 10
 
 
@@ -143,7 +142,7 @@ def test_a_range_that_skips_its_first_line_loses_some(tmp_path):
             while file.tell() < piece.stop:
                 yield json.loads(file.readline())["text"]
 
-    cuts = cut_units([look(str(path))], 28)
+    cuts = cut_partitions([look(str(path))], 28)
     assert [piece.start for cut in cuts for piece in cut.pieces] == [0, 28, 56, 84]
     assert [text for cut in cuts for text in naive(cut.pieces[0])] != list("abcdefgh")
     assert sum(texts_of(path, 28), []) == list("abcdefgh")
@@ -163,10 +162,10 @@ def test_units_are_whole_files_or_parts_of_large_ones(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "g.parquet", row_group_size=10, use_dictionary=False)
     found = discover([tmp_path]).files
 
-    def described(unit_bytes):
+    def described(partition_bytes):
         return [
-            [(Path(piece.file.name).name, piece.start, piece.stop) for piece in unit.pieces]
-            for unit in cut_units(found, unit_bytes)
+            [(Path(piece.file.name).name, piece.start, piece.stop) for piece in partition.pieces]
+            for partition in cut_partitions(found, partition_bytes)
         ]
 
     assert described(100)[:6] == [
@@ -177,7 +176,7 @@ def test_units_are_whole_files_or_parts_of_large_ones(tmp_path):
         [("d.jsonl", 166, 250)],
         [("e.jsonl.gz", 0, None)],
     ]
-    groups = [unit[0] for unit in described(2000) if unit[0][0] == "g.parquet"]
+    groups = [partition[0] for partition in described(2000) if partition[0][0] == "g.parquet"]
     assert groups[0][1] == 0 and groups[-1][2] == 10 and len(groups) == 5
     assert all(before[2] == after[1] for before, after in zip(groups, groups[1:]))
     assert len(described(10**6)) == 1
@@ -202,13 +201,15 @@ def test_what_comes_before_the_damage_is_kept(tmp_path, model_file, suffix):
         cut = whole[: int(share * len(whole))]
         readable = decompressed(cut, suffix).count(b"\n")
         (tmp_path / f"a.jsonl{suffix}").write_bytes(cut)
-        *good, bad = Reader(cut_units([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0])
+        *good, bad = Reader(cut_partitions([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0])
         assert [document.text for document in good] == texts[:readable] and readable > 9_000
         assert bad.position == readable and "EOFError" in bad.unreadable
     (tmp_path / f"a.txt{suffix}").write_bytes(PACK[suffix](b"a text")[:-3])
-    (bad,) = Reader(cut_units([look(str(tmp_path / f"a.txt{suffix}"))], 1)[0].pieces[0])
+    (bad,) = Reader(cut_partitions([look(str(tmp_path / f"a.txt{suffix}"))], 1)[0].pieces[0])
     assert bad.position == 0 and bad.unreadable
-    assert list(Reader(cut_units([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0]))  # the last cut again
+    assert list(
+        Reader(cut_partitions([look(str(tmp_path / f"a.jsonl{suffix}"))], 1)[0].pieces[0])
+    )  # the last cut again
 
 
 def damaged_parquet(path: Path, texts: list[str], group: int) -> None:
@@ -225,9 +226,9 @@ def test_a_damaged_row_group_costs_no_other(tmp_path, model_file):
     texts = [f"row {number}" for number in range(40)]
     damaged_parquet(tmp_path / "a.parquet", texts, group=1)
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
-    for unit in 10, 10**6:  # a unit for each row group, or one for all
-        output = tmp_path / f"corpus{unit}"
-        shard(output, model_file, [str(tmp_path / "*.parquet")], valid_fraction=0, unit_mib=mib(unit))
+    for partition in 10, 10**6:  # a partition for each row group, or one for all
+        output = tmp_path / f"corpus{partition}"
+        shard(output, model_file, [str(tmp_path / "*.parquet")], valid_fraction=0, partition_mib=mib(partition))
         assert read_back(output / "train") == encode(model_file, texts[:10] + texts[20:])
         assert quarantined(output) == [(str(tmp_path / "a.parquet"), 10), (str(tmp_path / "b.parquet"), 0)]
 
@@ -268,12 +269,12 @@ def test_positions_are_those_in_the_whole_file_and_strict_refuses(tmp_path, mode
     lines[9] = ""  # a line that is no document
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match="--strict: 4 documents.*line 3: .*line 77: .*line 199: "):
-        shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300), strict=True)
+        shard(tmp_path / "corpus", model_file, [path], partition_mib=mib(300), strict=True)
     assert not (tmp_path / "corpus").exists()
-    shard(tmp_path / "corpus", model_file, [path], unit_mib=mib(300))
+    shard(tmp_path / "corpus", model_file, [path], partition_mib=mib(300))
     assert quarantined(tmp_path / "corpus") == [(str(path), number) for number in (3, 77, 150, 199)]
     told = capsys.readouterr().err
-    assert "line 150" in told and re.search(r"tokenising: (\d+) of \1 units were finished by an earlier run", told)
+    assert "line 150" in told and re.search(r"tokenising: (\d+) of \1 partitions were finished by an earlier run", told)
     shard(tmp_path / "good", model_file, [SHARD, ROOT / "setup.py"], strict=True)  # the control
 
 
@@ -297,19 +298,19 @@ def other_time(path):
 
 def changing(monkeypatch, step, change, path):
     """Have `path` changed when the workers are about to take a step."""
-    function = getattr(units_module, step)
+    function = getattr(encode_module, step)
 
     def after_a_change(task):
         if path.exists():
             change(path)
         return function(task)
 
-    monkeypatch.setattr(f"memformer_dist.data.preparation.{step}", after_a_change)
+    monkeypatch.setattr(f"memformer_dist.prepare.build.{step}", after_a_change)
 
 
 @pytest.mark.parametrize("change", [other_size, other_time, Path.unlink])
 def test_a_file_that_changes_is_named(tmp_path, model_file, two_files, monkeypatch, change):
-    changing(monkeypatch, "encode_unit", change, tmp_path / "two.txt")
+    changing(monkeypatch, "encode_partition", change, tmp_path / "two.txt")
     with pytest.raises(UserError, match="two.txt: changed while it was read"):
         shard(tmp_path / "corpus", model_file, [two_files])
     assert not (tmp_path / "corpus").exists()
@@ -317,7 +318,7 @@ def test_a_file_that_changes_is_named(tmp_path, model_file, two_files, monkeypat
 
 def test_files_are_read_once(tmp_path, model_file, two_files, monkeypatch):
     shard(tmp_path / "expected", model_file, [two_files])
-    changing(monkeypatch, "write_unit", Path.unlink, tmp_path / "two.txt")
+    changing(monkeypatch, "write_partition", Path.unlink, tmp_path / "two.txt")
     shard(tmp_path / "corpus", model_file, [two_files])
     assert not (tmp_path / "two.txt").exists()
     assert tree(tmp_path / "corpus") == tree(tmp_path / "expected")
@@ -338,8 +339,8 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
     "options, message",
     [
         (dict(seed=-1), "--seed -1: expected 0 or more"),
-        (dict(unit_mib=float("nan")), "--unit-mib nan: expected more than 0"),
-        (dict(unit_mib=float("inf")), "--unit-mib inf"),
+        (dict(partition_mib=float("nan")), "--partition-mib nan: expected more than 0"),
+        (dict(partition_mib=float("inf")), "--partition-mib inf"),
         (dict(output=Path("setup.py")), "setup.py is there and is no corpus"),
         (dict(output=Path(".")), "is there and is no corpus"),
         (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
@@ -371,14 +372,14 @@ def peak(action) -> int:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, model_file):
-    """Of a unit as long as the corpus, read and tokenised. The control holds all documents."""
+    """Of a partition as long as the corpus, read and tokenised. The control holds all documents."""
     peaks, control = {}, {}
     for name, copies in ("warm-up", 1), ("small", 1), ("large", 8):
         path, output = tmp_path / f"{name}.jsonl", tmp_path / name
         path.write_text("".join(json.dumps({"text": text * 30}) + "\n" for text in documents(60)) * copies)
         peaks[name] = peak(lambda: shard(output, model_file, [path], valid_fraction=0.1))
-        (unit,) = cut_units([look(str(path))], 2**26)
-        control[name] = peak(lambda: list(Reader(unit.pieces[0])))
+        (partition,) = cut_partitions([look(str(path))], 2**26)
+        control[name] = peak(lambda: list(Reader(partition.pieces[0])))
     assert path.stat().st_size > 8_000_000
     assert peaks["large"] < 1.2 * peaks["small"] and control["large"] > 6 * control["small"], (peaks, control)
 
@@ -386,13 +387,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, model_file):
 @pytest.mark.parametrize("line", ['{"text": ""}', '{"body": "x"}'])
 def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch, line):
     """But some bytes each for their lengths. The control holds them all."""
-    monkeypatch.setattr(units_module, "BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 100)
     found, control, few, many = [], [], 500, 2000
     for count in few, few, many:
         path, output = tmp_path / f"{count}.jsonl", tmp_path / str(len(found))
         path.write_text('{"text": "x"}\n' + f"{line}\n" * count)
         found.append(peak(lambda: shard(output, model_file, [path], valid_fraction=0)))
-        control.append(peak(lambda: list(Reader(cut_units([look(str(path))], 2**26)[0].pieces[0]))))
+        control.append(peak(lambda: list(Reader(cut_partitions([look(str(path))], 2**26)[0].pieces[0]))))
     growth = (found[2] - found[1]) / (many - few)
     assert growth < 60 < 200 < (control[2] - control[1]) / (many - few), growth
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.mrbp import memory_replay
+from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.segment import IGNORE
 from tests.conftest import ROOT, run_script
 from tests.toy import full_bptt, gradients, labels_in, random_window, relative_error, seeded_call

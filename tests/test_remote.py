@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from memformer_dist.data import download, remote
+from memformer_dist.data import remote, transfer
 from memformer_dist.data.corpus import Corpus, CorpusError, open_corpora
+from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
+from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import ROOT
 from tests.server import ALWAYS, FileServer
 
 SHARDS, PER_SHARD = 8, 3  # shards, and documents of each
-FACTS = Facts(vocab_size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
+VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     """train/, of shards of one size."""
     folder = tmp_path_factory.mktemp("served")
     generator = np.random.default_rng(0)
-    with SplitWriter(folder / "train", FACTS, shard_tokens=PER_SHARD * 2000) as writer:
+    with SplitWriter(folder / "train", VOCABULARY, shard_tokens=PER_SHARD * 2000) as writer:
         for _ in range(SHARDS * PER_SHARD):
             writer.add(generator.integers(4, 1000, 2000))
     return folder
@@ -47,9 +48,9 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr(download, "STALL_S", 0.5)
-    monkeypatch.setattr(download, "TRIES", 5)
+    monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr(transfer, "STALL_S", 0.5)
+    monkeypatch.setattr(transfer, "TRIES", 5)
     monkeypatch.setattr(remote, "REST_S", 0.5)
 
 
@@ -169,7 +170,7 @@ def test_a_stalled_connection_does_not_hang(server, folder, tmp_path):
 
 def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     """The shard is being fetched when it is needed: one series of tries, and its error, at once."""
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0.1)
     server.faults[shard(0)] = [500] * ALWAYS
     corpus = opened(server, tmp_path)
     expect(corpus, [0])
@@ -420,7 +421,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 def start(server, cache, shards_held, seeds):
     opened_one, go = PROCESSES.Semaphore(0), PROCESSES.Event()
     arguments = f"{server.url}/train", server.folder / "train", cache, shards_held
-    readers = [PROCESSES.Process(target=read_all, args=(*arguments, seed, opened_one, go)) for seed in seeds]
+    readers = [PROCESSES.World(target=read_all, args=(*arguments, seed, opened_one, go)) for seed in seeds]
     for reader in readers:
         reader.start()
     for _ in readers:

@@ -1,4 +1,4 @@
-"""python -m memformer_dist.data.show against texts and masks that the test chose."""
+"""python -m memformer_dist.inspect.show against texts and masks that the test chose."""
 
 import json
 import re
@@ -8,9 +8,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.data.corpus import open_corpora
-from memformer_dist.data.reading import lane_schedule
-from memformer_dist.data.show import of_a_corpus, of_a_run, show
+from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.errors import UserError
+from memformer_dist.inspect.show import of_a_corpus, of_a_run, show
 from tests.conftest import documents, run_script
 from tests.server import FileServer
 from tokenizer.shard import shard
@@ -131,7 +131,7 @@ def test_a_run_and_a_stream(trained_run, corpus_dir, tmp_path):
     assert all(re.search(r"part \d+, tokens .* begins in /.*/train/shard-\d+.tar$", heading) for heading, _ in shown)
     assert any("⟨EOS⟩" in text for _, text in shown)
     done = run_script(
-        "-m", "memformer_dist.data.show", "--run-dir", trained_run, "--lane", "3", "--tick", "2", "--ticks", "2"
+        "-m", "memformer_dist.inspect.show", "--run-dir", trained_run, "--lane", "3", "--tick", "2", "--ticks", "2"
     )
     assert done.returncode == 0 and re.match(
         r"tick 2, lane 3: document \d+, .*\n(.|\n)+\ntick 3, lane 3: ", done.stdout
@@ -151,7 +151,7 @@ def test_over_http(corpus_dir, tmp_path, monkeypatch):
     from memformer_dist.data import mixture
 
     opened = mixture.open_mixture
-    monkeypatch.setattr("memformer_dist.data.show.open_mixture", lambda weights: opened(weights, cache=tmp_path))
+    monkeypatch.setattr("memformer_dist.inspect.show.open_mixture", lambda weights: opened(weights, cache=tmp_path))
     sizes = dict(lanes=LANES, segment_length=LENGTH, seed=0)
     with FileServer(corpus_dir) as server:
         there = list(show(*of_a_corpus(server.url, "train", **sizes), lane=1, ticks=range(20)))

@@ -67,17 +67,17 @@ def reference_run(lanes):
     return dict(cell.named_parameters()), norms
 
 
-def engine_run(process, lanes, stage, *, fill_in=True, overlap_comm=False, **options):
-    from memformer_dist.engine import Engine
+def engine_run(world, lanes, stage, *, fill_in=True, overlap_comm=False, **options):
+    from memformer_dist.zero.engine import Engine
 
     cell = new_cell()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": overlap_comm}
     optimizer = torch.optim.SGD(cell.parameters(), lr=STEP)
-    engine = Engine(cell, optimizer, process, settings={"zero_optimization": zero}, **options)
+    engine = Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
     if not fill_in:
         engine.reduction._fill_in_zeros = lambda parameters: None
-    share = LANES // process.world_size
-    rows = slice(process.rank * share, (process.rank + 1) * share)
+    share = LANES // world.size
+    rows = slice(world.rank * share, (world.rank + 1) * share)
     states, norms = [engine.module.empty_state(share)], []
     for step, window in enumerate(windows(lanes)):
         part = Rows(window, rows, start=step * SEGMENTS)
@@ -86,7 +86,7 @@ def engine_run(process, lanes, stage, *, fill_in=True, overlap_comm=False, **opt
     return weights_of(engine), norms
 
 
-def everywhere_rank(process):
+def everywhere_rank(world):
     expected, norms = reference_run(EVERYWHERE)
     unused = {name: weight for name, weight in new_cell().named_parameters() if name.startswith(("extra", "late"))}
     assert all(largest_difference({name: expected[name]}, {name: weight}) > 1e-3 for name, weight in unused.items())
@@ -94,10 +94,10 @@ def everywhere_rank(process):
     ways += [(2, {"overlap_comm": True}), (3, {"overlap_comm": True}), (3, {"keep_gathered": "none"})]
     ways += [(2, {"reduce": "segment"}), (3, {"reduce": "segment"})]
     for stage, options in ways:
-        found, found_norms = engine_run(process, EVERYWHERE, stage, **options)
+        found, found_norms = engine_run(world, EVERYWHERE, stage, **options)
         assert largest_difference(found, expected) <= 1e-6, f"ZeRO {stage}, {options}"
         assert max(abs(x - y) for x, y in zip(found_norms, norms)) <= 1e-6, f"ZeRO {stage}, {options}"
-    stale, _ = engine_run(process, EVERYWHERE, 3, fill_in=False)
+    stale, _ = engine_run(world, EVERYWHERE, 3, fill_in=False)
     assert largest_difference(stale, expected) > 1e-3, "DeepSpeed has changed: ZeRO-3 forgets old gradients by itself"
 
 
@@ -106,11 +106,11 @@ def test_parameters_that_only_some_segments_use():
     run_ranks(2, everywhere_rank)
 
 
-def one_rank_rank(process):
+def one_rank_rank(world):
     lanes = range(LANES // 2)  # those of rank 0
     expected, _ = reference_run(lanes)
     for stage in (0, 1, 2):
-        found, _ = engine_run(process, lanes, stage)
+        found, _ = engine_run(world, lanes, stage)
         assert largest_difference(found, expected) <= 1e-6, f"ZeRO {stage}"
 
 

@@ -16,12 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memformer_dist.data.corpus import Corpus
-from memformer_dist.data.preparation import choose_validation, shard
 from memformer_dist.errors import UserError
+from memformer_dist.prepare.build import choose_validation, shard
 from tests.conftest import ROOT
 from tokenizer.train import sample_lines, train_tokenizer
 
-SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "data" / "documents.py").read_text()
+SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "prepare" / "documents.py").read_text()
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
 
 
@@ -185,7 +185,7 @@ def test_corpus_holds_the_text(tmp_path, model_file):
 def test_same_bytes_whatever_the_workers_and_other_bytes_with_another_seed(tmp_path, model_file):
     texts = write_texts(tmp_path / "texts", 40)
     for name, options in {"a": dict(workers=1), "b": dict(workers=2), "c": dict(seed=1)}.items():
-        shard(tmp_path / name, model_file, [texts], unit_mib=1000 / 2**20, **options)
+        shard(tmp_path / name, model_file, [texts], partition_mib=1000 / 2**20, **options)
     assert len(Corpus.open(tmp_path / "a" / "train").manifest.shards) > 3
     assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b") != tree_hash(tmp_path / "c")
 
@@ -310,7 +310,7 @@ def test_a_folder_that_is_no_corpus_is_never_overwritten(tmp_path, model_file):
 
 def test_a_failure_leaves_no_corpus_behind(tmp_path, model_file, monkeypatch):
     texts = write_texts(tmp_path / "texts", 6)
-    monkeypatch.setattr("memformer_dist.data.units.tokenise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("memformer_dist.prepare.encode.tokenise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         shard(tmp_path / "corpus", model_file, [texts])
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "corpus.partial"}

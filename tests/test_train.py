@@ -16,15 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memformer_dist.checkpoint import Vocabulary, build_cell
-from memformer_dist.config import OptimizerConfig, RunConfig
+from memformer_dist.checkpoint import build_cell
+from memformer_dist.config import RunConfig
 from memformer_dist.data.corpus import CorpusError, open_corpora
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.reading import open_data
+from memformer_dist.data.open_data import open_data
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
-from memformer_dist.runtime import reseed
-from memformer_dist.train import crosses, learning_rate
+from memformer_dist.mrbp.executor import reseed
+from memformer_dist.optimizer import OptimizerConfig, learning_rate
+from memformer_dist.train import crosses
+from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_ranks
 from tokenizer.shard import shard
@@ -55,14 +57,14 @@ def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **s
     return raw
 
 
-def run_rank(process, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
+def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
     """A run on this rank without its final evaluation, asked to stop after a given step."""
     from memformer_dist.train import Trainer
 
-    config = RunConfig.check(raw, process.world_size)
+    config = RunConfig.check(raw, world.size)
     run_dir.mkdir(parents=True, exist_ok=True)
     corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
-    trainer = Trainer(config, run_dir, corpora, process)
+    trainer = Trainer(config, run_dir, corpora, world)
     agreed = trainer._agreed_stop
     trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
     reason = trainer.fit()
@@ -72,13 +74,13 @@ def run_rank(process, raw: dict, run_dir: Path, stop_after: int | None = None) -
         trainer.lock.close()
 
 
-def interrupted_rank(process, cases) -> None:
+def interrupted_rank(world, cases) -> None:
     """Each case is (raw, folder): a run of its own, and the same run stopped half-way and resumed."""
     for raw, folder in cases:
-        run_rank(process, raw, folder / "whole")
-        run_rank(process, raw, folder / "parts", stop_after=4)
+        run_rank(world, raw, folder / "whole")
+        run_rank(world, raw, folder / "parts", stop_after=4)
         assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
-        run_rank(process, raw, folder / "parts")
+        run_rank(world, raw, folder / "parts")
 
 
 def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tuple]:
@@ -115,7 +117,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
         if stage == 2:
             raw["mrbp"] |= {"reduce": "segment", "state_store": "host"}
         if stage == 3:
-            raw["training"] |= {"evaluate_every_tokens": 2 * STEP_TOKENS, "evaluate_ticks": 3}
+            raw["training"] |= {"evaluate_every_tokens": 2 * STEP_TOKENS, "evaluate_segments": 3}
         cases.append((raw, tmp_path / f"stage{stage}"))
     run_ranks(2, interrupted_rank, cases)
     for raw, folder in cases:
@@ -180,9 +182,9 @@ def test_dropout_masks_depend_on_the_seed(corpus_dir, tmp_path):
     assert same("d", "e"), "without dropout the seed has no part in a run that starts from given weights"
 
 
-def several_runs(process, cases) -> None:
+def several_runs(world, cases) -> None:
     for raw, run_dir, stop_after in cases:
-        run_rank(process, raw, run_dir, stop_after)
+        run_rank(world, raw, run_dir, stop_after)
 
 
 def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
@@ -274,22 +276,22 @@ def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
     )
 
 
-def chosen_rank(process, cases) -> None:
+def chosen_rank(world, cases) -> None:
     """Each case is (raw, folder, stop, choice): what measuring would choose in this part, None where it may not."""
     from memformer_dist import train
-    from memformer_dist.grouping import Choice
+    from memformer_dist.mrbp.readout_size import Choice
 
     for raw, run_dir, stop_after, choice in cases:
         asked = []
 
-        def choose(engine, segment, state, process, *, window):
+        def choose(engine, segment, state, world, *, window):
             asked.append(window)
             assert len(segment.tokens) == len(state.memory)
             return Choice(choice, 3 << 20, 64 << 20)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "choose_readout_group", choose)
-            run_rank(process, raw, run_dir, stop_after)
+            run_rank(world, raw, run_dir, stop_after)
         assert asked == ([] if choice is None else [3])
 
 
@@ -366,9 +368,9 @@ def test_gradient_norms_at_the_boundaries_equal_full_bptt(corpus_dir, tmp_path):
         assert found != pytest.approx(wrong, rel=1e-3), "the control"
 
 
-def damaged_rank(process, raw, run_dir, expected) -> None:
+def damaged_rank(world, raw, run_dir, expected) -> None:
     with pytest.raises(CorpusError, match=expected):
-        run_rank(process, raw, run_dir)
+        run_rank(world, raw, run_dir)
 
 
 def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
@@ -389,9 +391,9 @@ def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
     assert last_checkpoint(tmp_path / "run").name == f"step-{tick // 3:08d}"
 
 
-def locked_rank(process, raw, run_dir) -> None:
+def locked_rank(world, raw, run_dir) -> None:
     with pytest.raises(UserError, match="another process"):
-        run_rank(process, raw, run_dir)
+        run_rank(world, raw, run_dir)
 
 
 def test_two_processes_do_not_share_a_run_directory(corpus_dir, tmp_path):
@@ -401,9 +403,9 @@ def test_two_processes_do_not_share_a_run_directory(corpus_dir, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def diverging_rank(process, raw, run_dir) -> None:
+def diverging_rank(world, raw, run_dir) -> None:
     with pytest.raises(UserError, match="optimizer.learning_rate"):
-        run_rank(process, raw, run_dir)
+        run_rank(world, raw, run_dir)
 
 
 def test_a_run_that_diverged_ends_with_a_message(corpus_dir, tmp_path):
@@ -423,18 +425,18 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
     """Start, interrupt once there is a step, see that it was saved; start again to the end."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     log = (run_dir.parent / f"{run_dir.name}.log").open("w+")
-    process = subprocess.Popen(
+    world = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, (
+        assert world.poll() is None and time.monotonic() < deadline, (
             run_dir.parent / f"{run_dir.name}.log"
         ).read_text()
         time.sleep(0.05)
-    how(process, run_dir)
-    assert process.wait(timeout=60) in expected_codes, (run_dir.parent / f"{run_dir.name}.log").read_text()
+    how(world, run_dir)
+    assert world.wait(timeout=60) in expected_codes, (run_dir.parent / f"{run_dir.name}.log").read_text()
     with (run_dir / "lock").open() as file:  # the launcher may be gone before the ranks have saved
         wait_for(lambda: free_lock(file))
     stopped_at = records(run_dir)[-1][0]
@@ -464,10 +466,10 @@ def free_lock(file) -> bool:
 
 def send(number):
     """To the command and all that it has started, as a terminal and a batch system do."""
-    return lambda process, run_dir: os.killpg(process.pid, number)
+    return lambda world, run_dir: os.killpg(world.pid, number)
 
 
-def touch_stop(process, run_dir):
+def touch_stop(world, run_dir):
     (run_dir / "stop").touch()
 
 

@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from memformer_dist.data import urls
-from memformer_dist.data.documents import zstd
-from memformer_dist.data.preparation import shard
 from memformer_dist.errors import UserError
+from memformer_dist.prepare import urls
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.documents import zstd
 from tests.conftest import documents
 from tests.preparation import encode, mib, read_back
 
@@ -84,7 +84,7 @@ def fill_folder(folder: Path) -> None:
 def test_inputs_behind_urls(served, tmp_path, model_file, workers):
     folder, url, _ = served
     fill_folder(folder)
-    options = dict(valid_fraction=0, unit_mib=mib(1500), workers=workers)
+    options = dict(valid_fraction=0, partition_mib=mib(1500), workers=workers)
     names = ["a.txt", "d.jsonl", "deep er/b c.txt.gz", "deep er/c.jsonl.zst", "e.parquet"]
     shard(tmp_path / "local", model_file, [folder / name for name in names], **options)
     expected = read_back(tmp_path / "local" / "train")
@@ -160,6 +160,6 @@ def test_mistakes_with_urls(served, tmp_path, model_file):
             shard(tmp_path / "corpus", model_file, [asked])
     handler.ranges = False
     for name in "d.jsonl", "e.parquet":
-        with pytest.raises(UserError, match=f"{name}: the server does not serve byte ranges.*--unit-mib"):
-            shard(tmp_path / "corpus", model_file, [f"{url}/{name}"], unit_mib=mib(1500))
+        with pytest.raises(UserError, match=f"{name}: the server does not serve byte ranges.*--partition-mib"):
+            shard(tmp_path / "corpus", model_file, [f"{url}/{name}"], partition_mib=mib(1500))
     shard(tmp_path / "corpus", model_file, [f"{url}/d.jsonl"])  # the control: whole

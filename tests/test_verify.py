@@ -1,4 +1,4 @@
-"""python -m memformer_dist.data.verify: nothing damaged passes, and what is damaged is named by document and byte."""
+"""python -m memformer_dist.inspect.verify: nothing damaged passes, and what is damaged is named by document and byte."""
 
 import hashlib
 import json
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memformer_dist.data.preparation import shard
-from memformer_dist.data.shards import Facts, SplitWriter
-from memformer_dist.data.verify import verify
+from memformer_dist.data.format import SplitWriter
 from memformer_dist.errors import UserError
+from memformer_dist.inspect.verify import verify
+from memformer_dist.prepare.build import shard
+from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import run_script
 
 DOCUMENTS, LENGTH = 30, 300
@@ -23,10 +24,12 @@ DOCUMENTS, LENGTH = 30, 300
 def corpus(tmp_path, request):
     """Two splits of five shards of one size each; every document is of the same length."""
     (tmp_path / "tokenizer.model").write_bytes(b"a tokenizer")
-    facts = Facts(1000, 1, 2, hashlib.sha256(b"a tokenizer").hexdigest(), has_mask=request.param)
+    facts = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256=hashlib.sha256(b"a tokenizer").hexdigest())
     generator = np.random.default_rng(0)
     for name in ("train", "valid"):
-        with SplitWriter(tmp_path / name, facts, shard_tokens=DOCUMENTS // 5 * LENGTH) as writer:
+        with SplitWriter(
+            tmp_path / name, facts, has_mask=request.param, shard_tokens=DOCUMENTS // 5 * LENGTH
+        ) as writer:
             for _ in range(DOCUMENTS):
                 writer.add(generator.integers(4, 1000, LENGTH))
     return tmp_path
@@ -177,12 +180,12 @@ def test_no_corpus(tmp_path):
 
 
 def test_the_program(corpus_dir, tmp_path):
-    done = run_script("-m", "memformer_dist.data.verify", corpus_dir)
+    done = run_script("-m", "memformer_dist.inspect.verify", corpus_dir)
     assert done.returncode == 0 and re.match(
         rf"{corpus_dir}: whole; \d+ shards, 40 documents, [\d,]+ tokens, [\d.]+ MB in [\d.]+ s \([\d,]+ MB/s\)\n$",
         done.stdout,
     )
-    done = run_script("-m", "memformer_dist.data.verify", tmp_path)
+    done = run_script("-m", "memformer_dist.inspect.verify", tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(
         f"error: {tmp_path}: found no corpus.json"
     )

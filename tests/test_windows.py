@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data.corpus import Corpus, CorpusError
-from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.shards import Facts, SplitWriter
 from memformer_dist.data import windows as module
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.format import SplitWriter
+from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
+from memformer_dist.errors import CorpusError
 from memformer_dist.segment import IGNORE, concatenate, select_rows
+from memformer_dist.vocabulary import Vocabulary
 
 EOS = 2
 
@@ -28,7 +30,9 @@ def make_corpus(path, lengths, masked=False, seed=0):
     generator = np.random.default_rng(seed)
     documents = [generator.integers(4, 1000, length) for length in lengths]
     masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(path, Facts(1000, 1, EOS, "", has_mask=masked), shard_tokens=60) as writer:
+    with SplitWriter(
+        path, Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256=""), has_mask=masked, shard_tokens=60
+    ) as writer:
         for document, mask in zip(documents, masks):
             writer.add(document, mask if masked else None)
     return Corpus.open(path), documents, masks
@@ -55,7 +59,7 @@ def test_one_document_by_hand(tmp_path):
     d = document.tolist()
     assert first.tokens.tolist() == [d[:5], [0] * 5] and first.labels.tolist() == [d[1:6], [IGNORE] * 5]
     assert second.tokens[0].tolist() == d[5:] + [0] * 3 and second.labels[0].tolist() == [d[6], EOS] + [IGNORE] * 3
-    assert (first.length.tolist(), first.reset.tolist(), first.forget.tolist()) == (
+    assert (first.length.tolist(), first.reset.tolist(), first.reset_memory.tolist()) == (
         [5, 0],
         [True, False],
         [False, False],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.runtime import reseed
+from memformer_dist.mrbp.executor import reseed
 from memformer_dist.segment import IGNORE, Segment, concatenate, select_rows
 
 VOCABULARY = 11
@@ -50,7 +50,7 @@ class ToyCell(RecurrentCell):
 
     def advance(self, segment, state):
         fresh = self.initial(torch.ones_like(state.memory[:, :1])).to(self.dtype)
-        memory = torch.where((segment.reset | segment.forget)[:, None], fresh, state.memory)
+        memory = torch.where((segment.reset | segment.reset_memory)[:, None], fresh, state.memory)
         seen = torch.where(segment.reset, 0, state.seen)
         summary = self.dropout(self.embedding(segment.tokens)).mean(1)
         both = torch.cat([summary, memory], 1)

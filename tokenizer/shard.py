@@ -4,15 +4,15 @@
     mpirun -n 64 python tokenizer/shard.py --input 'crawl/*.jsonl.zst' --tokenizer tokenizer_8k.model --output corpora/crawl
 
 Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines or Parquet, also in .gz and
-.zst; memformer_dist/data/documents.py says how they are read. They are cut up front into units of about --unit-mib; every
-unit makes a shard, and --workers processes, or the ranks of an MPI job of which the first only hands out work, go through
-the units side by side: the same bytes for any number of them. Inputs are read once; their tokens wait in CORPUS.partial
+.zst; memformer_dist/prepare/documents.py says how they are read. They are cut up front into partitions of about --partition-mib; every
+partition makes a shard, and --workers processes, or the ranks of an MPI job of which the first only hands out work, go through
+the partitions side by side: the same bytes for any number of them. Inputs are read once; their tokens wait in CORPUS.partial
 until it is known which documents are usable. The validation documents are a seeded choice of these, or those of
 --valid-input; training needs some, so a single document is an error unless --valid-fraction 0 asks for no validation.
 
 Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
 The corpus appears under its name when it is whole; until then it is CORPUS.partial, where the same command goes on after
-an interruption, and one with other settings finds the units again that are the same. A corpus that is there already is
+an interruption, and one with other settings finds the partitions again that are the same. A corpus that is there already is
 kept if it was made of the same files with the same settings (sharding.json), and is an error otherwise.
 """
 
@@ -22,8 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-from memformer_dist.data.preparation import PADDING_AT, shard
 from memformer_dist.errors import UserError
+from memformer_dist.prepare.build import PADDING_AT, shard
 
 
 def describe(report: dict) -> str:
@@ -52,7 +52,13 @@ def main() -> None:
     add("--valid-input", nargs="+", default=[], help="the validation documents, instead of a share of the input")
     add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (0.05)")
     add("--seed", type=int, default=0, help="of the choice of the validation documents")
-    add("--unit-mib", type=float, default=64, metavar="MIB", help="size of the units of input, one shard each (64)")
+    add(
+        "--partition-mib",
+        type=float,
+        default=64,
+        metavar="MIB",
+        help="size of the partitions of input, one shard each (64)",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores); not under mpirun")
     add("--strict", action="store_true", help="documents that cannot be read are an error")
     add("--overwrite", action="store_true", help="replace a corpus made of other files or with other settings")

@@ -27,8 +27,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
-from memformer_dist.data.documents import discover, read_documents
 from memformer_dist.errors import UserError
+from memformer_dist.prepare.documents import discover, read_documents
 
 ESCAPES = [("\u2581", "\ue000\ue001"), ("\ue000", "\ue000\ue002")]
 RESERVED = 4 + 256 + 2 + 4  # tokens: control, bytes, newline and tab, those that stand for spaces and escapes

@@ -16,7 +16,7 @@ lanes. Hence the rules:
 2.  A new document starts INSIDE advance: `where(segment.reset, learned initial state, state)`. Only so does the
     learned initial state get a gradient. `empty_state` therefore need not mean anything: a run's first tick resets
     every lane.
-3.  Where `segment.forget` is set, the memory is reset and the rest of the state kept: what is lost is the memory's
+3.  Where `segment.reset_memory` is set, the memory is reset and the rest of the state kept: what is lost is the memory's
     worth.
 4.  Padding (positions from segment.length on) changes nothing, and a lane of length 0 computes anything but NaN.
 5.  All randomness is torch's global one: the engine seeds it before each call, so that the replay repeats the

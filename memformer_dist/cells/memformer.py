@@ -194,7 +194,7 @@ class Memformer(RecurrentCell):
         return MemformerState(memory, context, torch.zeros(lanes, dtype=torch.int64, device=device))
 
     def advance(self, segment: Segment, state):
-        memory = self._start(state, segment.reset | segment.forget)
+        memory = self._start(state, segment.reset | segment.reset_memory)
         if self.encoder is None:
             hidden = self.decoder(self._embed(segment.tokens), self._source(memory))
             features = MemformerFeatures(hidden, segment.length)
@@ -218,7 +218,7 @@ class Memformer(RecurrentCell):
         """Means over lanes and slots (and heads): how far a slot moves, the entropy of its write attention in nats, and its
         weight on itself."""
         features, written = self.advance(segment, state)
-        memory = self._start(state, segment.reset | segment.forget)
+        memory = self._start(state, segment.reset | segment.reset_memory)
         weights = self.writer.attention(memory, *features)
         return {
             "write_norm": torch.linalg.vector_norm(written.memory - memory, dim=-1).mean(),

@@ -30,7 +30,7 @@ CACHE_GIB = 32.0
 PARTIAL = ".partial"
 
 
-class Claim:
+class Reservation:
     """A file that this process alone may fetch, until it is kept or dropped. `path`: where to write it."""
 
     def __init__(self, cache: "Cache", name: str):
@@ -88,7 +88,7 @@ class Cache:
                 # When it was last expected. The time of the last change is left as it is: it tells whether a file changed.
                 os.utime(entry, ns=(now, entry.stat().st_mtime_ns))
 
-    def claim(self, name: str, *, needed: bool) -> Claim | None:
+    def reserve(self, name: str, *, needed: bool) -> Reservation | None:
         """The right to fetch a file that is not there.
 
         None where it cannot be had at the moment: the file is there, somebody else fetches it, or there is no room. Room for
@@ -101,7 +101,7 @@ class Cache:
                 return None
             if name in self._sizes and not self._make_room(name, fetching, needed):
                 return None
-            return Claim(self, name)
+            return Reservation(self, name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -17,19 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
-from memformer_dist.data.order import Source
-from memformer_dist.data.shards import BLOCK, Manifest, Split, blocks, read_split, wrong_size
-from memformer_dist.errors import UserError
+from memformer_dist.data.format import BLOCK, Manifest, Split, blocks, read_split, wrong_size
+from memformer_dist.data.sampler import Source
+from memformer_dist.errors import CorpusError, UserError
 
 PAYLOADS = 4096  # documents whose views are at hand
 
 
 def is_url(corpus: str | Path) -> bool:
     return "://" in str(corpus)
-
-
-class CorpusError(UserError):
-    """A corpus is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
 
 
 class LocalShards:
@@ -110,7 +106,7 @@ class Corpus:
 
             found, remote = open_remote(str(split), Path(cache), int(cache_gib * 2**30))
             corpus = cls(split, found, remote)
-            remote.forget = corpus._forget
+            remote.on_evict = corpus._forget
             return corpus
         folder = Path(split)
         found = read_split(folder)

@@ -35,7 +35,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from memformer_dist.data.order import EpochOrder, Source
+from memformer_dist.data.sampler import EpochSampler, Source
 
 DEALS_AT_ONCE = 1_000_000
 EPOCHS_HELD = 3
@@ -56,7 +56,7 @@ class LaneTick(NamedTuple):
     reset: np.ndarray  # bool [G], the document's first segment
 
 
-class Stretches(NamedTuple):
+class LaneSpans(NamedTuple):
     """Consecutive segments of one document on one lane. Several stretches, int64 [stretches] each."""
 
     lane: np.ndarray
@@ -109,7 +109,7 @@ class LaneSchedule:
         self.lanes = lanes
         self.segment_length = segment_length
         self.segments = -(-np.asarray(lengths, np.int64) // segment_length)  # [documents], segments of each
-        self._order = order or EpochOrder([Source(np.arange(len(lengths)))], seed=seed)
+        self._order = order or EpochSampler([Source(np.arange(len(lengths)))], seed=seed)
         self._epochs = epochs
         self._block = deals_of_a_block(lanes)
         self._cache = cache
@@ -133,7 +133,7 @@ class LaneSchedule:
         segment[dry] = 0
         return LaneTick(document, segment, epoch, (segment == 0) & ~dry)
 
-    def stretches(self, start: int, stop: int, lanes: range | None = None) -> Stretches:
+    def spans(self, start: int, stop: int, lanes: range | None = None) -> LaneSpans:
         """What some lanes (all unless given) read in start <= tick < stop, in the order in which it begins."""
         lanes = range(self.lanes) if lanes is None else lanes
         document, _, tick = self._reading(start)[:, lanes.start : lanes.stop]
@@ -147,11 +147,9 @@ class LaneSchedule:
             columns.append(tuple(x[chosen] for x in column))
         lane, document, tick = map(np.concatenate, zip(*columns))
         first = np.maximum(tick, start)
-        stretches = Stretches(
-            lane, document, first - tick, first, np.minimum(tick + self.segments[document], stop) - first
-        )
-        live = (document >= 0) & (stretches.ticks > 0)
-        return Stretches(*(column[live] for column in stretches))
+        spans = LaneSpans(lane, document, first - tick, first, np.minimum(tick + self.segments[document], stop) - first)
+        live = (document >= 0) & (spans.ticks > 0)
+        return LaneSpans(*(column[live] for column in spans))
 
     def documents(self, epoch: int) -> np.ndarray:
         """uint32 [deals]: what an epoch deals, in its order."""

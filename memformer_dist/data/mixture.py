@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from memformer_dist.data.corpus import Corpus, open_corpora
-from memformer_dist.data.order import Source
+from memformer_dist.data.sampler import Source
 from memformer_dist.errors import UserError
 
 

@@ -24,10 +24,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from memformer_dist.data.cache import PARTIAL, Cache
-from memformer_dist.data.corpus import CorpusError
-from memformer_dist.data.download import Remote
-from memformer_dist.data.shards import INDEX, MANIFEST, Manifest, Split, read_split, sha256_of
-from memformer_dist.errors import UserError
+from memformer_dist.data.format import INDEX, MANIFEST, Manifest, Split, read_split
+from memformer_dist.data.transfer import Remote
+from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.files import sha256_of
 
 FETCHERS = 4  # threads
 REST_S = 60.0  # after a shard could not be had, until it is asked for again
@@ -45,7 +45,7 @@ class RemoteShards:
 
     def __init__(self, remote: Remote, cache: Cache, manifest: Manifest):
         self.folder, self.wait_s = cache.folder, 0.0
-        self.forget: Callable[[set[int]], object] = lambda numbers: None
+        self.on_evict: Callable[[set[int]], object] = lambda numbers: None
         self._remote, self._cache, self._manifest = remote, cache, manifest
         self._mapped: set[int] = set()
         self._changed = threading.Condition()  # guards what follows
@@ -177,7 +177,7 @@ class RemoteShards:
         passed = self._mapped.copy() - self._held
         gone = {number for number in passed if not (self.folder / self._manifest.shards[number].name).exists()}
         self._mapped -= gone
-        self.forget(gone)
+        self.on_evict(gone)
 
     def _fetch_ahead(self) -> None:
         while True:
@@ -232,15 +232,15 @@ def _checked_json(raw: bytes) -> bytes:
 def _obtain(remote: Remote, cache: Cache, name: str, sha256: str, size: int | None = None, *, needed: bool) -> bool:
     """Whether the file is there, fetched if nobody else is at it and there is room."""
     try:
-        claim = cache.claim(name, needed=needed)
-        if claim is None:
+        reservation = cache.reserve(name, needed=needed)
+        if reservation is None:
             return (cache.folder / name).exists()
         try:
-            remote.fetch(name, claim.path, sha256=sha256, size=size)
+            remote.fetch(name, reservation.path, sha256=sha256, size=size)
         except BaseException:
-            claim.drop()
+            reservation.drop()
             raise
-        claim.keep()
+        reservation.keep()
     except OSError as error:
         raise CorpusError(f"data.cache: {error.filename or cache.folder}: {error.strerror}, fetching {name}") from None
     return True

@@ -14,7 +14,7 @@ import numpy as np
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.mixture import Mixture
-from memformer_dist.data.order import Source
+from memformer_dist.data.sampler import Source
 from memformer_dist.errors import UserError
 
 

@@ -23,8 +23,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from memformer_dist.data.corpus import CorpusError
-from memformer_dist.data.lanes import LaneSchedule, Stretches
+from memformer_dist.data.lanes import LaneSchedule, LaneSpans
+from memformer_dist.errors import CorpusError
 from memformer_dist.segment import IGNORE, Segment
 
 CHUNK_BYTES, CHUNK_TICKS = 2**22, 64  # at most, unless one tick has more
@@ -32,7 +32,7 @@ CHUNKS_HELD = 4
 TICKS_AHEAD = 1024  # of a remote corpus, whose shards are fetched before; as many of them as the cache holds
 
 
-class Documents(Protocol):
+class TokenDataset(Protocol):
     """What is read: a Corpus, a Mixture of several, a Stream."""
 
     lengths: np.ndarray  # int64 [documents]
@@ -97,7 +97,7 @@ class WindowReader:
     wait_s   seconds that callers have waited for segments of windows and for their documents to be checked, in all
     """
 
-    def __init__(self, corpus: Documents, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
+    def __init__(self, corpus: TokenDataset, schedule: LaneSchedule, *, lanes: range, prefetch: int = 2):
         assert lanes.step == 1 and 0 <= lanes.start < lanes.stop <= schedule.lanes
         self.corpus = corpus
         self.schedule = schedule
@@ -156,15 +156,15 @@ class WindowReader:
 
     def _read(self, start: int, stop: int, lanes: range) -> Chunk:
         """The ticks start <= tick < stop."""
-        stretches = self.schedule.stretches(start, stop, lanes)
-        places = self._places(stretches)
+        spans = self.schedule.spans(start, stop, lanes)
+        places = self._places(spans)
         self.corpus.check(*places)
-        here = stretches._replace(lane=stretches.lane - lanes.start, tick=stretches.tick - start)
+        here = spans._replace(lane=spans.lane - lanes.start, tick=spans.tick - start)
         rows, ticks = len(lanes), stop - start
         return Chunk(*self._copy(here, places, rows, ticks), *self._columns(here, rows, ticks))
 
     def _copy(
-        self, stretches: Stretches, places: tuple[np.ndarray, ...], rows: int, ticks: int
+        self, spans: LaneSpans, places: tuple[np.ndarray, ...], rows: int, ticks: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Text and mask of a chunk, whose first lane and tick are 0; `places` as `_places` tells them."""
         size = self.schedule.segment_length
@@ -172,27 +172,27 @@ class WindowReader:
         document, first, last = places
         # One more, for the last label. Where the document ends there is none, and the next one begins.
         stop = np.minimum(last + 1, self.corpus.lengths[document])
-        at = stretches.lane * width + stretches.tick * size
+        at = spans.lane * width + spans.tick * size
         text, tokens = self._memory.take((rows * width,), self.corpus.token_dtype), self.corpus.tokens
         for number, i, j, begin, end in zip(*(x.tolist() for x in (document, first, stop, at, at + stop - first))):
             text[begin:end] = tokens(number, i, j)
         mask = None
         if self.corpus.has_mask:
             mask = np.zeros((rows, width - 1), np.uint8)
-            places = stretches.lane, stretches.tick * size, document, first, last
+            places = spans.lane, spans.tick * size, document, first, last
             for row, begin, number, i, j in zip(*(x.tolist() for x in places)):
                 mask[row, begin : begin + j - i] = self.corpus.mask(number, i, j)
         return text.reshape(rows, width), mask
 
-    def _columns(self, stretches: Stretches, rows: int, ticks: int) -> tuple[list, list]:
+    def _columns(self, spans: LaneSpans, rows: int, ticks: int) -> tuple[list, list]:
         """Ends and the rest of a chunk, whose first lane and tick are 0."""
-        size, count = self.schedule.segment_length, stretches.ticks
+        size, count = self.schedule.segment_length, spans.ticks
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # each segment in its stretch
-        cell = np.repeat(stretches.tick * rows + stretches.lane, count) + within * rows
+        cell = np.repeat(spans.tick * rows + spans.lane, count) + within * rows
         document, offset, left = (np.full(ticks * rows, value) for value in (-1, 0, 0))  # of a lane that has run dry
-        document[cell] = np.repeat(stretches.document, count)
-        offset[cell] = (np.repeat(stretches.segment, count) + within) * size
-        left[cell] = np.repeat(self.corpus.lengths[stretches.document], count) - offset[cell]  # to the document's end
+        document[cell] = np.repeat(spans.document, count)
+        offset[cell] = (np.repeat(spans.segment, count) + within) * size
+        left[cell] = np.repeat(self.corpus.lengths[spans.document], count) - offset[cell]  # to the document's end
         length = np.minimum(left, size)
         ending = np.flatnonzero(left <= size)
         last_label, live = np.full(len(ending), IGNORE), left[ending] > 0
@@ -209,13 +209,13 @@ class WindowReader:
 
     def valid_tokens(self, start_tick: int, stop_tick: int, lanes: range | None = None) -> int:
         """Labels that count in the loss, over ALL lanes of the schedule unless given, and the ticks start <= tick < stop."""
-        return self.corpus.labels_between(*self._places(self.schedule.stretches(start_tick, stop_tick, lanes)))
+        return self.corpus.labels_between(*self._places(self.schedule.spans(start_tick, stop_tick, lanes)))
 
     def expect(self, start_tick: int, stop_tick: int) -> None:
         """Say that the reader's lanes read these ticks next, so that what is far away is fetched ahead of need."""
         if not self.corpus.is_remote:
             return
-        self.corpus.expect(*self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes)))
+        self.corpus.expect(*self._places(self.schedule.spans(start_tick, stop_tick, self.lanes)))
 
     def damage(self, start_tick: int, stop_tick: int, *, ahead: int | None = None) -> str | None:
         """What is wrong with a document that the reader's lanes read in start <= tick < stop, or None.
@@ -224,7 +224,7 @@ class WindowReader:
         `ahead`: the ticks up to there are read next (see `expect`).
         """
         began = time.perf_counter()
-        places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
+        places = self._places(self.schedule.spans(start_tick, stop_tick, self.lanes))
         try:
             if ahead is not None:
                 self.expect(start_tick, ahead)
@@ -237,15 +237,15 @@ class WindowReader:
 
     def look_ahead(self, start_tick: int, stop_tick: int) -> None:
         """Check these documents while something else is done, so that `damage` finds them in memory."""
-        places = self._places(self.schedule.stretches(start_tick, stop_tick, self.lanes))
+        places = self._places(self.schedule.spans(start_tick, stop_tick, self.lanes))
         self._checker.submit(self.corpus.check, *places)  # what it raises, `damage` will raise again
 
-    def _places(self, stretches: Stretches) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _places(self, spans: LaneSpans) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document, first token and last + 1 of each stretch, int64 [stretches] each."""
         length = self.schedule.segment_length
-        start = stretches.segment * length
-        stop = np.minimum(start + stretches.ticks * length, self.corpus.lengths[stretches.document])
-        return stretches.document, start, stop
+        start = spans.segment * length
+        stop = np.minimum(start + spans.ticks * length, self.corpus.lengths[spans.document])
+        return spans.document, start, stop
 
 
 class Window(Sequence[Segment]):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture, open_mixture
-from memformer_dist.data.order import EpochOrder
+from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream
 from memformer_dist.errors import UserError
 
@@ -47,7 +47,7 @@ def lane_schedule(
         raise UserError(
             f"data.corpus: an epoch deals {float(dealt):.2g} documents; expected weights that make at least 1"
         )
-    order = EpochOrder(sources, seed=seed, shard_ends=corpus.shard_ends, shuffle_shards=shuffle_shards)
+    order = EpochSampler(sources, seed=seed, shard_ends=corpus.shard_ends, shuffle_shards=shuffle_shards)
     return LaneSchedule(
         corpus.lengths,
         seed=seed,

@@ -10,7 +10,7 @@ A document that cannot be read does not stop the others: it arrives with the rea
 it. What is wrong with the machine instead, a bad disk or a full one, ends the program. Text is kept exactly as it is in
 the file; nothing is stripped, and newlines are not translated.
 
-For many workers the files are cut into units (`cut_units`) before anything is read: some whole files, or a part of one
+For many workers the files are cut into partitions (`cut_partitions`) before anything is read: some whole files, or a part of one
 large file. Where the cuts are depends on the files' order, names and sizes alone.
 """
 
@@ -31,8 +31,8 @@ from typing import BinaryIO, Iterable, Iterator, NamedTuple, Sequence
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import from_json
 
-from memformer_dist.data import urls
 from memformer_dist.errors import UserError
+from memformer_dist.prepare import urls
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -184,7 +184,7 @@ def _compression(name: str) -> str | None:
     return suffix if suffix in COMPRESSED else None
 
 
-# ------------------------------------------------------------------------------------------------------------- units
+# ------------------------------------------------------------------------------------------------------------- partitions
 
 
 class Piece(NamedTuple):
@@ -195,63 +195,63 @@ class Piece(NamedTuple):
     stop: int | None = None  # None: to the end
 
 
-class Unit(NamedTuple):
+class Partition(NamedTuple):
     pieces: tuple[Piece, ...]
     bytes: int
 
 
-def cut_units(files: Sequence[File], unit_bytes: int) -> list[Unit]:
-    """Consecutive whole files until they have `unit_bytes`; a larger .jsonl or .parquet is cut.
+def cut_partitions(files: Sequence[File], partition_bytes: int) -> list[Partition]:
+    """Consecutive whole files until they have `partition_bytes`; a larger .jsonl or .parquet is cut.
 
     A pure function of the files' order, names and sizes, and of the footers of large .parquet files.
     """
-    units: list[Unit] = []
+    partitions: list[Partition] = []
     together: list[Piece] = []
     gathered = 0
 
     def finish() -> None:
         nonlocal gathered
         if together:
-            units.append(Unit(tuple(together), gathered))
+            partitions.append(Partition(tuple(together), gathered))
         together.clear()
         gathered = 0
 
     for file in files:
-        size = unit_bytes if file.size is None else file.size
-        if size > unit_bytes and not _compression(file.name) and _suffix(file.name) in (".jsonl", ".parquet"):
+        size = partition_bytes if file.size is None else file.size
+        if size > partition_bytes and not _compression(file.name) and _suffix(file.name) in (".jsonl", ".parquet"):
             finish()
             jsonl = _suffix(file.name) == ".jsonl"
-            units += _byte_ranges(file, unit_bytes) if jsonl else _row_groups(file, unit_bytes)
+            partitions += _byte_ranges(file, partition_bytes) if jsonl else _row_groups(file, partition_bytes)
             continue
         together.append(Piece(file))
         gathered += size
-        if gathered >= unit_bytes:
+        if gathered >= partition_bytes:
             finish()
     finish()
-    return units
+    return partitions
 
 
-def _byte_ranges(file: File, unit_bytes: int) -> list[Unit]:
-    number = -(-file.size // unit_bytes)
+def _byte_ranges(file: File, partition_bytes: int) -> list[Partition]:
+    number = -(-file.size // partition_bytes)
     cuts = [file.size * cut // number for cut in range(number + 1)]
-    return [Unit((Piece(file, start, stop),), stop - start) for start, stop in zip(cuts, cuts[1:])]
+    return [Partition((Piece(file, start, stop),), stop - start) for start, stop in zip(cuts, cuts[1:])]
 
 
-def _row_groups(file: File, unit_bytes: int) -> list[Unit]:
+def _row_groups(file: File, partition_bytes: int) -> list[Partition]:
     pyarrow = _pyarrow(file.name)
     try:
         with _open(file) as raw:
             metadata = pyarrow.parquet.ParquetFile(raw).metadata
             sizes = [_stored_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
-    except (OSError, pyarrow.ArrowException):  # without a footer: one unit, whose reading tells what is wrong
-        return [Unit((Piece(file),), file.size)]
-    units, start, gathered = [], 0, 0
+    except (OSError, pyarrow.ArrowException):  # without a footer: one partition, whose reading tells what is wrong
+        return [Partition((Piece(file),), file.size)]
+    partitions, start, gathered = [], 0, 0
     for number, size in enumerate(sizes, start=1):
         gathered += size
-        if gathered >= unit_bytes or number == len(sizes):
-            units.append(Unit((Piece(file, start, number),), gathered))
+        if gathered >= partition_bytes or number == len(sizes):
+            partitions.append(Partition((Piece(file, start, number),), gathered))
             start, gathered = number, 0
-    return units or [Unit((Piece(file),), file.size)]
+    return partitions or [Partition((Piece(file),), file.size)]
 
 
 def _stored_bytes(group) -> int:

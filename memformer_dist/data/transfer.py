@@ -22,9 +22,8 @@ from typing import Callable, TypeVar
 import fsspec
 from fsspec.callbacks import Callback
 
-from memformer_dist.data.corpus import CorpusError
-from memformer_dist.data.shards import sha256_of
-from memformer_dist.errors import UserError
+from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.files import sha256_of
 
 TRIES = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # 0.5 to 32 s: a server may be away for a minute

@@ -25,7 +25,7 @@ import tarfile
 import zlib
 from array import array
 from pathlib import Path
-from typing import Callable, Iterable, Literal, NamedTuple
+from typing import Iterable, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -33,10 +33,10 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from memformer_dist.errors import UserError
+from memformer_dist.vocabulary import Vocabulary
 
 MANIFEST, INDEX = "corpus.json", "index.safetensors"
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: of a header, and what payloads are padded to
-READ_BYTES = 2**20  # at once, where a file is hashed
 SHARD_TOKENS = 100_000_000  # tokens of a SplitWriter's shard, unless a single document is longer
 
 
@@ -121,17 +121,6 @@ def wrong_size(folder: Path, shard: Shard) -> str | None:
     if size == shard.bytes:
         return None
     return f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes"
-
-
-def sha256_of(file: Path, progress: Callable[[int], object] = lambda bytes_read: None) -> str:
-    """`progress` is told the bytes of each piece that was read."""
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        buffer = memoryview(bytearray(READ_BYTES))
-        while read := stream.readinto(buffer):
-            digest.update(buffer[:read])
-            progress(read)
-    return digest.hexdigest()
 
 
 def blocks(size: int | np.ndarray) -> int | np.ndarray:
@@ -240,36 +229,28 @@ class ShardWriter:
         self._blocks += len(raw) // BLOCK
 
 
-class Facts(NamedTuple):
-    """What a manifest says of the tokens."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    tokenizer_sha256: str
-    has_mask: bool = False
-
-    @property
-    def token_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-
-
-def write_manifest(folder: Path, facts: Facts, written: Iterable[WrittenShard]) -> Manifest:
+def write_manifest(
+    folder: Path, vocabulary: Vocabulary, written: Iterable[WrittenShard], *, has_mask: bool = False
+) -> Manifest:
     """Index and corpus.json of the shards in `folder`; corpus.json last: a split that has one is whole."""
     shards, indices = zip(*written)
     columns = {
         name: np.concatenate([getattr(index, name) for index in indices])
         for name in Index._fields
-        if name != "mask_crc32" or facts.has_mask
+        if name != "mask_crc32" or has_mask
     }
     index = save_safetensors(columns)
     manifest = Manifest(
-        token_dtype=facts.token_dtype.name,
+        token_dtype=vocabulary.token_dtype.name,
         documents=len(columns["length"]),
         tokens=sum(shard.tokens for shard in shards),
         shards=shards,
         index_sha256=hashlib.sha256(index).hexdigest(),
-        **facts._asdict(),
+        vocab_size=vocabulary.size,
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        tokenizer_sha256=vocabulary.tokenizer_sha256,
+        has_mask=has_mask,
     )
     (folder / INDEX).write_bytes(index)
     (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
@@ -283,8 +264,15 @@ class SplitWriter:
     an exception removes it.
     """
 
-    def __init__(self, split: str | Path, facts: Facts, *, shard_tokens: int = SHARD_TOKENS):
-        self.path, self._facts, self._shard_tokens = Path(split), facts, shard_tokens
+    def __init__(
+        self, split: str | Path, vocabulary: Vocabulary, *, has_mask: bool = False, shard_tokens: int = SHARD_TOKENS
+    ):
+        self.path, self._vocabulary, self._has_mask, self._shard_tokens = (
+            Path(split),
+            vocabulary,
+            has_mask,
+            shard_tokens,
+        )
         if self.path.exists():
             raise UserError(f"{self.path} exists already")
         self._partial = self.path.with_name(self.path.name + ".partial")
@@ -310,7 +298,7 @@ class SplitWriter:
         if not self._shard:
             number = len(self._written)
             path = self._partial / f"shard-{number:06d}.tar"
-            self._shard = ShardWriter(path, number, self._facts.token_dtype, self._facts.has_mask)
+            self._shard = ShardWriter(path, number, self._vocabulary.token_dtype, self._has_mask)
         self._shard.add(tokens, mask)
         self._tokens_in_shard += len(tokens)
 
@@ -320,7 +308,7 @@ class SplitWriter:
             self.discard()
             raise UserError(f"{self.path}: no document to write")
         self._finish_shard()
-        write_manifest(self._partial, self._facts, self._written)
+        write_manifest(self._partial, self._vocabulary, self._written, has_mask=self._has_mask)
         self._partial.rename(self.path)
 
     def discard(self) -> None:

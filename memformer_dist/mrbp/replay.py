@@ -21,8 +21,8 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from memformer_dist.mrbp.states import DeviceStates, HostStates
 from memformer_dist.segment import Segment, Tensors, concatenate, select_rows
-from memformer_dist.states import DeviceStates, HostStates
 
 
 class Replayed(NamedTuple):

@@ -98,7 +98,7 @@ def _processes(number: int) -> ProcessPoolExecutor:
     # Not fork: threads of this process (of fsspec, of torch in tests) may hold locks. The server forks workers that
     # have imported already what is needed.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memformer_dist.data.preparation"])
+    context.set_forkserver_preload(["memformer_dist.prepare.build"])
     return ProcessPoolExecutor(number, mp_context=context, initializer=_begin)
 
 

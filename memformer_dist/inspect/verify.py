@@ -1,7 +1,7 @@
 """Check a corpus: every file, every byte.
 
-    python -m memformer_dist.data.verify corpora/books
-    python -m memformer_dist.data.verify corpora/books/train     # one split
+    python -m memformer_dist.inspect.verify corpora/books
+    python -m memformer_dist.inspect.verify corpora/books/train     # one split
 
 Compares corpus.json, the index, the size and sha256 of every shard, the tokenizer and what preparation has recorded
 (sharding.json), and names files that do not belong there. Where a shard's sha256 is wrong it goes through the documents
@@ -22,8 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from memformer_dist import runtime
-from memformer_dist.data.shards import (
+from memformer_dist.data.format import (
     BLOCK,
     INDEX,
     MANIFEST,
@@ -32,10 +31,10 @@ from memformer_dist.data.shards import (
     Shard,
     blocks,
     read_split,
-    sha256_of,
     wrong_size,
 )
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
+from memformer_dist.files import sha256_of
 
 TOKENIZER, RECORD, QUARANTINE = "tokenizer.model", "sharding.json", "quarantine.jsonl"
 OF_A_CORPUS = {TOKENIZER, "train", "valid", RECORD, QUARANTINE}
@@ -261,7 +260,7 @@ def main() -> None:
             f" {found.bytes / 1e6:,.1f} MB in {seconds:.1f} s ({found.bytes / 1e6 / seconds:,.0f} MB/s)"
         )
 
-    runtime.run_program(program)
+    run_program(program)
 
 
 if __name__ == "__main__":

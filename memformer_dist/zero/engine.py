@@ -26,13 +26,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.config import OptimizerConfig
-from memformer_dist.mrbp import memory_replay
-from memformer_dist.reduction import Reduce, Reduction
-from memformer_dist.runtime import Process, reseed
+from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.replay import memory_replay
+from memformer_dist.mrbp.states import DeviceStates, HostStates, Store
 from memformer_dist.segment import Segment
-from memformer_dist.states import DeviceStates, HostStates, Store
-from memformer_dist.zero3 import Gathering, Keep
+from memformer_dist.world import World
+from memformer_dist.zero.gathering import Gathering, Keep
+from memformer_dist.zero.reduction import Reduce, Reduction
 
 # Of torch, at every collective that DeepSpeed 0.19.8 makes by its old name.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
@@ -50,16 +50,6 @@ class Accumulated(NamedTuple):
 class StepResult(NamedTuple):
     gradient_norm: float  # global, before clipping; inf or nan when the step was skipped
     applied: bool
-
-
-def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers alone: norms, embeddings and the memory's forgetting vectors are not."""
-    linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
-    groups = [
-        {"params": [p for p in cell.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
-        {"params": [p for p in cell.parameters() if id(p) not in linear], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
 class Engine:
@@ -82,7 +72,7 @@ class Engine:
         self,
         cell: RecurrentCell,
         optimizer: torch.optim.Optimizer,
-        process: Process,
+        world: World,
         *,
         settings: dict,
         precision: str = "fp32",
@@ -92,7 +82,7 @@ class Engine:
         state_store: Store = "device",
         keep_gathered: Keep = "all",
     ):
-        self.process, self.seed = process, seed
+        self.world, self.seed = world, seed
         # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ours = {
@@ -117,7 +107,7 @@ class Engine:
         bucket = numbers if reduce == "window" else max(1, numbers // 8)
         zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, bucket)}
         zero |= settings.get("zero_optimization", {})
-        cell.to(process.device)
+        cell.to(world.device)
         self.engine, *_ = deepspeed.initialize(
             model=cell,
             optimizer=optimizer,
@@ -127,9 +117,9 @@ class Engine:
         self.zero_stage = self.engine.zero_optimization_stage()
         self.module: RecurrentCell = self.engine.module
         for parameter, weight in weights.items():  # DeepSpeed has made its fp32 weights of rounded ones
-            self._set_whole(parameter, weight.to(process.device))
+            self._set_whole(parameter, weight.to(world.device))
         self.reduction = Reduction(self.engine, reduce)
-        self.states = DeviceStates() if state_store == "device" else HostStates(process.device)
+        self.states = DeviceStates() if state_store == "device" else HostStates(world.device)
         self.gathering = None
         if self.zero_stage == 3:
             self.gathering = Gathering(self.module, self.engine.optimizer.parameter_offload, keep_gathered)
@@ -157,7 +147,7 @@ class Engine:
             readout_group, readout_parts, observe: see mrbp.memory_replay; dropout differs between parts.
         """
         # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
-        loss_scale = self.process.world_size / max(1, valid_tokens)
+        loss_scale = self.world.size / max(1, valid_tokens)
         results = []
         with self.reduction.of_a_step(), self._gathered():
             for group, (window, state) in enumerate(zip(windows, states, strict=True)):
@@ -225,7 +215,7 @@ class Engine:
         self._link_moments()
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
-                value = moment(name, key).to(self.process.device)
+                value = moment(name, key).to(self.world.device)
                 if self.zero_stage == 0:
                     self._optimizer().state[parameter][key].copy_(value)
                 else:
@@ -240,7 +230,7 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, value, key)
             return
         # The setters of whole tensors forget that the last partition is padded.
-        size, rank, world = parameter.ds_tensor.numel(), self.process.rank, self.process.world_size
+        size, rank, world = parameter.ds_tensor.numel(), self.world.rank, self.world.size
         own = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))[rank * size : (rank + 1) * size]
         if key is None:
             safe_set_local_fp32_param(parameter, own)
@@ -290,7 +280,7 @@ class _Replay:
 
     def call(self, part: str, t: int, segment: Segment, tensors: NamedTuple):
         """A part of the cell on the window's segment t, with the random state that belongs to it."""
-        process, gathering = self.engine.process, self.engine.gathering
+        world, gathering = self.engine.world, self.engine.gathering
         if part == "readout":
             self.readouts += 1
             if gathering is not None and self.readouts == 1:
@@ -300,8 +290,8 @@ class _Replay:
             if gathering is not None:
                 gathering.begin_advance()
         self.part, self.t = part, t
-        reseed(process.device, self.engine.seed, self.start + t, process.rank, self.group, self.readouts)
-        return self.engine(part, segment.to(process.device), tensors)
+        reseed(world.device, self.engine.seed, self.start + t, world.rank, self.group, self.readouts)
+        return self.engine(part, segment.to(world.device), tensors)
 
     def backward(self, scalar: Tensor) -> None:
         """Of a group's readout, then of each of its advances, last to first."""

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memformer_dist.mrbp import as_leaves
-from memformer_dist.runtime import Process, free_bytes
+from memformer_dist.host_memory import free_bytes
+from memformer_dist.mrbp.replay import as_leaves
+from memformer_dist.mrbp.states import DeviceStates
 from memformer_dist.segment import Segment, concatenate
-from memformer_dist.states import DeviceStates
+from memformer_dist.world import World
 
 if TYPE_CHECKING:  # a measurement needs no DeepSpeed
-    from memformer_dist.engine import Engine
+    from memformer_dist.zero.engine import Engine
 
 SAFETY = 1.25  # bytes of the allocator for each byte of tensors
 SHARE = 0.5  # of the free memory that a group may fill
@@ -54,20 +55,18 @@ class Footprint(NamedTuple):
     group: int  # bytes of a group of whatever size: the readout's parameters as autocast rounds them
 
 
-def choose_readout_group(
-    engine: "Engine", segment: Segment, state: NamedTuple, process: Process, *, window: int
-) -> Choice:
+def choose_readout_group(engine: "Engine", segment: Segment, state: NamedTuple, world: World, *, window: int) -> Choice:
     """Run one segment with gradient and see how many of its kind fit. A collective call; leaves no trace in the engine.
 
     Args:
         segment, state: of a group of lanes as large as any in training; the numbers in them do not matter.
         window: the most segments that a window will have.
     """
-    measured = footprint(engine, segment.to(process.device), state)
-    free = free_bytes(process.device) - first_step_bytes(engine, state, window) - measured.group
+    measured = footprint(engine, segment.to(world.device), state)
+    free = free_bytes(world.device) - first_step_bytes(engine, state, window) - measured.group
     segment_bytes = math.ceil(SAFETY * measured.segment)
     # The smallest number over the ranks, from a sum: each fills in its own place.
-    everyone = process.sum([free if rank == process.rank else 0 for rank in range(process.world_size)])
+    everyone = world.all_reduce_sum([free if rank == world.rank else 0 for rank in range(world.size)])
     free = max(0, int(min(everyone)))
     return Choice(even_group(window, int(SHARE * free) // segment_bytes), segment_bytes, free)
 
@@ -138,7 +137,7 @@ def first_step_bytes(engine: "Engine", state: NamedTuple, window: int) -> int:
     # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in engine.module.parameters()]
     numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
-    sharers = 1 if engine.zero_stage == 0 else engine.process.world_size
+    sharers = 1 if engine.zero_stage == 0 else engine.world.size
     moments = 2 * 4 * numbers // sharers
     if engine.reduction.reduce == "window":
         gradient = whole
@@ -146,6 +145,6 @@ def first_step_bytes(engine: "Engine", state: NamedTuple, window: int) -> int:
         bucket = engine.engine.zero_reduce_bucket_size()
         gradient = 4 * (bucket + (numbers // sharers if engine.zero_stage == 2 else 0))
     gathered = whole if engine.gathering is not None and engine.gathering.keep != "none" else 0
-    on_device = isinstance(engine.states, DeviceStates) or engine.process.device.type == "cpu"
+    on_device = isinstance(engine.states, DeviceStates) or engine.world.device.type == "cpu"
     stored = window * sum(x.nbytes for x in state) if on_device else 0
     return moments + gradient + gathered + stored

@@ -1,6 +1,6 @@
-"""What workers do with a unit of the inputs: `encode_unit` reads it, `write_unit` makes its shards.
+"""What workers do with a partition of the inputs: `encode_partition` reads it, `write_partition` makes its shards.
 
-Both are called in other processes (workers.py), so they are told all they need, and what lasts they write to files.
+Both are called in other processes pool.py, so they are told all they need, and what lasts they write to files.
 Neither torch nor corpus.py is imported here: workers start in a fraction of a second.
 """
 
@@ -18,13 +18,14 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from sentencepiece import SentencePieceProcessor, SetMinLogLevel
 
-from memformer_dist.data.documents import NO_SPACE, Document, File, Reader, Unit, look
-from memformer_dist.data.shards import Facts, Shard, ShardWriter, wrong_size
+from memformer_dist.data.format import Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
+from memformer_dist.prepare.documents import NO_SPACE, Document, File, Partition, Reader, look
+from memformer_dist.vocabulary import Vocabulary
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 250_000, 2_500  # encoded together; what a worker holds besides the largest document
 BUFFER = 1 << 20  # bytes
-STREAMS = (".tokens", ".mask", ".quarantine")  # of an encoded unit
+STREAMS = (".tokens", ".mask", ".quarantine")  # of an encoded partition
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -34,35 +35,35 @@ class EncodeTask(NamedTuple):
     number: int
     folder: Path  # CORPUS.partial
     stem: Path  # of the files with what is encoded
-    unit: Unit
-    facts: Facts
+    partition: Partition
+    vocabulary: Vocabulary
 
 
-def stem_of(folder: Path, unit: Unit, tokenizer_sha256: str) -> Path:
+def stem_of(folder: Path, partition: Partition, tokenizer_sha256: str) -> Path:
     """Named by what goes in: the same files, cuts and tokenizer, the same name."""
-    pieces = [(file.path, file.size, file.changed, *place) for file, *place in unit.pieces]
+    pieces = [(file.path, file.size, file.changed, *place) for file, *place in partition.pieces]
     return folder / "encoded" / hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
 
 
 class Encoded(NamedTuple):
-    """What is known of a unit once its documents are encoded."""
+    """What is known of a partition once its documents are encoded."""
 
     documents: int
     unreadable: int  # of these; listed in the .quarantine file
     masked: bool  # some part is not to be learnt
-    lines: int  # where the unit is a part of a .jsonl
+    lines: int  # where the partition is a part of a .jsonl
 
 
-def encode_unit(task: EncodeTask) -> tuple[int, Encoded]:
-    """Read and encode the documents of a unit -> (its number, what was found).
+def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
+    """Read and encode the documents of a partition -> (its number, what was found).
 
     Writes the tokens of all documents, the masks of those that have one, their columns, one row a document, and what
     cannot be read, a line each: file, position, reason. The record comes last.
     """
-    model = _model(task.folder / "corpus" / "tokenizer.model", task.facts.tokenizer_sha256)
-    dtype = task.facts.token_dtype
+    model = _model(task.folder / "corpus" / "tokenizer.model", task.vocabulary.tokenizer_sha256)
+    dtype = task.vocabulary.token_dtype
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
-    reader, unreadable = UnitReader(task.unit), 0
+    reader, unreadable = PartitionReader(task.partition), 0
     record, streams = task.stem.with_suffix(".json"), [task.stem.with_suffix(suffix) for suffix in STREAMS]
     try:
         record.unlink(missing_ok=True)  # of tokens that have become shards of other settings
@@ -101,18 +102,18 @@ def already_encoded(task: EncodeTask) -> Encoded | None:
 
 
 def usable_documents(stem: Path) -> np.ndarray:
-    """bool [documents of an encoded unit]: those that are neither empty nor unreadable."""
+    """bool [documents of an encoded partition]: those that are neither empty nor unreadable."""
     return load_safetensors(stem.with_suffix(".safetensors").read_bytes())["length"] > 0
 
 
-class UnitReader:
-    """Iterates over the documents of a unit, all of them.
+class PartitionReader:
+    """Iterates over the documents of a partition, all of them.
 
     Raises UserError naming a file that is no longer what it was when it was listed.
     """
 
-    def __init__(self, unit: Unit):
-        self._unit = unit
+    def __init__(self, partition: Partition):
+        self._unit = partition
         self.lines = 0  # of the last piece
 
     def __iter__(self) -> Iterator[Document]:
@@ -185,17 +186,18 @@ def _model(path: Path, sha256: str) -> SentencePieceProcessor:
 class WriteTask(NamedTuple):
     number: int
     folder: Path  # CORPUS.partial
-    stem: Path  # of the encoded unit
+    stem: Path  # of the encoded partition
     valid: np.ndarray  # int64 [n], numbers of the documents for validation
-    facts: Facts
+    vocabulary: Vocabulary
+    has_mask: bool  # of the whole corpus
 
 
-def write_unit(task: WriteTask) -> tuple[int, dict]:
-    """Make the shards of an encoded unit -> (its number, its record). Its tokens are then no longer needed and go."""
+def write_partition(task: WriteTask) -> tuple[int, dict]:
+    """Make the shards of an encoded partition -> (its number, its record). Its tokens are then no longer needed and go."""
     files = [task.stem.with_suffix(suffix) for suffix in STREAMS[:2]]
     columns = load_safetensors(task.stem.with_suffix(".safetensors").read_bytes())
     length, masked = columns["length"], columns["masked"].astype(bool)
-    valid, dtype = frozenset(task.valid.tolist()), task.facts.token_dtype
+    valid, dtype = frozenset(task.valid.tolist()), task.vocabulary.token_dtype
     for file, size in zip(files, (dtype.itemsize * length.sum(dtype=np.int64), length[masked].sum(dtype=np.int64))):
         if file.stat().st_size != size:
             raise UserError(
@@ -216,7 +218,7 @@ def write_unit(task: WriteTask) -> tuple[int, dict]:
                 split = "valid" if number in valid else "train"
                 if split not in writers:
                     path = task.folder / "corpus" / split / f"shard-{task.number:06d}.tar"
-                    writer = ShardWriter(path, task.number, dtype, task.facts.has_mask)
+                    writer = ShardWriter(path, task.number, dtype, task.has_mask)
                     writers[split] = stack.enter_context(writer)
                     figures[split] = {"characters": 0, "labels": 0}
                 path = writers[split].path
@@ -263,7 +265,7 @@ def index_path(folder: Path, number: int, split: str) -> Path:
 
 
 def finished_record(task: EncodeTask | WriteTask) -> dict | None:
-    """The record of a unit whose shards are written."""
+    """The record of a partition whose shards are written."""
     folder, number = task.folder, task.number
     try:
         record = json.loads(record_path(folder, number).read_text())

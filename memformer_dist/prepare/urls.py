@@ -114,7 +114,7 @@ class _Remote(io.RawIOBase):
             if "range requests" in str(error):
                 raise UserError(
                     f"{self._url}: the server does not serve byte ranges, which a .parquet or a part of a .jsonl needs;"
-                    " fetch the file first, or for a .jsonl give a larger --unit-mib"
+                    " fetch the file first, or for a .jsonl give a larger --partition-mib"
                 ) from None
             raise
 

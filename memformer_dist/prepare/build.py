@@ -1,24 +1,24 @@
-"""From inputs to a corpus, unit by unit, on many workers: encode, write, merge.
+"""From inputs to a corpus, partition by partition, on many workers: encode, write, merge.
 
-tokenizer/shard.py is the command line; units.py holds what the workers do.
+tokenizer/shard.py is the command line; partitions.py holds what the workers do.
 
-The inputs are cut into units before anything is read (documents.cut_units). Workers `encode_unit`, which reads every byte
-of the inputs once; then it is known which documents can be used, and those for validation are chosen; then `write_unit`
-makes of each unit at most one shard for either split, which bears the unit's number. So no shard depends on what another
+The inputs are cut into partitions before anything is read (documents.cut_partitions). Workers `encode_partition`, which reads every byte
+of the inputs once; then it is known which documents can be used, and those for validation are chosen; then `write_partition`
+makes of each partition at most one shard for either split, which bears the partition's number. So no shard depends on what another
 worker does, and the corpus is the same bytes for any number of workers.
 
 Until the corpus is whole, everything lies in CORPUS.partial:
 
-    encoded/5d0f...      a unit's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), what
+    encoded/5d0f...      a partition's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), what
                          could not be read (.quarantine) and what was found (.json, last). The name is a hash of the files,
                          their cuts and the tokenizer: other settings find it again
     sharding.json        the recipe of the shards: inputs, sizes, times, settings; with another one they are made anew
-    shards/000042.json   the shards of a unit and their figures, written last; 000042-train.safetensors: an index
+    shards/000042.json   the shards of a partition and their figures, written last; 000042-train.safetensors: an index
     corpus/              what is renamed to CORPUS at the end
     replaced/            the old corpus, in the moment of --overwrite
     lock                 held by the process that works here
 
-An interrupted run goes on with the units that are not finished.
+An interrupted run goes on with the partitions that are not finished.
 """
 
 import fcntl
@@ -37,35 +37,35 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
 
-from memformer_dist.data.documents import Unit, cut_units, discover
-from memformer_dist.data.shards import (
+from memformer_dist.data.format import (
     MANIFEST,
-    Facts,
     Index,
     Shard,
     WrittenShard,
     read_split,
-    sha256_of,
     write_manifest,
     wrong_size,
 )
-from memformer_dist.data.units import (
+from memformer_dist.errors import UserError
+from memformer_dist.files import sha256_of
+from memformer_dist.prepare.documents import Partition, cut_partitions, discover
+from memformer_dist.prepare.encode import (
     Encoded,
     EncodeTask,
     WriteTask,
     already_encoded,
     cannot_write,
-    encode_unit,
+    encode_partition,
     finished_record,
     index_path,
     load_tokenizer,
     stem_of,
     store,
     usable_documents,
-    write_unit,
+    write_partition,
 )
-from memformer_dist.data.workers import Pool, open_pool
-from memformer_dist.errors import UserError
+from memformer_dist.prepare.pool import Pool, open_pool
+from memformer_dist.vocabulary import Vocabulary
 
 RECORD = "sharding.json"
 PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
@@ -80,14 +80,14 @@ def shard(
     exclude: Sequence[str] = (),
     valid_fraction: float = 0.05,
     seed: int = 0,
-    unit_mib: float = 64,
+    partition_mib: float = 64,
     workers: int = 1,
     strict: bool = False,
     overwrite: bool = False,
 ) -> dict | None:
     """Write the corpus, or find it already there; returns the report (under MPI in rank 0, None in the others).
 
-    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the units that are
+    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the partitions that are
     finished by then stay in CORPUS.partial.
     """
     with open_pool(workers) as pool:
@@ -95,13 +95,13 @@ def shard(
             return None
         if not 0 <= valid_fraction < 1:
             raise UserError(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
-        if not 0 < unit_mib < math.inf:
-            raise UserError(f"--unit-mib {unit_mib}: expected more than 0")
+        if not 0 < partition_mib < math.inf:
+            raise UserError(f"--partition-mib {partition_mib}: expected more than 0")
         if seed < 0:
             raise UserError(f"--seed {seed}: expected 0 or more")
         output = Path(os.path.abspath(output))
         model, raw_model = load_tokenizer(tokenizer)
-        sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(unit_mib * 2**20)))
+        sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)))
         recipe = {
             "version": 2,
             "tokenizer_sha256": hashlib.sha256(raw_model).hexdigest(),
@@ -109,7 +109,7 @@ def shard(
             "valid_inputs": _listing(sources, held_out=True),
             "valid_fraction": valid_fraction,
             "seed": seed,
-            "unit_mib": unit_mib,
+            "partition_mib": partition_mib,
         }
         partial = output.with_name(output.name + ".partial")
         if (partial / "replaced").exists():
@@ -123,15 +123,26 @@ def shard(
         elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
 
-        facts = Facts(model.vocab_size(), model.bos_id(), model.eos_id(), recipe["tokenizer_sha256"])
+        vocabulary = Vocabulary(
+            size=model.vocab_size(),
+            bos_id=model.bos_id(),
+            eos_id=model.eos_id(),
+            tokenizer_sha256=recipe["tokenizer_sha256"],
+        )
         tasks = [
-            EncodeTask(number, partial, stem_of(partial, source.unit, facts.tokenizer_sha256), source.unit, facts)
+            EncodeTask(
+                number,
+                partial,
+                stem_of(partial, source.partition, vocabulary.tokenizer_sha256),
+                source.partition,
+                vocabulary,
+            )
             for number, source in enumerate(sources)
         ]
-        with _claimed(partial):
+        with _locked(partial):
             begin(partial, recipe, {task.stem.name for task in tasks}, raw_model)
-            encoded = work(pool, "tokenising", encode_unit, tasks, sources, already_encoded)
-            unread = sum(unit.unreadable for unit in encoded)
+            encoded = work(pool, "tokenising", encode_partition, tasks, sources, already_encoded)
+            unread = sum(partition.unreadable for partition in encoded)
             first = [_place(line) for line in islice(quarantine(tasks, encoded), 5)]
             for place in first:
                 print(f"cannot read {place}", file=sys.stderr)
@@ -142,13 +153,14 @@ def shard(
                 )
             usable = [usable_documents(task.stem) for task in tasks]
             valid = held_out_documents(sources, usable, unread, valid_fraction, seed)
-            facts = facts._replace(has_mask=any(unit.masked for unit in encoded))
+            has_mask = any(partition.masked for partition in encoded)
             write_tasks = [
-                WriteTask(task.number, partial, task.stem, held_out, facts) for task, held_out in zip(tasks, valid)
+                WriteTask(task.number, partial, task.stem, held_out, vocabulary, has_mask)
+                for task, held_out in zip(tasks, valid)
             ]
-            records = work(pool, "writing", write_unit, write_tasks, sources, finished_record)
-            splits = merge(partial, facts, records)
-            documents = sum(unit.documents for unit in encoded)
+            records = work(pool, "writing", write_partition, write_tasks, sources, finished_record)
+            splits = merge(partial, vocabulary, has_mask, records)
+            documents = sum(partition.documents for partition in encoded)
             report = {
                 "splits": splits,
                 "empty": documents - unread - sum(split["documents"] for split in splits.values()),
@@ -184,26 +196,30 @@ def find_existing(output: Path, recipe: dict, strict: bool) -> dict:
 
 
 class Source(NamedTuple):
-    unit: Unit
+    partition: Partition
     held_out: bool  # from --valid-input
 
 
 def list_sources(
-    inputs: Sequence[str], valid_inputs: Sequence[str], exclude: Sequence[str], unit_bytes: int
+    inputs: Sequence[str], valid_inputs: Sequence[str], exclude: Sequence[str], partition_bytes: int
 ) -> tuple[list[Source], int]:
-    """The units in the order of the corpus, and the number of files that were passed over for their suffix."""
+    """The partitions in the order of the corpus, and the number of files that were passed over for their suffix."""
     files, ignored = discover(inputs, exclude)
     valid_files, valid_ignored = discover(valid_inputs, exclude)
     if both := {file.path for file in files} & {file.path for file in valid_files}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
     groups = (files, False), (valid_files, True)
-    sources = [Source(unit, held_out) for group, held_out in groups for unit in cut_units(group, unit_bytes)]
+    sources = [
+        Source(partition, held_out)
+        for group, held_out in groups
+        for partition in cut_partitions(group, partition_bytes)
+    ]
     return sources, ignored + valid_ignored
 
 
 def _listing(sources: Sequence[Source], held_out: bool) -> list[list]:
     """[absolute path, size, time of the last change] of each file."""
-    pieces = [piece for source in sources if source.held_out == held_out for piece in source.unit.pieces]
+    pieces = [piece for source in sources if source.held_out == held_out for piece in source.partition.pieces]
     files = dict.fromkeys(piece.file for piece in pieces)
     return [[file.path, file.size, file.changed] for file in files]
 
@@ -219,26 +235,26 @@ def work(
     missing = [task for task, result in zip(tasks, results) if result is None]
     if len(missing) < len(tasks):
         print(
-            f"{what}: {len(tasks) - len(missing)} of {len(tasks)} units were finished by an earlier run",
+            f"{what}: {len(tasks) - len(missing)} of {len(tasks)} partitions were finished by an earlier run",
             file=sys.stderr,
         )
-    total, left = (sum(sources[task.number].unit.bytes for task in some) for some in (tasks, missing))
+    total, left = (sum(sources[task.number].partition.bytes for task in some) for some in (tasks, missing))
     with tqdm(desc=what, total=total, initial=total - left, unit="B", unit_scale=True, disable=None) as progress:
         for number, result in pool.run(function, missing):
             results[number] = result
-            progress.update(sources[number].unit.bytes)
+            progress.update(sources[number].partition.bytes)
     return results
 
 
 def quarantine(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> Iterator[dict]:
     """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
-    before: dict[str, int] = {}  # lines of a .jsonl in the units up to here
-    for task, unit in zip(tasks, encoded):
-        piece = task.unit.pieces[-1]
+    before: dict[str, int] = {}  # lines of a .jsonl in the partitions up to here
+    for task, partition in zip(tasks, encoded):
+        piece = task.partition.pieces[-1]
         offset = before.get(piece.file.name, 0)
         if piece.stop is not None:
-            before[piece.file.name] = offset + unit.lines
-        if unit.unreadable:
+            before[piece.file.name] = offset + partition.lines
+        if partition.unreadable:
             with open(task.stem.with_suffix(".quarantine"), "rb") as file:
                 for file_name, position, reason in map(json.loads, file):
                     yield {"file": file_name, "position": position + offset, "reason": reason}
@@ -252,13 +268,13 @@ def _place(line: dict) -> str:
 def held_out_documents(
     sources: Sequence[Source], usable: Sequence[np.ndarray], unread: int, fraction: float, seed: int
 ) -> list[np.ndarray]:
-    """Of each unit the numbers of the validation documents, int64 [n].
+    """Of each partition the numbers of the validation documents, int64 [n].
 
-    usable   bool [documents] of each unit
+    usable   bool [documents] of each partition
     Raises UserError where a split would be empty that was asked for.
     """
-    ends = np.cumsum([0] + [len(unit) for unit in usable])
-    held_out = np.concatenate([np.full(len(unit), source.held_out) for source, unit in zip(sources, usable)])
+    ends = np.cumsum([0] + [len(partition) for partition in usable])
+    held_out = np.concatenate([np.full(len(partition), source.held_out) for source, partition in zip(sources, usable)])
     usable = np.concatenate(usable)
     told = f"{len(usable) - usable.sum() - unread} are empty, {unread} unreadable"
     given = any(source.held_out for source in sources)
@@ -290,7 +306,7 @@ def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndar
 
 
 @contextmanager
-def _claimed(partial: Path) -> Iterator[None]:
+def _locked(partial: Path) -> Iterator[None]:
     """Raises UserError while another process works there, or where the folder cannot be written."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -312,13 +328,13 @@ def _claimed(partial: Path) -> Iterator[None]:
 
 def restore(partial: Path, output: Path) -> None:
     """Give a corpus its name back whose replacement was killed before it took it."""
-    with _claimed(partial):
+    with _locked(partial):
         if not output.exists():
             (partial / "replaced").rename(output)
 
 
-def begin(partial: Path, recipe: dict, units: set[str], model: bytes) -> None:
-    """Make CORPUS.partial ready: what an interrupted run has finished of these `units` and this recipe stays, all else goes."""
+def begin(partial: Path, recipe: dict, partitions: set[str], model: bytes) -> None:
+    """Make CORPUS.partial ready: what an interrupted run has finished of these `partitions` and this recipe stays, all else goes."""
     record = partial / RECORD
     differing = _differing(json.loads(record.read_text()), recipe) if record.exists() else ["recipe"]
     if differing:
@@ -331,7 +347,7 @@ def begin(partial: Path, recipe: dict, units: set[str], model: bytes) -> None:
         (partial / name).mkdir(parents=True, exist_ok=True)
     for path in [
         *partial.rglob("*.partial"),
-        *(path for path in (partial / "encoded").iterdir() if path.stem not in units),
+        *(path for path in (partial / "encoded").iterdir() if path.stem not in partitions),
     ]:
         path.unlink(missing_ok=True)
     store(partial / "corpus" / "tokenizer.model", model)
@@ -339,32 +355,32 @@ def begin(partial: Path, recipe: dict, units: set[str], model: bytes) -> None:
         store(record, json.dumps(recipe, indent=1).encode())
 
 
-def merge(partial: Path, facts: Facts, records: Sequence[dict]) -> dict[str, dict]:
+def merge(partial: Path, vocabulary: Vocabulary, has_mask: bool, records: Sequence[dict]) -> dict[str, dict]:
     """Index and corpus.json of the splits; returns their figures. Raises UserError where a split has nothing to learn."""
     figures = {}
     for split in "train", "valid":
-        units = {number: record[split] for number, record in enumerate(records) if split in record}
-        if not units:
+        partitions = {number: record[split] for number, record in enumerate(records) if split in record}
+        if not partitions:
             (partial / "corpus" / split).rmdir()
             continue
-        if not sum(unit["labels"] for unit in units.values()):
+        if not sum(partition["labels"] for partition in partitions.values()):
             shutil.rmtree(partial)
             raise UserError(
                 f"{split}: found no label that counts in the loss, expected some: its documents have only parts with"
                 ' "loss": false'
             )
         written = []
-        for number, unit in units.items():
+        for number, partition in partitions.items():
             raw = index_path(partial, number, split).read_bytes()
-            written.append(WrittenShard(Shard(**unit["shard"]), Index(**load_safetensors(raw))))
-        write_manifest(partial / "corpus" / split, facts, written)
+            written.append(WrittenShard(Shard(**partition["shard"]), Index(**load_safetensors(raw))))
+        write_manifest(partial / "corpus" / split, vocabulary, written, has_mask=has_mask)
         fingerprint = sha256_of(partial / "corpus" / split / MANIFEST)
         lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
         figures[split] = {
             "fingerprint": fingerprint,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
-            "characters": sum(unit["characters"] for unit in units.values()),
+            "characters": sum(partition["characters"] for partition in partitions.values()),
             "padding": {
                 str(length): 1 - lengths.sum() / (-(-lengths // length) * length).sum() for length in PADDING_AT
             },

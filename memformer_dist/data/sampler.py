@@ -23,7 +23,7 @@ class Source(NamedTuple):
     weight: Fraction = Fraction(1)
 
 
-class EpochOrder:
+class EpochSampler:
     """The order of all epochs.
 
     shard_ends, shuffle_shards: shuffle within groups of so many shards, in a random order of the shards, instead of

@@ -1,8 +1,8 @@
 """What a lane reads, in words: see your data as training sees it.
 
-    python -m memformer_dist.data.show corpora/books --lane 3 --tick 100 --ticks 5
-    python -m memformer_dist.data.show corpora/books --lane 0 --tick 0 --lanes 64 --segment-length 512 --tokens
-    python -m memformer_dist.data.show --run-dir runs/small --lane 3 --tick 100 --split valid
+    python -m memformer_dist.inspect.show corpora/books --lane 3 --tick 100 --ticks 5
+    python -m memformer_dist.inspect.show corpora/books --lane 0 --tick 0 --lanes 64 --segment-length 512 --tokens
+    python -m memformer_dist.inspect.show --run-dir runs/small --lane 3 --tick 100 --split valid
 
 For every tick a line that says which tokens of which document the lane reads and where they lie, and the text. ⟦These
 brackets⟧ enclose what does not count in the loss, ⟨EOS⟩ is the end of a document, which is predicted like a token. A
@@ -19,14 +19,13 @@ from typing import Iterator
 
 from sentencepiece import SentencePieceProcessor
 
-from memformer_dist import runtime
 from memformer_dist.config import RunConfig
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.reading import lane_schedule, open_data
+from memformer_dist.data.open_data import lane_schedule, open_data
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
 from memformer_dist.generate import TextStream
 from memformer_dist.segment import IGNORE, Segment
 
@@ -160,7 +159,7 @@ def main() -> None:
         for line in show(documents, schedule, lane=options.lane, ticks=ticks, tokens=options.tokens):
             print(line)
 
-    runtime.run_program(program)
+    run_program(program)
 
 
 if __name__ == "__main__":

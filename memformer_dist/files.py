@@ -1,0 +1,77 @@
+"""How every file is written and locked: beside, flushed to the disk, renamed. A file that has its name is whole."""
+
+import fcntl
+import hashlib
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Callable, Iterator
+
+PARTIAL = ".partial"  # what a file is called until it is whole
+READ_BYTES = 2**20  # at once, where a file is hashed
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write what `path` shall hold; it takes its name when the block ends, and is removed where it fails.
+
+    Raises OSError where the disk is full or the folder cannot be written; what stood at `path` is then left as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        flush(partial)
+        partial.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`written`, of bytes at hand."""
+    with written(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`written`, of text at hand, in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk. File systems that cannot flush folders are let be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file until it is closed, at the latest by the end of the process; False where another holds it.
+
+    True on a file system without locks: there the user has to see to it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda read: None) -> str:
+    """Of a file's bytes, in hexadecimal. `progress` is called with the bytes of each piece that was read."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(READ_BYTES))
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            progress(read)
+    return digest.hexdigest()

@@ -1,0 +1,7 @@
+"""What the sections of a configuration have in common."""
+
+from pydantic import BaseModel
+
+
+class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A section of the configuration: unknown keys are errors, values do not change. JSON has no infinity to save."""
