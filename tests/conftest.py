@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.world import World
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SEGMENT_LENGTH = 16

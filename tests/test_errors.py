@@ -9,9 +9,9 @@ import pytest
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.prepare.build import shard
 from tests.conftest import SEGMENT_LENGTH, make_corpus, run_script
 from tests.ranks import run_ranks
-from tokenizer.shard import shard
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from memformer_dist.errors import UserError
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
-from memformer_dist.prepare.documents import Reader, cut_partitions, discover, look, zstd
+from memformer_dist.prepare.documents import Reader, look, zstd
+from memformer_dist.prepare.partitions import cut_partitions, discover
 from tests.conftest import ROOT, documents
 from tests.preparation import SHARD, encode, mib, read_back, run, tree
 
@@ -331,7 +332,7 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n')
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
-    with pytest.raises(UserError, match="--strict: 1 documents could not be read when it was made"):
+    with pytest.raises(UserError, match="--strict: 1 documents could not be read when the corpus was made"):
         shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0, strict=True)
 
 
@@ -341,8 +342,8 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
         (dict(seed=-1), "--seed -1: expected 0 or more"),
         (dict(partition_mib=float("nan")), "--partition-mib nan: expected more than 0"),
         (dict(partition_mib=float("inf")), "--partition-mib inf"),
-        (dict(output=Path("setup.py")), "setup.py is there and is no corpus"),
-        (dict(output=Path(".")), "is there and is no corpus"),
+        (dict(output=Path("setup.py")), "setup.py exists and is not a corpus"),
+        (dict(output=Path(".")), "exists and is not a corpus"),
         (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
     ],
 )

@@ -11,10 +11,10 @@ from memformer_dist.data.corpus import open_corpora
 from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.errors import UserError
 from memformer_dist.inspect.show import of_a_corpus, of_a_run, show
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.conftest import documents, run_script
 from tests.server import FileServer
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 LANES, LENGTH = 3, 16
 

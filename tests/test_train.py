@@ -25,11 +25,11 @@ from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
+from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
 from memformer_dist.vocabulary import Vocabulary
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_ranks
-from tokenizer.shard import shard
 
 STEP_TOKENS = 8 * 3 * 16  # lanes x segments x tokens, padding included
 
