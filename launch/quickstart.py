@@ -1,11 +1,11 @@
-"""From text to a trained memory transformer on one machine: tokenizer, corpus, training, evaluation, a sample of its text.
+"""From text to a trained memory transformer on one machine: tokenizer, corpus, training, evaluation, a sample.
 
     bash launch/quickstart.sh                   # makes the environment, then trains on Python's standard library
     bash launch/quickstart.sh my_texts/         # ... on a folder of text
 
-Each step is a command of its own and is printed before it runs; use these commands for your own data. Everything lies in
-runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a hash of its path. After an interruption (Ctrl-C
-saves a checkpoint first) the same command resumes.
+Each step is a command of its own and is printed before it runs; use these commands for your own data. Everything lies
+in runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a hash of its path. After an interruption
+(Ctrl-C saves a checkpoint first) the same command resumes.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def lanes_for(ranks: int, config: dict) -> int:
 
 
 def budget(corpus: Path, config: dict) -> int:
-    """Tokens to train on: the configuration's, fewer where documents leave segments half empty or the corpus is tiny."""
+    """Tokens to train on: the configuration's; fewer where documents leave segments half empty or are few."""
     lengths = open_corpora(corpus)[0].lengths
     segment_length = config["data"]["segment_length"]
     filled = lengths.sum() / (-(-lengths // segment_length) * segment_length).sum()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from memformer_dist.errors import UserError
+from memformer_dist.inspect.verify import verify
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
 from tests.conftest import ROOT, documents
@@ -146,6 +148,35 @@ def test_another_recipe_makes_the_shards_anew(tmp_path, texts, model_file, monke
     assert "has other seed; its shards are made again" in told and "finished by an earlier run" not in told
     shard(tmp_path / "fresh", model_file, [texts], partition_mib=mib(200_000), seed=1)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+def rename_key(record: Path, name: str) -> None:
+    text = record.read_text()
+    assert '"partition_mib"' in text
+    record.write_text(text.replace('"partition_mib"', f'"{name}"'))
+
+
+@pytest.mark.parametrize("name, known", [("unit_mib", True), ("unit_kib", False)])  # the second is the control
+def test_what_was_made_when_partitions_were_called_units(
+    tmp_path, texts, model_file, whole, monkeypatch, capsys, name, known
+):
+    """An interrupted run of that time resumes, and its corpus is recognised."""
+    output, options = tmp_path / "corpus", dict(partition_mib=mib(200_000))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("memformer_dist.prepare.build.merge", interrupted)
+        shard(output, model_file, [texts], **options)
+    rename_key(tmp_path / "corpus.partial" / "sharding.json", name)
+    report = shard(output, model_file, [texts], **options)
+    told = capsys.readouterr().err
+    assert bool(re.search(r"writing: (\d+) of \1 partitions were finished by an earlier run", told)) == known
+    assert ("has other partition_mib" in told) != known
+    assert tree(output) == whole
+    rename_key(output / "sharding.json", name)
+    assert verify(output).problems == []
+    if known:
+        assert shard(output, model_file, [texts], **options) == report
+    with pytest.raises(UserError, match="with other partition_mib; --overwrite replaces it"):
+        shard(output, model_file, [texts], partition_mib=mib(300_000 if known else 200_000))
 
 
 def test_a_mended_file_costs_no_other(tmp_path, model_file, capsys):

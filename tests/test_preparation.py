@@ -342,6 +342,10 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
         (dict(seed=-1), "--seed -1: expected 0 or more"),
         (dict(partition_mib=float("nan")), "--partition-mib nan: expected more than 0"),
         (dict(partition_mib=float("inf")), "--partition-mib inf"),
+        (
+            dict(seed=-1, valid_fraction=1, partition_mib=0),
+            "(?s)--valid-fraction 1: .*--seed -1: .*--partition-mib 0: ",
+        ),
         (dict(output=Path("setup.py")), "setup.py exists and is not a corpus"),
         (dict(output=Path(".")), "exists and is not a corpus"),
         (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
@@ -402,6 +406,8 @@ def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch
 # ----------------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_import_neither_torch_nor_the_reader():
-    code = "import sys, tokenizer.shard; sys.exit(bool({'torch', 'memformer_dist.data.corpus'} & set(sys.modules)))"
-    assert run(sys.executable, "-c", code).returncode == 0
+@pytest.mark.parametrize("module", ["prepare.encode", "prepare.build", "commands.prepare"])
+def test_workers_import_neither_torch_nor_the_reader(module):
+    heavy = "{'torch', 'memformer_dist.data.corpus'} & set(sys.modules)"
+    done = run(sys.executable, "-c", f"import sys, memformer_dist.{module}; sys.exit(bool({heavy}))")
+    assert done.returncode == 0, done.stderr

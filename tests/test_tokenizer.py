@@ -21,7 +21,7 @@ from memformer_dist.prepare.build import choose_validation, shard
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
 from tests.conftest import ROOT
 
-SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "prepare" / "documents.py").read_text()
+SOURCE = "".join((ROOT / "memformer_dist" / "prepare" / name).read_text() for name in ("tokenizer.py", "documents.py"))
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
 
 
@@ -361,6 +361,7 @@ def test_command_lines(tmp_path):
     "script, arguments",
     [
         ("train.py", ["--input", "nowhere", "--output", "x"]),
+        ("train.py", ["--input", __file__, "--vocab-size", "300", "--output", "/dev/null/nowhere/x"]),
         ("shard.py", ["--input", ".", "--tokenizer", "nowhere", "--output", "x"]),
     ],
 )

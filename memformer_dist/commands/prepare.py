@@ -1,20 +1,21 @@
 """Turn text into a corpus: token shards with a training and a validation split.
 
     python tokenizer/shard.py --input my_texts/ --tokenizer tokenizer_8k.model --output corpora/my_texts
-    mpirun -n 64 python tokenizer/shard.py --input 'crawl/*.jsonl.zst' --tokenizer tokenizer_8k.model --output corpora/crawl
+    mpirun -n 64 python tokenizer/shard.py --input 'crawl/*.zst' --tokenizer tokenizer_8k.model --output corpora/crawl
 
 Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines or Parquet, also compressed
 (.gz, .zst); memformer_dist/prepare/documents.py describes how they are read. They are cut into partitions of about
---partition-mib, and every partition makes a shard. --workers processes work on the partitions in parallel, or the ranks of
-an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number of them. The inputs are read
-once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The validation documents are a
-seeded choice of these, or those of --valid-input. Training needs some, so a single document is an error unless
---valid-fraction 0 asks for no validation split.
+--partition-mib, and every partition makes a shard. --workers processes work on the partitions in parallel, or the
+ranks of an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number of them. The
+inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The
+validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single document
+is an error unless --valid-fraction 0 asks for no validation split.
 
 Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
 The corpus takes its name when it is whole. Until then it is CORPUS.partial, where the same command resumes after an
-interruption, and a command with other settings reuses the partitions that are the same. An existing corpus is kept if it
-was made of the same files with the same settings (sharding.json); otherwise it is an error, unless --overwrite is given.
+interruption, and a command with other settings reuses the partitions that are the same. An existing corpus is kept if
+it was made of the same files with the same settings (sharding.json); otherwise it is an error, unless --overwrite is
+given.
 """
 
 import argparse

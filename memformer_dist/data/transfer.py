@@ -4,14 +4,15 @@
     matches("s3://bucket/texts/*.jsonl")
     with open_url("https://host/books/a.txt") as file: ...
 
-fsspec knows http(s) and file, and with their packages installed s3, gs, hf and many more. The time limits below apply to
-http(s), where fsspec's default would end every download after five minutes; other file systems have limits of their own.
+fsspec knows http(s) and file, and with their packages installed s3, gs, hf and many more. The time limits below apply
+to http(s), where fsspec's default would end every download after five minutes; other file systems have limits of their
+own.
 
-A connection that drops, stalls or ends early, and a server that answers 5xx, are tried again: up to TRIES times, after a
-pause that doubles each time and is randomised, so that a thousand processes do not return at once. What is missing or
-forbidden is not tried again. A file that is fetched whole is fetched from its first byte each time, and one that
-arrives complete but with the wrong content twice is damaged at its source. A file that is read as it comes continues at the
-byte where the connection broke.
+A connection that drops, stalls or ends early, and a server that answers 5xx, are tried again: up to TRIES times, after
+a pause that doubles each time and is randomised, so that a thousand processes do not return at once. What is missing
+or forbidden is not tried again. A file that is fetched whole is fetched from its first byte each time, and one that
+arrives complete but with the wrong content twice is damaged at its source. A file that is read as it comes continues
+at the byte where the connection broke.
 
 Errors are CorpusErrors that name the URL, the number of tries and the last reason.
 """
@@ -64,7 +65,8 @@ class Remote:
     def fetch(self, name: str, target: Path, *, sha256: str, size: int | None = None) -> None:
         """Overwrite `target` with the file, which has this hash and this size in bytes.
 
-        Raises CorpusError with both hashes where the content was wrong twice, and naming the folder if its disk is full.
+        Raises CorpusError with both hashes where the content was wrong twice, and naming the folder if its disk is
+        full.
         """
 
         def attempt() -> None:
@@ -110,8 +112,8 @@ class _AtMost(Callback):
 def matches(given: str) -> list[tuple[str, list[str] | None]]:
     """What a URL or a glob of URLs names: each file with None, each folder with the paths of all files in it.
 
-    The paths are sorted and relative to the folder. Over HTTP a URL that ends with /, or is redirected to one that does,
-    is a folder, and the links of its page are its listing.
+    The paths are sorted and relative to the folder. Over HTTP a URL that ends with /, or is redirected to one that
+    does, is a folder, and the links of its page are its listing.
     """
 
     def attempt() -> list[tuple[str, list[str] | None]]:
@@ -124,7 +126,7 @@ def matches(given: str) -> list[tuple[str, list[str] | None]]:
 
 
 def look(url: str) -> tuple[int | None, str]:
-    """Size of a file in bytes, None where the server does not say, and a mark of its version ("" where there is none)."""
+    """Bytes of a file, None where the server does not report them, and a mark of its version, "" if it has none."""
 
     def attempt() -> dict[str, Any]:
         system, path = _connect(url)
@@ -207,8 +209,8 @@ class _RemoteFile(io.RawIOBase):
             self._drop()
             if "range requests" in str(error):
                 raise UserError(
-                    f"{self._url}: the server does not serve byte ranges, which .parquet and a part of a .jsonl need; fetch"
-                    " the file first, or for .jsonl give a larger --partition-mib"
+                    f"{self._url}: the server does not serve byte ranges, which .parquet and a part of a .jsonl need;"
+                    " download the file first, or for .jsonl give a larger --partition-mib"
                 ) from None
             raise
 
@@ -285,7 +287,7 @@ def _retried(place: str, attempt: Callable[[], Result]) -> Result:
 
 
 def _underlying(error: Exception) -> Exception:
-    """Over HTTP fsspec says "no such file" for anything that keeps it from looking at one; the cause says what it was."""
+    """The reason of a failure. Over HTTP fsspec reports any that keeps it from looking at a file as "no such file"."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         return error.__cause__
     return error

@@ -4,9 +4,9 @@
     for line in show(dataset, schedule, lane=3, segments=range(100, 105)):
         print(line)
 
-The segments come from the reader and the schedule of training. ⟦These brackets⟧ enclose what does not count in the loss.
-⟨EOS⟩ is the end of a document, which is predicted like a token. The first token of a document is never predicted; it is
-shown like the second one.
+The segments come from the reader and the schedule of training. ⟦These brackets⟧ enclose what does not count in the
+loss. ⟨EOS⟩ is the end of a document, which is predicted like a token. The first token of a document is never
+predicted; it is shown like the second one.
 """
 
 from collections.abc import Iterator
@@ -48,9 +48,11 @@ def open_run(run_dir: Path, split: str) -> tuple[TokenDataset, LaneSchedule]:
 def show(
     dataset: TokenDataset, schedule: LaneSchedule, *, lane: int, segments: range, tokens: bool = False
 ) -> Iterator[str]:
-    """For each segment a line that says what it is and where it lies, and the text, or with `tokens` a line per position.
+    """The lines to print: for each segment where it comes from, then its text, or with `tokens` a line per position.
 
-    `segments` are counted from the first one that the lane reads. Raises UserError where there is no such lane.
+    segments   numbers, counted from the first segment that the lane reads
+
+    Raises UserError where there is no such lane.
     """
     if not 0 <= lane < schedule.lanes:
         raise UserError(f"--lane: found {lane}, expected 0 to {schedule.lanes - 1}")
@@ -89,7 +91,7 @@ def _place(dataset: TokenDataset, segment: Segment, epoch: int) -> str:
 
 
 def _is_predicted(segment: Segment, before: Segment | None) -> list[bool]:
-    """For each token of the segment, whether its prediction counts in the loss: the label stands at the token before it."""
+    """For each token of the segment: its prediction counts in the loss. The label is at the token before it."""
     counts = (segment.labels[0, : int(segment.length)] != IGNORE).tolist()
     if segment.reset or before is None:
         return counts[:1] + counts[:-1]

@@ -83,7 +83,7 @@ def _verify_split(split: Path, tokenizer: Path, threads: int, quiet: bool) -> tu
     return manifest.shards, problems
 
 
-# --------------------------------------------------------------------------------------------- everything but the shards
+# -------------------------------------------------------------------------------------------- everything but the shards
 
 
 def _contents(split: Path) -> tuple[Manifest | None, Index | None, list[str]]:
@@ -98,7 +98,12 @@ def _contents(split: Path) -> tuple[Manifest | None, Index | None, list[str]]:
     problems = []
     for field, said, of_index, of_shards in (
         ("documents", manifest.documents, len(index.length), sum(shard.documents for shard in manifest.shards)),
-        ("tokens", manifest.tokens, int(index.length.sum(dtype=np.int64)), sum(s.tokens for s in manifest.shards)),
+        (
+            "tokens",
+            manifest.tokens,
+            int(index.length.sum(dtype=np.int64)),
+            sum(shard.tokens for shard in manifest.shards),
+        ),
     ):
         if not said == of_index == of_shards:
             problems.append(
@@ -111,7 +116,7 @@ def _contents(split: Path) -> tuple[Manifest | None, Index | None, list[str]]:
 
 
 def _problems_of_record(corpus: Path) -> list[str]:
-    """Compare the splits, their corpus.json and the number of unreadable documents with sharding.json, if there is one."""
+    """Compare the splits, their corpus.json and the number of unreadable documents with sharding.json, if it exists."""
     fingerprints: dict[str, str | None] = {"train": None, "valid": None}
     problems = []
     try:
@@ -181,7 +186,7 @@ class ShardRows(NamedTuple):
     """The rows of one shard in the index of its split."""
 
     first: int  # document
-    index: Index
+    columns: Index
 
 
 def _rows(index: Index, start: int, stop: int) -> ShardRows:
@@ -204,7 +209,7 @@ class Member(NamedTuple):
 def _members(rows: ShardRows, manifest: Manifest) -> list[Member]:
     """In the order of the tar."""
     itemsize, members = np.dtype(manifest.token_dtype).itemsize, []
-    first, index = rows
+    first, index = rows.first, rows.columns
     for row in range(len(index.length)):
         length, start = int(index.length[row]), int(index.block[row]) * BLOCK
         members.append(Member("tokens", first + row, start, length * itemsize, int(index.crc32[row])))

@@ -3,12 +3,13 @@
     shard(Path("corpora/books"), Path("books_4k.model"), ["books/train"], ["books/valid"], workers=8)
 
 The inputs are cut into partitions before anything is read (partitions.py). Workers encode the partitions (encode.py),
-reading every byte of the inputs once; after that it is known which documents are usable, and the validation documents are
-chosen. Then the workers write the shards: for each partition at most one in either split, which bears the partition's
-number. So no shard depends on what another worker does, and the corpus is the same bytes for any number of workers.
+reading every byte of the inputs once; after that it is known which documents are usable, and the validation documents
+are chosen. Then the workers write the shards: for each partition at most one in either split, which bears the
+partition's number. So no shard depends on what another worker does, and the corpus is the same bytes for any number of
+workers.
 
-Until the corpus is whole, everything lies in CORPUS.partial (workspace.py). An interrupted run resumes with the partitions
-that are not finished.
+Until the corpus is whole, everything lies in CORPUS.partial (workspace.py). An interrupted run resumes with the
+partitions that are not finished.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -87,8 +88,8 @@ def shard(
 ) -> Report | None:
     """Make the corpus, or find it already made -> its report; under MPI in rank 0, and None in the others.
 
-    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the partitions that are
-    finished by then stay in CORPUS.partial.
+    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the partitions
+    that are finished by then stay in CORPUS.partial.
     """
     with open_pool(workers) as pool:
         if pool is None:  # another rank: it has worked for rank 0
@@ -153,7 +154,7 @@ def find_existing(output: Path, recipe: Recipe, *, strict: bool, overwrite: bool
         raise UserError(f"--output: {output} exists, with other {', '.join(differences)}; --overwrite replaces it")
     if strict and unreadable:
         raise UserError(
-            f"--strict: {unreadable} documents could not be read when the corpus was made, see {output}/quarantine.jsonl"
+            f"--strict: {unreadable} documents could not be read when the corpus was made: {output}/quarantine.jsonl"
         )
     for split in report["splits"]:
         for entry in read_split(output / split).manifest.shards:
@@ -163,7 +164,7 @@ def find_existing(output: Path, recipe: Recipe, *, strict: bool, overwrite: bool
     return report
 
 
-# ---------------------------------------------------------------------------------------------------- what is to be read
+# ------------------------------------------------------------------------------------------------------------- sources
 
 
 class Source(NamedTuple):
@@ -270,9 +271,9 @@ class Build:
             print(f"cannot read {place}", file=sys.stderr)
         if self.strict and unreadable:
             raise UserError(
-                f"--strict: {unreadable} documents cannot be read, no corpus is made. {'; '.join(places)}. What could be read"
-                f" is tokenised in {self.workspace.folder}: without --strict, or once these are corrected, the command"
-                " resumes there"
+                f"--strict: {unreadable} documents cannot be read, no corpus is made. {'; '.join(places)}. What could"
+                f" be read is tokenised in {self.workspace.folder}: without --strict, or once these are corrected, the"
+                " command resumes there"
             )
 
 
@@ -318,11 +319,11 @@ def held_out_documents(
     valid = from_valid_input if any(held_out) else choose_validation(is_usable, fraction, seed)
     if fraction > 0 and not np.any(valid):
         raise UserError(
-            f"--input: found one usable document ({left_out}), and documents are held out whole, so none can be: give"
-            " others with --valid-input, or a second document (one book in two files will do); --valid-fraction 0 writes no"
-            " validation split, which training needs"
+            f"--input: found one usable document ({left_out}), and documents are held out whole, so none can be:"
+            " give others with --valid-input, or a second document (one book in two files will do);"
+            " --valid-fraction 0 writes no validation split, which training needs"
         )
-    return [np.flatnonzero(valid[start:stop]) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [np.flatnonzero(valid[start:stop]) for start, stop in pairwise(ends)]
 
 
 def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -342,7 +343,7 @@ def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndar
 def merge(
     workspace: Workspace, vocabulary: Vocabulary, has_mask: bool, records: Sequence[dict[str, ShardRecord]]
 ) -> dict[str, SplitReport]:
-    """Write index and corpus.json of the splits -> their reports. Raises UserError where a split has no label to learn."""
+    """Write index and corpus.json of the splits -> their reports. Raises UserError where a split has no label."""
     reports: dict[str, SplitReport] = {}
     for split in "train", "valid":
         shards = {number: record[split] for number, record in enumerate(records) if split in record}

@@ -1,8 +1,9 @@
 """Documents from files: what tokenizer/train.py and tokenizer/shard.py read.
 
-A text or source file is one document. So is every line of a `.jsonl` file and every row of a `.parquet` file, with a field
-`text` or instead of it `parts`, [{"text": ..., "loss": true|false}, ...]; the model reads parts with "loss": false but is
-not trained to predict them. Any of these may be compressed (`.gz`, `.zst`) and may lie behind a URL (data/transfer.py).
+A text or source file is one document. So is every line of a `.jsonl` file and every row of a `.parquet` file, with a
+field `text` or instead of it `parts`, [{"text": ..., "loss": true|false}, ...]; the model reads parts with "loss":
+false but is not trained to predict them. Any of these may be compressed (`.gz`, `.zst`) and may lie behind a URL
+(data/transfer.py).
 
 A document that cannot be read does not stop the others: it arrives with the reason, and the caller counts and reports
 it. A fault of the machine, such as a bad or a full disk, ends the program instead. Text is kept exactly as it is in the
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import from_json
@@ -65,7 +66,7 @@ class Document(NamedTuple):
     def has_full_loss(self) -> bool:
         """Every label counts in the loss."""
         parts = self.parts
-        return parts[0].loss if len(parts) == 1 else all([part.loss for part in parts])
+        return parts[0].loss if len(parts) == 1 else all(part.loss for part in parts)
 
 
 class JsonDocument(BaseModel):
@@ -130,7 +131,7 @@ def _path_of(name: str) -> Path:
 def open_file(file: File) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file or URL, decompressed."""
     is_remote = "://" in file.name
-    with transfer.open_url(file.name, file.size) if is_remote else open(file.name, "rb", BUFFER_BYTES) as raw:
+    with transfer.open_url(file.name, file.size) if is_remote else _open_local(file.name) as raw:
         compression = compression_of(file.name)
         if is_remote and compression == ".gz" and raw.peek(2)[:2] != GZIP_MAGIC:
             compression = None  # sent as `Content-Encoding: gzip`, which HTTP itself has decompressed
@@ -139,6 +140,10 @@ def open_file(file: File) -> Iterator[io.BufferedIOBase]:
         else:
             with gzip.GzipFile(fileobj=raw) if compression == ".gz" else zstd.ZstdFile(raw) as unpacked:
                 yield unpacked
+
+
+def _open_local(name: str) -> io.BufferedReader:
+    return cast(io.BufferedReader, open(name, "rb", BUFFER_BYTES))
 
 
 def import_pyarrow(name: str) -> ModuleType:
@@ -162,8 +167,8 @@ def read_documents(names: Iterable[str | Path]) -> Iterator[Document]:
 class Reader:
     """Iterates over the documents of a piece.
 
-    lines   lines of a .jsonl file read so far, empty ones included. In a part of a file lines are counted from the start
-            of the part, and so are the positions of documents: nobody knows yet how many lines come before it.
+    lines   lines of a .jsonl file read so far, empty ones included. In a part of a file lines are counted from the
+            start of the part, and so are the positions of documents: nobody knows yet how many lines come before it.
     """
 
     def __init__(self, piece: Piece):
@@ -278,7 +283,7 @@ def _rows(opened: Any, group: int, columns: list[str], batch_rows: int) -> Itera
 
 
 def _from_line(line: bytes) -> JsonDocument | Part:
-    """A line with a text alone, which is the usual one, takes a third of the time; JsonDocument explains faulty lines."""
+    """The usual line, which has a text alone, takes a third of the time; JsonDocument explains what is wrong."""
     try:
         fields = from_json(line)
     except ValueError:

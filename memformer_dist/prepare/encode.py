@@ -1,7 +1,8 @@
 """What workers do with one partition of the inputs: `encode_partition` reads it, `write_partition` makes its shards.
 
 Both run in other processes (pool.py), so a task holds all that they need, and what they make they write to files of
-CORPUS.partial (workspace.py). Neither torch nor data/corpus.py is imported here: workers start in a fraction of a second.
+CORPUS.partial (workspace.py). Neither torch nor data/corpus.py is imported here: workers start in a fraction of a
+second.
 """
 
 import functools
@@ -56,8 +57,8 @@ class Encoded(NamedTuple):
 def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
     """Read and encode the documents of a partition -> (its number, its summary).
 
-    Writes the tokens of all documents, the masks of those that have one, a row of columns for each document, and for each
-    unreadable one a line of JSON [file, position, reason]. The summary is written last.
+    Writes the tokens of all documents, the masks of those that have one, a row of columns for each document, and for
+    each unreadable one a line of JSON [file, position, reason]. The summary is written last.
     """
     stem, dtype = task.stem, task.vocabulary.token_dtype
     model = _model(task.workspace.tokenizer, task.vocabulary.tokenizer_sha256)

@@ -6,14 +6,15 @@
 An input is a folder (read recursively), a glob, a file, or a URL of one of them (anything with `://`). In folders only
 files with the suffixes below are read; a file that is named directly or by a glob is read whatever its name.
 
-A partition is some whole files, or a part of one large file. The cuts are made before anything is read and depend on the
-order, names and sizes of the files alone, so every run with the same files has the same partitions.
+A partition is some whole files, or a part of one large file. The cuts are made before anything is read and depend on
+the order, names and sizes of the files alone, so every run with the same files has the same partitions.
 """
 
 import fnmatch
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,11 @@ from memformer_dist.data import transfer
 from memformer_dist.errors import UserError
 from memformer_dist.prepare.documents import File, Piece, compression_of, import_pyarrow, look, open_file, suffix_of
 
-TEXT_SUFFIXES = frozenset(
+TEXT_SUFFIXES = (
     ".txt .text .md .rst .tex .org .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .kt .scala .js .jsx .ts "
-    ".tsx .go .rs .rb .php .pl .lua .sh .sql .r .jl .swift .cs .hs .ml .lisp .el .clj .f90 .asm .s".split()
+    ".tsx .go .rs .rb .php .pl .lua .sh .sql .r .jl .swift .cs .hs .ml .lisp .el .clj .f90 .asm .s"
 )
-KNOWN_SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+KNOWN_SUFFIXES = frozenset(TEXT_SUFFIXES.split()) | {".jsonl", ".parquet"}
 
 
 # -------------------------------------------------------------------------------------------------------- which files
@@ -154,7 +155,7 @@ def _parts(file: File, partition_bytes: int) -> list[Partition] | None:
 def _byte_ranges(file: File, size: int, partition_bytes: int) -> Iterator[Partition]:
     number = -(-size // partition_bytes)
     cuts = [size * cut // number for cut in range(number + 1)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         yield Partition((Piece(file, start, stop),), stop - start)
 
 

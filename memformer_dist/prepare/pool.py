@@ -5,8 +5,8 @@
             for result in pool.run(function, tasks):
                 ...
 
-Under `mpirun -n 64 python ...` rank 0 hands out the tasks and the other 63 ranks work, whatever `workers` is. Function, task and
-result travel between processes: the function must be one of a module, the results small.
+Under `mpirun -n 64 python ...` rank 0 hands out the tasks and the other 63 ranks work, whatever `workers` is.
+Function, task and result travel between processes: the function must be one of a module, the results small.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ class Pool:
         self._workers, self._executor = workers, executor
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """The results in the order in which they are finished. Raises what the function raises, UserError if a worker died."""
+        """The results as they are finished, in any order. Raises what `function` raises, UserError if a worker died."""
         if self._executor is None and min(self._workers, len(tasks)) <= 1:
             yield from map(function, tasks)
             return

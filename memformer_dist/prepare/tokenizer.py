@@ -65,7 +65,7 @@ def train_tokenizer(
     """The content of a `.model` file. The same lines and options give the same bytes on any number of cores.
 
     cap_vocabulary   `vocab_size` is an upper bound, for texts too small to fill it
-    byte_fallback    unknown characters are spelt in bytes, also the rarest ones of a text with more than there is room for
+    byte_fallback    spell unknown characters in bytes, and the rarest ones of a text with more than there is room for
     threads          has a fixed default because the rounding of a sum, and with it the model, depends on the number
 
     Raises UserError where the text does not suit the size of the vocabulary.
@@ -131,7 +131,7 @@ def _with_inverse_rules(model: bytes) -> bytes:
     """The trained model, which decodes by the inverse of ESCAPES."""
     from sentencepiece import sentencepiece_model_pb2  # workers need no protobuf
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
     proto.normalizer_spec.name = "lossless"
     inverse = _rewriting([(after, before) for before, after in ESCAPES], escape_whitespaces=False)
     proto.denormalizer_spec.ParseFromString(inverse.serialized_normalizer_spec())

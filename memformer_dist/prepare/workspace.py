@@ -156,7 +156,6 @@ class Workspace:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self.output.rename(self._replaced)
         self._corpus.rename(self.output)
-        flush(self.output.parent)
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
