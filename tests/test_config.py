@@ -428,7 +428,12 @@ ALLOWED = {
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
-    *("training.tokens", "training.evaluate_every_tokens", "training.evaluate_segments", "training.skipped_steps_limit"),
+    *(
+        "training.tokens",
+        "training.evaluate_every_tokens",
+        "training.evaluate_segments",
+        "training.skipped_steps_limit",
+    ),
 }
 
 

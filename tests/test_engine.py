@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.segment import select_rows
+from tests.helpers.engines import make_engine
 from tests.ranks import run_ranks
 from tests.test_mrbp import memformer
-from tests.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window, seeded_call
+from tests.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 STAGES = (0, 1, 2, 3)
@@ -58,7 +60,7 @@ def reference_run(name, kind, learning_rate, steps, clipping=0.0):
     state, losses, norms = cell.empty_state(LANES), [], []
     for window in windows(steps):
         optimizer.zero_grad()
-        state, loss = full_bptt(seeded_call(cell), window, state, loss_scale=1 / labels_in(window))
+        state, loss = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1 / labels_in(window))
         norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), clipping or float("inf"))
         optimizer.step()
         losses.append(float(loss))
@@ -84,14 +86,14 @@ def engine_run(
 ):
     """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite;
     `between(engine)` is called after each."""
-    from memformer_dist.zero.engine import Engine
 
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer(kind, cell, learning_rate), world, settings=settings, gradient_clipping=clipping
         )
+    engine.mrbp = engine.mrbp.model_copy(update={"readout_parts": readout_parts})
     share = LANES // world.size // groups
     states = [engine.module.empty_state(share) for _ in range(groups)]
     losses, norms = [], []
@@ -120,7 +122,6 @@ def engine_run(
             states,
             valid_tokens=labels_in(window),
             readout_group=readout_group,
-            readout_parts=readout_parts,
             observe=observe,
         )
         states = accumulated.states
@@ -209,7 +210,6 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
 
 
 def moments_rank(world):
-    from memformer_dist.zero.engine import Engine
 
     saved = {}
     for stage in STAGES:
@@ -230,7 +230,7 @@ def moments_rank(world):
         cell = new_cell("toy")
         for name, parameter in cell.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("adamw", cell, 1e-2), world, settings={"zero_optimization": {"stage": stage}}
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
@@ -239,7 +239,7 @@ def moments_rank(world):
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        fresh = Engine(
+        fresh = make_engine(
             forgetful,
             make_optimizer("adamw", forgetful, 1e-2),
             world,
@@ -258,9 +258,8 @@ def no_update_rank(world):
     for stage in STAGES:
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        from memformer_dist.zero.engine import Engine
 
-        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
         found = list(engine.tensors())
         assert len(found) == len(list(cell.parameters()))
         assert all(
@@ -312,10 +311,11 @@ def ones_and_crumbs() -> list:
 
 def accumulated_gradient(world, settings: dict, precision: str) -> float:
     """What one step of SGD at learning rate 1 takes off the weight."""
-    from memformer_dist.zero.engine import Engine
 
     cell = Scale()
-    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision)
+    engine = make_engine(
+        cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision
+    )
     window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
     engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=world.size)
     engine.step(1.0)
@@ -363,13 +363,11 @@ def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
 def many_backwards_rank(world):
     import contextlib
 
-    from memformer_dist.zero.engine import Engine
-
     expected = reference_run("toy", "sgd", 0.2, steps=4)[2]
     for stage in (1, 2):
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
         engine.reduction.of_a_step = contextlib.nullcontext
         engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
@@ -387,13 +385,12 @@ def test_backwards_outside_one_reduction_are_wrong():
 
 
 def other_reductions_rank(world, name, cases):
-    from memformer_dist.zero.engine import Engine
 
     _, norms, expected = reference_run(name, "sgd", 0.2, steps=3)
     for stage, reduce, overlap, groups, readout_group in cases:
         cell = new_cell(name)
         zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}  # many buckets
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("sgd", cell, 0.2), world, settings={"zero_optimization": zero}, reduce=reduce
         )
         _, found_norms, _ = engine_run(

@@ -21,7 +21,9 @@ from memformer_dist.prepare.build import choose_validation, shard
 from tests.conftest import ROOT
 from tokenizer.train import sample_lines, train_tokenizer
 
-SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "prepare" / "documents.py").read_text()
+SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (
+    ROOT / "memformer_dist" / "prepare" / "documents.py"
+).read_text()
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
 
 
