@@ -20,9 +20,10 @@ from memformer_dist.errors import UserError
 from memformer_dist.progress import Position
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
-from tests.conftest import ROOT
-from tests.ranks import run_ranks
-from tests.toy import ToyCell, ToyState, random_window
+from tests.helpers import ROOT
+from tests.helpers.files import flip, truncate
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import ToyCell, ToyState, random_window
 
 LANES, SEGMENT_LENGTH = 8, 6
 MODEL = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feed_forward": 12, "slots": 3}
@@ -168,7 +169,7 @@ def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, world, cap
     while interrupted < 6:
         kills += 1
         assert kills <= 60, "the kills do not come while it is saving"
-        saver = context.World(target=save_for_ever, args=(tmp_path,))
+        saver = context.Process(target=save_for_ever, args=(tmp_path,))
         saver.start()
         first, deadline = f"step-{last + 1:08d}", time.monotonic() + 60
         while not (tmp_path / "checkpoints" / first).exists() and time.monotonic() < deadline:
@@ -235,16 +236,6 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, worl
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
-
-
-def flip(path, place: int = -1) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[place] ^= 1
-    path.write_bytes(raw)
-
-
-def truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def append(path) -> None:

@@ -25,10 +25,10 @@ from memformer_dist.mrbp.readout_size import (
     saved_storages,
 )
 from memformer_dist.optimizer import OptimizerConfig
-from tests.ranks import run_ranks
-from tests.test_engine import Rows
-from tests.test_mrbp import memformer
-from tests.toy import ToyCell, labels_in, random_window
+from tests.helpers.engines import Rows
+from tests.helpers.memformer import memformer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import ToyCell, labels_in, random_window
 
 WORLD, LANES, LENGTH = 2, 4, 6
 STAGES = (0, 1, 2, 3)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from memformer_dist.checkpoint import build_cell
 from memformer_dist.config import RunConfig
@@ -27,51 +26,10 @@ from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
 from memformer_dist.train import crosses
 from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import ROOT
-from tests.ranks import free_port, run_ranks
+from tests.helpers import ROOT
+from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
 from tokenizer.shard import shard
-
-STEP_TOKENS = 8 * 3 * 16  # lanes x segments x tokens, padding included
-
-
-def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **sections) -> dict:
-    raw = {
-        "model": {
-            "width": 16,
-            "heads": 2,
-            "feed_forward": 32,
-            "slots": 4,
-            "encoder_layers": 1,
-            "decoder_layers": 2,
-            "dropout": dropout,
-        },
-        "data": {"corpus": str(corpus), "lanes": 8, "segment_length": 16},
-        "mrbp": {"window": 3},
-        "optimizer": {"learning_rate": 3e-3, "warmup_tokens": 2 * STEP_TOKENS},
-        "training": {"tokens": tokens},
-        "monitor": {"log_every_steps": 1},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-    }
-    for name, fields in sections.items():
-        raw[name] |= fields
-    return raw
-
-
-def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
-    """A run on this rank without its final evaluation, asked to stop after a given step."""
-    from memformer_dist.train import Trainer
-
-    config = RunConfig.check(raw, world.size)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
-    trainer = Trainer(config, run_dir, corpora, world)
-    agreed = trainer._agreed_stop
-    trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
-    reason = trainer.fit()
-    assert (reason is not None) == (stop_after is not None)
-    trainer.monitor.close()
-    if trainer.lock is not None:
-        trainer.lock.close()
 
 
 def interrupted_rank(world, cases) -> None:
@@ -81,22 +39,6 @@ def interrupted_rank(world, cases) -> None:
         run_rank(world, raw, folder / "parts", stop_after=4)
         assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
         run_rank(world, raw, folder / "parts")
-
-
-def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tuple]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines if having in line]
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step-*"))
-
-
-def tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(checkpoint.glob(f"{prefix}-*.safetensors")):
-        found |= {f"{path.name if prefix == 'lanes' else ''}{name}": x for name, x in load_file(path).items()}
-    return found
 
 
 DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm", "data/documents_started")
