@@ -3,10 +3,9 @@
 import torch
 
 from benchmarks.collectives import Collectives
-from tests.helpers.engines import make_engine
-from tests.ranks import run_ranks
-from tests.test_engine import Rows, engine_run, largest_difference, new_cell, reference_run, weights_of
-from tests.toy import labels_in, random_window
+from tests.helpers.engines import Rows, engine_run, largest_difference, make_engine, new_cell, reference_run, weights_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import labels_in, random_window
 
 LANES = 4
 

@@ -25,11 +25,10 @@ from memformer_dist.mrbp.readout_size import (
     saved_storages,
 )
 from memformer_dist.optimizer import OptimizerConfig
-from tests.helpers.engines import make_engine
-from tests.ranks import run_ranks
-from tests.test_engine import Rows
-from tests.test_mrbp import memformer
-from tests.toy import ToyCell, labels_in, random_window
+from tests.helpers.engines import Rows, make_engine
+from tests.helpers.memformer import memformer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import ToyCell, labels_in, random_window
 
 WORLD, LANES, LENGTH = 2, 4, 6
 STAGES = (0, 1, 2, 3)
@@ -323,7 +322,9 @@ def first_step_rank(world):
         held += window * (4 * LANES * width + 8 * LANES)  # the window's states: memory and a count
         engine.accumulate([Rows([segment], slice(0, LANES), 0)], [state], valid_tokens=100)
         engine.step(1e-3)
-        moments = [state[key] for state in engine._moments._optimizer().state.values() for key in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            state[key] for state in engine._moments._optimizer().state.values() for key in ("exp_avg", "exp_avg_sq")
+        ]
         held += sum(moment.nbytes for moment in moments)
         assert expected == pytest.approx(held, rel=0.02), f"ZeRO {stage}, {reduce}"
 

@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 
-from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.mrbp.states import DeviceStates, HostStates
-from tests.toy import (
+from tests.helpers.memformer import memformer
+from tests.helpers.toy import (
     ToyCell,
     ToyState,
     full_bptt,
@@ -21,22 +21,6 @@ from tests.toy import (
 
 LANES, LENGTH, VOCABULARY = 3, 6, 11
 TOLERANCE = 1e-10
-
-
-def memformer(layout: str) -> Memformer:
-    config = MemformerConfig(
-        layout=layout,
-        width=8,
-        heads=2,
-        feed_forward=12,
-        slots=3,
-        encoder_layers=1 if layout == "encoder_decoder" else 0,
-        decoder_layers=2,
-        dropout=0.2,
-        bmn_init_norm=0.3,
-        init_std=0.3,  # so large that every path of the gradient counts
-    )
-    return Memformer(config, vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
 
 
 def cell_named(name: str):

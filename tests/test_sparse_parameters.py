@@ -8,10 +8,9 @@ import math
 import torch
 
 from memformer_dist.mrbp.executor import TorchExecutor
-from tests.helpers.engines import make_engine
-from tests.ranks import run_ranks
-from tests.test_engine import LANES, Rows, largest_difference, weights_of
-from tests.toy import ToyCell, full_bptt, labels_in, random_window
+from tests.helpers.engines import LANES, Rows, largest_difference, make_engine, weights_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import ToyCell, full_bptt, labels_in, random_window
 
 SEGMENTS = 4
 USED = [(0, 1), (), (2,), (), (3,), (0,)]  # segments of each step's window
