@@ -23,8 +23,10 @@ from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.documents import Reader, look, zstd
 from memformer_dist.prepare.partitions import cut_partitions, discover
-from tests.conftest import ROOT, documents
-from tests.preparation import SHARD, encode, mib, read_back, run, tree
+from tests.helpers import ROOT
+from tests.helpers.corpora import documents, encode, mib, read_back
+from tests.helpers.files import tree
+from tests.helpers.scripts import SHARD, run_command
 
 # ------------------------------------------------------------------------------------------------ any files, any partitions
 
@@ -409,5 +411,5 @@ def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch
 @pytest.mark.parametrize("module", ["prepare.encode", "prepare.build", "commands.prepare"])
 def test_workers_import_neither_torch_nor_the_reader(module):
     heavy = "{'torch', 'memformer_dist.data.corpus'} & set(sys.modules)"
-    done = run(sys.executable, "-c", f"import sys, memformer_dist.{module}; sys.exit(bool({heavy}))")
+    done = run_command(sys.executable, "-c", f"import sys, memformer_dist.{module}; sys.exit(bool({heavy}))")
     assert done.returncode == 0, done.stderr
