@@ -14,62 +14,13 @@ from typing_extensions import Self
 
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.curriculum import SHAPES, Window, WindowByMetric
-from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
-from memformer_dist.data.corpus import is_url
-from memformer_dist.data.open_data import Mode
+from memformer_dist.data.open_data import DataConfig, is_url
 from memformer_dist.errors import UserError
 from memformer_dist.mrbp.states import Store
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.section import Section
 from memformer_dist.zero.gathering import Keep
 from memformer_dist.zero.reduction import Reduce
-
-
-def _folder_or_weights(value: Any) -> str | None:
-    return "<folder>" if isinstance(value, str) else "<weights>" if isinstance(value, dict) and value else None
-
-
-class DataConfig(Section):
-    corpus: Annotated[
-        Annotated[str, Tag("<folder>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
-        Discriminator(
-            _folder_or_weights,
-            custom_error_type="corpus",
-            custom_error_message="expected a folder, a URL, or an object of weights by folder or URL",
-        ),
-    ] = Field(
-        description="folder or URL of a corpus written by tokenizer/shard.py; or several with their weights, how often the"
-        " documents of each are dealt in an epoch: 2 is twice, 0.5 every second time"
-    )
-    mode: Mode = Field(
-        "documents",
-        description="documents: lanes read whole documents in a shuffled order, each from an empty memory; stream: all"
-        " documents are joined by EOS and cut evenly among the lanes, as papers on WikiText-103 do",
-    )
-    min_tokens: PositiveInt = Field(1, description="shorter documents are left out of training")
-    shuffle_shards: PositiveInt | None = Field(
-        None,
-        description="shuffle within groups of so many shards, in a random order of the shards; for remote corpora that the"
-        " cache does not hold; null: through the whole epoch",
-    )
-    lanes: PositiveInt = Field(
-        description="G, documents read side by side by all ranks together; the world size divides it"
-    )
-    segment_length: PositiveInt = Field(description="S, tokens a segment")
-    seed: int = Field(0, ge=0, description="order of the documents")
-    prefetch: int = Field(2, ge=0, description="segments prepared ahead of need")
-    cache: str = Field(CACHE_FOLDER, description="where the shards of a remote corpus are kept on this machine")
-    cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that those of one split may take there")
-
-    @property
-    def schedule(self) -> dict[str, Any]:
-        """What lane_schedule is told besides the documents."""
-        return self.model_dump(include={"seed", "lanes", "segment_length", "min_tokens", "shuffle_shards"})
-
-    @property
-    def corpora(self) -> dict[str, float]:
-        """Weights by folder or URL."""
-        return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus
 
 
 TAGS = {

@@ -30,6 +30,10 @@ class Segment(NamedTuple):
     def to(self, device: torch.device) -> "Segment":
         return Segment(*(column.to(device, non_blocking=True) for column in self))
 
+    def pin_memory(self) -> "Segment":
+        """A copy in page-locked memory, from which `to` does not block."""
+        return Segment(*(column.pin_memory() for column in self))
+
 
 def concatenate(segments: Sequence[Tensors]) -> Tensors:
     """Several segments of equal length S as one of more rows. Any NamedTuple of lane-first tensors will do."""
