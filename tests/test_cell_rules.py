@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.test_memformer import LAYOUTS, SIZE, TICKS, make, run_cell
+from tests.helpers.memformer import LAYOUTS, SIZE, TICKS, make, run_cell
 
 
 def take_parameters_away(cell: nn.Module) -> None:

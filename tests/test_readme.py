@@ -12,8 +12,9 @@ from torch import nn
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.segment import IGNORE
-from tests.conftest import ROOT, run_script
-from tests.toy import full_bptt, gradients, labels_in, random_window, relative_error, seeded_call
+from tests.helpers import ROOT
+from tests.helpers.scripts import run_script
+from tests.helpers.toy import full_bptt, gradients, labels_in, random_window, relative_error, seeded_call
 
 README = ROOT / "README.md"
 
