@@ -7,9 +7,9 @@ not die of the second typo. Each section is a model of its own; what relates two
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal
+from typing import Any, Iterable, Literal
 
-from pydantic import BaseModel, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 from typing_extensions import Self
 
 from memformer_dist.cells.memformer import MemformerConfig
@@ -19,7 +19,6 @@ from memformer_dist.errors import UserError
 from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.section import Section
-
 
 TAGS = {
     *SHAPES,

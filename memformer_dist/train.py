@@ -33,7 +33,6 @@ from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Segment
-from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
 
