@@ -42,6 +42,7 @@ State = Features = Cache = NamedTuple
 class RecurrentCell(nn.Module):
     vocab_size: int
     segment_length: int  # S
+    memory_leaves: tuple[str, ...] = ("memory",)  # of the state: what reset_memory resets; () for a cell without memory
 
     def forward(self, part: str, *arguments):
         """Run `advance`, `readout` or `diagnose`: the one entry, so that DeepSpeed's hooks see every call."""

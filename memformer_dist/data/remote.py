@@ -13,7 +13,7 @@ often. Later it is tried again, because the network may be back by then.
 
 import hashlib
 import json
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -33,6 +33,7 @@ FETCHERS = 4  # threads
 REST_S = 60.0  # after a shard could not be had, until it is asked for again
 POLL_S = 0.05  # while another process fetches what this one needs
 TOKENIZER = "tokenizer.model"
+log = logging.getLogger(__name__)
 
 
 class RemoteShards:
@@ -193,11 +194,7 @@ class RemoteShards:
                 self._fetch(number, needed=False)
             except Exception as error:
                 if threading.main_thread().is_alive():
-                    print(
-                        f"{error}; it is tried again when it is needed, in a minute at the earliest",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    log.warning("%s; tried again when it is needed, in a minute at the earliest", error)
 
 
 def open_remote(url: str, cache: Path, cache_bytes: int) -> tuple[Split, RemoteShards]:

@@ -12,8 +12,8 @@ to http(s), whose default would end every download after five minutes; other fil
 """
 
 import errno
+import logging
 import random
-import sys
 import threading
 import time
 from pathlib import Path
@@ -31,6 +31,7 @@ CONNECT_S, STALL_S = 30.0, 60.0  # to connect, and between two pieces of a body
 ENDING_S = 0.05  # between the end of a process's thread pools and that of its main thread
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
 class _Wrong(Exception):
@@ -131,7 +132,7 @@ def _retried(url: str, attempt: Callable[[], Result]) -> Result:
         if number == TRIES or wrong == 2:
             break
         pause = min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
-        print(f"{url}: {reason}; try {number} of {TRIES}, the next in {pause:.1f} s", file=sys.stderr, flush=True)
+        log.warning("%s: %s; try %d of %d, the next in %.1f s", url, reason, number, TRIES, pause)
         time.sleep(pause)
     again = "; what came was wrong twice, so it is damaged where it comes from" if wrong == 2 else ""
     raise CorpusError(f"{url}: given up after {number} tries: {reason}{again}")
