@@ -10,7 +10,8 @@ import torch
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
+from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, summary
+from memformer_dist.metrics import AGES, LossByAge, Losses
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.vocabulary import Vocabulary
 from tests.helpers import ROOT
@@ -51,7 +52,7 @@ def corpus(tmp_path) -> Corpus:
 
 
 def run(cell, corpus, world, *, lanes=4, **options):
-    return evaluate(cell, cell.empty_state, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
+    return evaluate(cell, cell, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -193,12 +194,12 @@ def test_two_ranks_give_the_same(corpus):
     run_ranks(2, assert_the_same_on, corpus.path, (1, 6, 20))
 
 
-def test_of_some_ticks_the_first_segments_of_every_lane(corpus, world):
+def test_the_first_segments_of_every_lane(corpus, world):
     cell, (tokens, _) = new_cell("toy"), random_documents()
-    found = run(cell, corpus, world, lanes=len(LENGTHS), ticks=3)  # a lane for every document
+    found = run(cell, corpus, world, lanes=len(LENGTHS), segments=3)  # a lane for every document
     assert_equal(found["carried"], document_by_document(cell, tokens, segments=3))
     assert found["carried"].loss != pytest.approx(mean(document_by_document(cell, tokens)), rel=1e-6)
-    assert run(cell, corpus, world, ticks=10**6) == run(cell, corpus, world)
+    assert run(cell, corpus, world, segments=10**6) == run(cell, corpus, world)
 
 
 def test_the_buckets_hold_the_ages_that_they_name():
@@ -255,7 +256,7 @@ def test_nothing_is_left_behind(corpus, world):
         recorded.append(torch.is_grad_enabled() or (part == "readout" and result.requires_grad))
         return result
 
-    found = evaluate(forward, cell.empty_state, corpus, world, lanes=4, segment_length=LENGTH)
+    found = evaluate(forward, cell, corpus, world, lanes=4, segment_length=LENGTH)
     assert recorded and not any(recorded) and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in cell.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in cell.named_parameters())
@@ -303,7 +304,7 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     for command in (one, two):
         done = run_script(*command)
         assert done.returncode == 0, done.stderr
-        assert "evaluate: 100%" in done.stderr
+        assert "rank 0  evaluate: " in done.stderr and "(100%)\n" in done.stderr and "\r" not in done.stderr
         written = json.loads(command[command.index("--json") + 1].read_text())
         assert (written["step"], written["tokens"]) == (expected["steps"], expected["tokens"])
         modes = ("eval_loss", "eval_loss_no_memory", "eval_loss_no_state")
