@@ -159,6 +159,7 @@ class Trainer:
                 reason = self._evaluate_if_due()
             if reason or self._done() or crosses(tokens_before, position.tokens, config.checkpoint.every_tokens):
                 self._save()
+        self.progress.close()
         return reason
 
     def _done(self) -> bool:
