@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.memformer import Memformer
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.windows import TokenDataset
@@ -349,8 +348,8 @@ def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
 
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:
     """A cell with random weights, as the section `model` describes it."""
-    return Memformer(
-        config.model, vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
+    return config.model.build(
+        vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
     )
 
 

@@ -107,13 +107,11 @@ class Trainer:
             cell,
             adamw(cell, config.optimizer),
             world,
+            config.mrbp,
             settings=config.deepspeed,
             precision=config.training.precision,
             gradient_clipping=config.optimizer.gradient_clipping,
             seed=config.training.seed,
-            reduce=config.mrbp.reduce,
-            state_store=config.mrbp.state_store,
-            keep_gathered=config.mrbp.keep_gathered,
         )
         self.states = [self.engine.module.empty_state(len(group), device=world.device) for group in self.groups]
         if resumed:
@@ -186,7 +184,15 @@ class Trainer:
         if chosen is None or chosen.lanes != len(lanes):
             self._check_next_window()
             segment, window = self.reader.segment(self.position.tick, lanes), self.curriculum.largest
-            choice = choose_readout_group(self.engine, segment, self.states[0], self.world, window=window)
+            choice = choose_readout_group(
+                self.engine,
+                self.engine.module,
+                segment.to(self.world.device),
+                self.states[0],
+                self.world,
+                window=window,
+                reserved=self.engine.first_step_bytes(self.states[0], window),
+            )
             self.chosen_group = chosen = ReadoutGroup(segments=choice.readout_group, lanes=len(lanes))
             log.info(
                 f"mrbp.readout_group: {choice.readout_group} segments, because a segment of {len(lanes)} lanes takes"
@@ -221,7 +227,6 @@ class Trainer:
             self.states,
             valid_tokens=valid_tokens,
             readout_group=readout_group,
-            readout_parts=config.mrbp.readout_parts,
             observe=observe,
         )
         rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
