@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class CorpusError(UserError):
-    """A corpus is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
+    """A corpus, or text for one, is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
 
 
 def first_problem(error: ValidationError) -> str:

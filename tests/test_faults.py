@@ -17,12 +17,12 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.corpora import VOCABULARY, documents
 from tests.helpers.files import flip
 from tests.helpers.http import ALWAYS, FileServer
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 LANES, LENGTH = 4, 8
 SHARDS, PER_SHARD, TOKENS = 6, 5, 100
@@ -191,7 +191,7 @@ def test_a_run_over_http(config, tmp_path):
         (texts / f"{number:02d}.txt").write_text(text)
     (tmp_path / "model").write_bytes(train_tokenizer(written, vocab_size=300))
     corpus = tmp_path / "corpus"
-    shard(corpus, tmp_path / "model", [str(texts)], valid_fraction=0.25, unit_mib=0.0005)
+    shard(corpus, tmp_path / "model", [str(texts)], valid_fraction=0.25, partition_mib=0.0005)
     train = Corpus.open(corpus / "train")
     schedule = LaneSchedule(train.lengths, seed=0, lanes=4, segment_length=16)
     met = {}  # the tick at which each shard is met first
