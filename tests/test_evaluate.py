@@ -19,7 +19,7 @@ from tests.helpers.corpora import make_corpus, write_split
 from tests.helpers.memformer import memformer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.scripts import run_script
-from tests.helpers.toy import VOCABULARY, ToyCell
+from tests.helpers.toy import VOCABULARY, ToyCell, ToyState
 
 LENGTH = 6  # of a segment
 LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
@@ -240,6 +240,52 @@ def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, world):
     reversed_once = [document, document, document, document[::-1]]
     found = run(cell, Corpus.open(write_split(tmp_path / "others", reversed_once, vocabulary=TOKENIZER)), world)
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
+
+
+# ---- cells of other kinds --------------------------------------------------------------------------------------------
+
+
+class HiddenState(NamedTuple):
+    hidden: torch.Tensor
+    seen: torch.Tensor
+
+
+class HiddenCell(ToyCell):
+    """ToyCell, with another name for its memory."""
+
+    memory_leaves = ("hidden",)
+
+    def empty_state(self, lanes, device=None):
+        return HiddenState(*super().empty_state(lanes, device))
+
+    def advance(self, segment, state):
+        features, state = super().advance(segment, ToyState(*state))
+        return features, HiddenState(*state)
+
+
+def exchanged_by_name_rank(world, path) -> None:
+    """What is exchanged between lanes and ranks is what the cell names."""
+    corpus, cell = Corpus.open(path), HiddenCell().double().eval()
+    cell.load_state_dict(new_cell("toy").state_dict())
+    assert run(cell, corpus, world) == run(new_cell("toy"), corpus, world)
+    cell.memory_leaves = ("hidden", "seen")
+    assert run(cell, corpus, world)["shuffled"] != run(new_cell("toy"), corpus, world)["shuffled"]
+
+
+def test_a_memory_of_another_name(corpus, world):
+    exchanged_by_name_rank(world, corpus.path)
+    run_ranks(2, exchanged_by_name_rank, corpus.path)
+
+
+def test_a_cell_without_memory(corpus, world):
+    """Nothing to reset and nothing to exchange: its losses are those of `carried`; only no_state takes something away."""
+    cell = new_cell("toy")
+    expected = run(cell, corpus, world)
+    cell.memory_leaves = ()
+    found = run(cell, corpus, world)
+    assert tuple(found) == MODES and found["no_memory"] == found["shuffled"] == found["carried"] != found["no_state"]
+    for mode in ("carried", "no_state"):
+        assert found[mode].loss == pytest.approx(expected[mode].loss, rel=EXACT)
 
 
 # ---- what an evaluation leaves behind --------------------------------------------------------------------------------
