@@ -1,4 +1,4 @@
-"""memformer_dist: distributed training of segment-recurrent memory transformers by exact memory replay back-propagation.
+"""Distributed training of segment-recurrent memory transformers by exact memory replay back-propagation.
 
     from memformer_dist import RecurrentCell, RunConfig, Segment, memory_replay
 

@@ -7,10 +7,10 @@
         lanes-00000-00008.safetensors  the cell's state of global lanes 0 ... 7, written by the rank that had them
         manifest.json                  bytes and sha256 of every file above, written last
 
-A checkpoint is written under another name and renamed when every byte is on the disk, so a folder step-... is complete; its
-manifest shows whether it is still what was written. A damaged checkpoint is skipped with a warning, and the one before it is
-used. Nothing is unpickled. DeepSpeed's own checkpoints are not used: they unpickle, tie the run to its world size and are not
-written atomically.
+A checkpoint is written under another name and renamed when every byte is on the disk, so a folder step-... is complete;
+its manifest shows whether it is still what was written. A damaged checkpoint is skipped with a warning, and the one
+before it is used. Nothing is unpickled. DeepSpeed's own checkpoints are not used: they unpickle, tie the run to its
+world size and are not written atomically.
 """
 
 import logging
@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator, KeysView
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from memformer_dist.data.windows import TokenDataset
 from memformer_dist.errors import UserError
 from memformer_dist.files import flush, sha256_of
 from memformer_dist.progress import Interval, Position
+from memformer_dist.segment import Tensors
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 
@@ -53,7 +54,7 @@ class HasTensors(Protocol):
 
 
 class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
-    """The choice that mrbp.readout_group "auto" made. Kept, because the dropout masks of a readout depend on its batch."""
+    """The choice of mrbp.readout_group "auto". Kept, because the dropout masks of a readout depend on its batch."""
 
     segments: int
     lanes: int  # of the lane group that was measured
@@ -133,15 +134,16 @@ class Checkpoint:
         there, here = self.contents.vocabulary.tokenizer_sha256, corpus.tokenizer_sha256
         if there != here:
             raise UserError(
-                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]}, the"
-                f" run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh run in another --run-dir"
+                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]},"
+                f" the run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh run in another"
+                " --run-dir"
             )
         if self.contents.corpus != corpus.fingerprint:
             weights = "" if isinstance(config.data.corpus, str) else " with these weights"
             raise UserError(
-                f"data.corpus: {config.data.corpus}{weights} is not the corpus that this run was trained on (fingerprint"
-                f" {corpus.fingerprint[:12]}, the run has {self.contents.corpus[:12]}); bring that one back, or start a"
-                " fresh run in another --run-dir"
+                f"data.corpus: {config.data.corpus}{weights} is not the corpus that this run was trained on"
+                f" (fingerprint {corpus.fingerprint[:12]}, the run has {self.contents.corpus[:12]}); restore the other"
+                " one, or start a fresh run in another --run-dir"
             )
         return config.changes_since(self.contents.config)
 
@@ -194,7 +196,7 @@ class Checkpoint:
     def moment(self, name: str, key: str) -> Tensor:
         return self._moments[f"{key}.{name}"]
 
-    def load_lanes(self, lanes: range, empty: NamedTuple) -> NamedTuple:
+    def load_lanes(self, lanes: range, empty: Tensors) -> Tensors:
         """The state of the given global lanes, in the types and on the device of `empty`."""
         pieces = []
         for path in self.files("lanes-"):
@@ -203,7 +205,9 @@ class Checkpoint:
             if begin < end:
                 with safe_open(path, "pt") as file:
                     pieces.append([file.get_slice(field)[begin - first : end - first] for field in empty._fields])
-        return empty._make(torch.cat(column).to(like) for column, like in zip(zip(*pieces), empty))
+        return empty._make(
+            torch.cat(column).to(like) for column, like in zip(zip(*pieces, strict=True), empty, strict=True)
+        )
 
 
 class TensorFiles:
@@ -222,7 +226,7 @@ class TensorFiles:
         return self.file_of[name].get_tensor(name)
 
 
-def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents, lanes: range, state: NamedTuple) -> Path:
+def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents, lanes: range, state: Tensors) -> Path:
     """Write a checkpoint and remove old ones; returns its folder. A collective call.
 
     Args:
@@ -335,7 +339,7 @@ def open_one(path: Path) -> Checkpoint:
 
 
 def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
-    """The checkpoint of training.init_from. Raises UserError if it was trained with another tokenizer. Not collective."""
+    """The checkpoint of training.init_from. Raises UserError if its tokenizer is another one. Not collective."""
     initial = open_one(path)
     found, expected = initial.contents.vocabulary.tokenizer_sha256, vocabulary.tokenizer_sha256
     if found != expected:

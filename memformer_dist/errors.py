@@ -1,7 +1,7 @@
 """What a user can put right, and how a program says so. No torch in here: the workers of preparation start without it.
 
-Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1 with a
-traceback for ours.
+Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1
+with a traceback for ours.
 """
 
 import os
@@ -47,9 +47,9 @@ def message(problem: Any) -> str:
 def run_program(program: Callable[[], None], error_log: Path | None = None) -> None:
     """Run a program's main function and end the process with its exit code.
 
-    What went wrong also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed. Of
-    several ranks only rank 0 reports a user's mistake: all have the same message (World.broadcast_first).
-    Ends by os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
+    What went wrong also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
+    Of several ranks only rank 0 reports a user's mistake: all have the same message (World.broadcast_first). Ends by
+    os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
     """
     code, rank = 0, os.environ.get("RANK", "0")
 

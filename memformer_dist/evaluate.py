@@ -2,22 +2,21 @@
 
     python launch/evaluate.py --run-dir runs/books_cpu
 
-The most common failure of a memory model is to ignore its memory. So an evaluation reads every segment several times, each
-time with a state of its own:
+The most common failure of a memory model is to ignore its memory. So an evaluation reads every segment several times,
+each time with a state of its own:
     carried     as in training
     no_memory   the memory is reset at every segment, the rest of the state (the previous segment's context) is kept
     no_state    everything is reset at every segment
     shuffled    lane i reads with the memory of lane i+1: equal statistics, but the memory of another document
-The gap no_memory - carried is what the memory is worth. What the memory is, `RecurrentCell.memory_leaves` says; for a cell
-without memory, no_memory and shuffled equal carried.
+The gap no_memory - carried is what the memory is worth. What the memory is, `RecurrentCell.memory_leaves` says; for a
+cell without memory, no_memory and shuffled equal carried.
 
-Documents are dealt over lanes and lanes over ranks as in training; per-token losses are summed in float64 and divided once, at
-the end, over all ranks: every token has the same weight, whatever the number of ranks.
+Documents are dealt over lanes and lanes over ranks as in training; per-token losses are summed in float64 and divided
+once, at the end, over all ranks: every token has the same weight, whatever the number of ranks.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, TokenDataset, WindowReader
 from memformer_dist.errors import CorpusError
 from memformer_dist.metrics import LossByAge, Losses
-from memformer_dist.segment import Segment, concatenate, select_rows
+from memformer_dist.segment import Segment, Tensors, concatenate, select_rows
 from memformer_dist.world import World
 
 MODES = ("carried", "no_memory", "no_state", "shuffled")
@@ -97,11 +96,11 @@ class Evaluation:
         for group in self.groups:
             self._read_group(segment, group, starts)
 
-    def _with_strange_memory(self, state: NamedTuple) -> NamedTuple:
+    def _with_strange_memory(self, state: Tensors) -> Tensors:
         """The memory of lane i is that of global lane i+1."""
         return state._replace(**{name: _next_lane(getattr(state, name), self.world) for name in self.memory_leaves})
 
-    def _read_group(self, segment: Segment, group: slice, starts: list[NamedTuple]) -> None:
+    def _read_group(self, segment: Segment, group: slice, starts: list[Tensors]) -> None:
         # Lanes that have run dry are left out. If all have, one goes through the model and leaves its state as it was:
         # every rank must call the model equally often (ZeRO-3).
         live = torch.nonzero(segment.length[group]).flatten() + group.start
@@ -109,12 +108,13 @@ class Evaluation:
         text = select_rows(segment, rows)
         # The modes go through the model side by side, as more lanes.
         side_by_side = concatenate([_in_mode(text, mode) for mode in self.modes]).to(self.world.device)
-        start = starts[0]._make(torch.cat([x[rows] for x in column]) for column in zip(*starts))
+        start = starts[0]._make(torch.cat([x[rows] for x in column]) for column in zip(*starts, strict=True))
         features, after = self.forward("advance", side_by_side, start)
         nll = self.forward("readout", side_by_side, features)
-        for mode, mode_nll, *mode_after in zip(self.modes, *(x.split(len(rows)) for x in (nll, *after))):
+        parts = (x.split(len(rows)) for x in (nll, *after))
+        for mode, mode_nll, *mode_after in zip(self.modes, *parts, strict=True):
             self.sums[mode].add(text, mode_nll)
-            for held, new in zip(self.states[mode], mode_after):
+            for held, new in zip(self.states[mode], mode_after, strict=True):
                 held[live] = new[: len(live)]
 
     def losses(self) -> dict[str, Losses]:
@@ -149,7 +149,7 @@ def _raise_damage(world: World, damage: str | None) -> None:
 
 
 def _damage(reader: WindowReader, ticks: int) -> str | None:
-    """What is wrong with a document, checked a little at a time: the cache of a remote corpus may not hold more at once."""
+    """Check all documents, a little at a time: the cache of a remote corpus may not hold more at once."""
     for tick in range(0, ticks, CHUNK_TICKS):
         if message := _damage_from(reader, tick, ticks):
             return message

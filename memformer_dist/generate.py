@@ -10,9 +10,9 @@ Documents reach the end of a segment at different times; the lanes that do are t
 closed, opened for the next segment and put back. So no lane is ever padded, and every document gets the numbers that it
 would get alone.
 
-A saved generation is one safetensors file: the cell's cache (the state and the unfinished segment), the logits from which
-the next token is sampled, the tokens so far and the random state. It continues exactly where it stopped, with the weights
-that made it.
+A saved generation is one safetensors file: the cell's cache (the state and the unfinished segment), the logits from
+which the next token is sampled, the tokens so far and the random state. It continues exactly where it stopped, with the
+weights that made it.
 
 A model is never trained to predict a document's first token (there is no BOS in the data), so a document starts with
 a prompt.
@@ -97,7 +97,7 @@ class Generation:
                 block = [pending[document][:count] for document in documents]
                 logits = self._on_lanes(documents, self.cell.extend, torch.tensor(block, device=self.device))
                 self.logits[documents] = logits[:, -1].float().cpu()
-                for document, taken in zip(documents, block):
+                for document, taken in zip(documents, block, strict=True):
                     self.history[document] += taken
                     self.used[document] += count
                     del pending[document][:count]
@@ -113,9 +113,9 @@ class Generation:
             if all(self.ended):
                 return
             chosen = sampling.choose(self.logits, self.generator).tolist()
-            self.ended = [ended or token == self.eos_id for ended, token in zip(self.ended, chosen)]
-            self.feed([[] if ended else [token] for ended, token in zip(self.ended, chosen)])
-            yield [None if ended else token for ended, token in zip(self.ended, chosen)]
+            self.ended = [ended or token == self.eos_id for ended, token in zip(self.ended, chosen, strict=True)]
+            self.feed([[] if ended else [token] for ended, token in zip(self.ended, chosen, strict=True)])
+            yield [None if ended else token for ended, token in zip(self.ended, chosen, strict=True)]
 
     def _next_segment(self, cache: Cache) -> tuple[None, Cache]:
         state = self.cell.close(cache)
@@ -153,7 +153,7 @@ class Generation:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("generation", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{path}: found no saved generation: {error}") from None
         if about.get("version") != VERSION:
@@ -174,7 +174,7 @@ def map_leaves(function: Callable, *caches: Any) -> Any:
     """Apply a function to corresponding tensors of caches: NamedTuples of tensors or of further NamedTuples."""
     if isinstance(caches[0], Tensor):
         return function(*caches)
-    return caches[0]._make(map_leaves(function, *parts) for parts in zip(*caches))
+    return caches[0]._make(map_leaves(function, *parts) for parts in zip(*caches, strict=True))
 
 
 def leaves(cache: Cache) -> list[Tensor]:
@@ -195,7 +195,8 @@ def checksum(cell: RecurrentCell) -> int:
 class TextStream:
     """Decodes tokens one by one. All the pieces of text together equal the tokenizer's `decode` of all the tokens.
 
-    The text of a character that is spelled in bytes waits for its last byte, that of an escape for the character behind it.
+    The text of a character that is spelled in bytes waits for its last byte, that of an escape for the character behind
+    it.
     """
 
     def __init__(self, tokenizer: SentencePieceProcessor):

@@ -4,15 +4,16 @@
     log = logging.getLogger(__name__)
     log.info("resumed at step %d", step)            # 14:03:07 rank 0  resumed at step 1200
 
-Log lines go to standard error and, with the date, to the file, where those of all ranks and all starts follow one another.
-Rank 0 reports everything, the other ranks only warnings and errors. In a program that does not call `start`, the standard
-library prints warnings and errors to standard error.
+Log lines go to standard error and, with the date, to the file, where those of all ranks and all starts follow one
+another. Rank 0 reports everything, the other ranks only warnings and errors. In a program that does not call `start`,
+the standard library prints warnings and errors to standard error.
 
     progress = ProgressReport("train", total=1_000_000, unit="tokens")
     progress.update(250_000, "step 120, loss 3.2104")
     progress.close()
 
-On a terminal this is a bar, and log lines appear above it. Elsewhere it is a log line about every 30 seconds and at the end.
+On a terminal this is a bar, and log lines appear above it. Elsewhere it is a log line about every 30 seconds and at the
+end.
 """
 
 import logging

@@ -1,12 +1,13 @@
-"""Every figure that a run logs: its name, unit, meaning and formula. Nothing here writes, waits or talks to other ranks.
+"""Every figure that a run logs: its name, unit, meaning and formula. Nothing here writes or talks to other ranks.
 
-A record of training is computed from an `Observed` by the table TRAINING, one of an evaluation from the losses of its modes
-by EVALUATION; monitor.py writes them. A name that ends in `*` stands for several, whose endings its formula gives.
+A record of training is computed from an `Observed` by the table TRAINING, one of an evaluation from the losses of its
+modes by EVALUATION; monitor.py writes them. A name that ends in `*` stands for several, whose endings its formula
+gives.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
 from memformer_dist.progress import Interval
-from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.segment import IGNORE, Segment, Tensors
 from memformer_dist.world import World
 
 AGES = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # segments since the document's start
-LOGGED_AGES = AGES[:4] + ("8+",)  # in records of training
+LOGGED_AGES = (*AGES[:4], "8+")  # in records of training
 # Dense bf16 tensor-core peaks of the makers' data sheets, in TFLOP/s, for perf/mfu.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
-# ---- losses by segment age ---------------------------------------------------------------------------------------------
+# ---- losses by segment age -------------------------------------------------------------------------------------------
 
 
 class LossByAge:
@@ -53,7 +54,7 @@ class Losses(NamedTuple):
     def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
         """From LossByAge.sums, flat, added up over ranks."""
         nll, labels = sums[: len(ages)], sums[len(ages) :]
-        by_age = {age: n / count for age, n, count in zip(ages, nll, labels) if count}
+        by_age = {age: n / count for age, n, count in zip(ages, nll, labels, strict=True) if count}
         return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age)
 
     @property
@@ -61,7 +62,7 @@ class Losses(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-# ---- records of training -----------------------------------------------------------------------------------------------
+# ---- records of training ---------------------------------------------------------------------------------------------
 
 
 class Constants(NamedTuple):
@@ -74,7 +75,7 @@ class Constants(NamedTuple):
     peak_flops: float | None  # of one device; None: unknown
 
 
-def constants_of(config: RunConfig, world: World, state: NamedTuple, build_cell: Callable[[], RecurrentCell]) -> Constants:
+def constants_of(config: RunConfig, world: World, state: Tensors, build_cell: Callable[[], RecurrentCell]) -> Constants:
     """Those of a run; `state` is that of one lane group."""
     data = config.data
     return Constants(
@@ -91,12 +92,17 @@ class Observed(NamedTuple):
 
     constants: Constants
     interval: Interval  # the steps since the last record
-    window: int  # segments in the last window
     learning_rate: float
     gradient_norm: float  # of the last step
+    state_gradient_squares: Sequence[float]  # of the last step: Accumulated's, added up over ranks
     diagnosis: dict[str, float]  # RecurrentCell.diagnose
     allocated_bytes: int | None = None  # None on a CPU
     allocation_retries: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Segments of the last step."""
+        return len(self.state_gradient_squares)
 
     @property
     def losses(self) -> Losses:
@@ -111,7 +117,7 @@ class Metric(NamedTuple):
     name: str
     unit: str  # empty: a pure number
     meaning: str
-    formula: Callable[..., float | list[float] | dict[str, float] | None]  # None: not logged
+    formula: Callable[[Any], float | dict[str, float] | None]  # None: not logged
 
 
 def _mfu(observed: Observed) -> float | None:
@@ -135,7 +141,7 @@ TRAINING = (
     Metric(
         "loss/by_segment_age/*",
         "nats per token",
-        "the same for the segments of one age, counted from the document's start; ages that do not occur are not logged",
+        "the same for segments of one age, counted from the document's start; ages that do not occur are not logged",
         lambda o: o.losses.by_age,
     ),
     Metric("optim/lr", "", "learning rate", lambda o: o.learning_rate),
@@ -223,13 +229,7 @@ TRAINING = (
         lambda o: o.allocation_retries,
     ),
 )
-BOUNDARY_NORMS = Metric(
-    "memory/grad_norm_by_boundary",
-    "",
-    "a curve: norm of the gradient of the last window's mean loss with respect to the state at each of the N - 1"
-    " boundaries, over all lanes; not logged where N = 1",
-    lambda squares, world_size: boundary_norms(squares, world_size),
-)
+BOUNDARY_NORMS = "memory/grad_norm_by_boundary"  # the only curve; see training_curves
 
 # Of an evaluation's losses by mode. It is logged as eval/... on the way and as final/... at the end.
 EVALUATION = (
@@ -253,6 +253,18 @@ def training_scalars(observed: Observed) -> dict[str, float]:
     return _computed(TRAINING, observed)
 
 
+def training_curves(observed: Observed) -> dict[str, list[float]]:
+    """Norms over all lanes of dL/d(state at a boundary), L the mean loss of the last window, in which N > 1.
+
+    The N - 1 boundaries from the window's start on: the last item depends on the last segment's loss alone. Read from
+    there, the norms grow until losses further on no longer reach back: that is the gradient's real horizon. The engine
+    scales the loss by the world size.
+    """
+    squares = observed.state_gradient_squares[1:]  # the first is that of the state which enters the window
+    norms = [math.sqrt(square) / observed.constants.world_size for square in squares]
+    return {BOUNDARY_NORMS: norms} if norms else {}
+
+
 def evaluation_scalars(family: str, losses: dict[str, Losses]) -> dict[str, float]:
     """The scalars of one evaluation, by name; `family` is "eval" or "final"."""
     return {f"{family}/{name}": value for name, value in _computed(EVALUATION, losses).items()}
@@ -269,19 +281,7 @@ def _computed(metrics: Sequence[Metric], argument: object) -> dict[str, float]:
     return scalars
 
 
-def boundary_norms(state_gradient_squares: Sequence[float], world_size: int) -> list[float]:
-    """Norms over all lanes of dL/d(state at a boundary), L the mean loss of the window.
-
-    The N - 1 boundaries from the window's start on: the last item depends on the last segment's loss alone. Read from
-    there, the norms grow until losses further on no longer reach back: that is the gradient's real horizon.
-
-    Args:
-        state_gradient_squares: N squares added up over ranks, of a loss that is L times the world size (Engine.accumulate).
-    """
-    return [math.sqrt(square) / world_size for square in state_gradient_squares[1:]]
-
-
-# ---- speed against the device's peak -------------------------------------------------------------------------------------
+# ---- speed against the device's peak ---------------------------------------------------------------------------------
 
 
 def peak_flops(device: torch.device, configured_tflops: float | None) -> float | None:

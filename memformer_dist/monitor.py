@@ -1,9 +1,9 @@
 """Rank 0's records of a run: TensorBoard and metrics.jsonl. metrics.py says what is in them.
 
-TensorBoard gets every scalar twice: RUN/tensorboard/steps has it by step, RUN/tensorboard/tokens by trained tokens, which is
-how runs of different batch sizes are compared. Names of the latter begin with `tokens/`: TensorBoard draws equal names into
-one chart, where thousands of steps would be a point beside billions of tokens.
-metrics.jsonl has one object per record, with "step", "tokens" and "time"; null is a value that was not finite.
+TensorBoard gets every scalar twice: RUN/tensorboard/steps has it by step, RUN/tensorboard/tokens by trained tokens,
+which is how runs of different batch sizes are compared. Names of the latter begin with `tokens/`: TensorBoard draws
+equal names into one chart, where thousands of steps would be a point beside billions of tokens. metrics.jsonl has one
+object per record, with "step", "tokens" and "time"; null is a value that was not finite.
 
 A curve is a list in metrics.jsonl and a histogram in TensorBoard, one per record, whose buckets count nothing but draw:
 bucket x = 1, 2, ... reaches from x - 1/2 to x + 1/2 and is as high as the value there. In memory/grad_norm_by_boundary
@@ -42,7 +42,8 @@ class Monitor:
         """Write one record.
 
         Args:
-            curves: values, not negative, at x = n, n - 1, ... 1: the last of a list is drawn at x = 1. A curve with a value
+            curves: values, not negative, at x = n, n - 1, ... 1: the last of a list is drawn at x = 1. A curve with a
+            value
                 that is not finite goes to metrics.jsonl alone.
         """
         if not self.is_main:

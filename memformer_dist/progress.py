@@ -26,7 +26,10 @@ class Position(BaseModel, extra="forbid"):
 
 
 class Interval(BaseModel, extra="forbid"):
-    """Sums over the steps since the last record of the log, over all ranks. Saved, so that a resumed log repeats the run's."""
+    """Sums over the steps since the last record of the log, over all ranks.
+
+    Saved, so that a resumed run logs what it would have logged without the interruption.
+    """
 
     steps: int = 0
     ticks: int = 0  # segments consumed by every lane

@@ -1,7 +1,7 @@
 """A run's folder and its end: who has it locked, and who asks the run to stop.
 
-A run is asked to stop by SIGTERM, SIGINT or SIGUSR1 to any rank, or by a file named `stop` in its folder. A signal is only
-noted when it arrives; the training loop asks all ranks once per step, so that they stop at the same one.
+A run is asked to stop by SIGTERM, SIGINT or SIGUSR1 to any rank, or by a file named `stop` in its folder. A signal is
+only noted when it arrives; the training loop asks all ranks once per step, so that they stop at the same one.
 """
 
 import signal

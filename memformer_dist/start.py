@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int) -> None:
-    """Write config.json and tokenizer.model, and append command, package versions, git commit and time to starts.jsonl."""
+    """Write config.json and tokenizer.model; append command, package versions, git commit and time to starts.jsonl."""
     write_text(run_dir / "config.json", config.to_json())
     write_bytes(run_dir / "tokenizer.model", tokenizer.read_bytes())
     entry = {

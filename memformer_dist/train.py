@@ -34,7 +34,7 @@ from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
-from memformer_dist.segment import Segment
+from memformer_dist.segment import Segment, Tensors
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
@@ -116,7 +116,9 @@ class Trainer:
         self.states = [self.engine.module.empty_state(len(group), device=world.device) for group in self.groups]
         if resumed:
             self.engine.load_moments(self.position.updates, resumed.moment)
-            self.states = [resumed.load_lanes(group, empty) for group, empty in zip(self.groups, self.states)]
+            self.states = [
+                resumed.load_lanes(group, empty) for group, empty in zip(self.groups, self.states, strict=True)
+            ]
 
         self.constants = metrics.constants_of(config, world, self.states[0], lambda: build_cell(config, vocabulary))
         self.monitor = Monitor(run_dir, self.position, is_main=world.is_main)
@@ -127,7 +129,7 @@ class Trainer:
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
 
-    # ---- fit --------------------------------------------------------------------------------------------------------------
+    # ---- fit ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str | None:
         """Train to the end of the token budget, or until asked to stop; returns who asked."""
@@ -164,7 +166,7 @@ class Trainer:
         return self.position.tokens >= self.config.training.tokens
 
     def _check_next_window(self) -> None:
-        """Raise CorpusError on all ranks if one of them would meet a damaged document; what was trained is saved first."""
+        """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
         tick, window = self.position.tick, self.curriculum.window
         ahead = tick + max(4 * window, TICKS_AHEAD)
         damage = self.world.broadcast_first(self.reader.damage(tick, tick + window, ahead=ahead))
@@ -202,7 +204,7 @@ class Trainer:
         return chosen.segments
 
     def _labels_of_window(self) -> int:
-        """Labels over the lanes of all ranks, from the schedule; with loss masks every rank counts those of its own lanes."""
+        """Labels over the lanes of all ranks, by the schedule; with loss masks every rank counts those of its lanes."""
         ticks = self.position.tick, self.position.tick + self.curriculum.window
         if not self.train_corpus.has_mask:
             return self.reader.valid_tokens(*ticks)
@@ -254,13 +256,12 @@ class Trainer:
         nll, labels = (sum(sums[:ages]), sum(sums[ages:])) if result.applied else (0.0, 0.0)
         return Trained(result, nll, labels, window.state_gradient_squares)
 
-    def _finite_lanes(self, state: NamedTuple) -> NamedTuple:
-        """After a window whose gradient was not finite: lanes whose state is not finite start again from the empty one."""
+    def _finite_lanes(self, state: Tensors) -> Tensors:
+        """After a skipped step: lanes whose state is not finite start again from the empty one."""
         empty = self.engine.module.empty_state(len(state[0]), device=self.world.device)
         finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in state]).all(0)  # [B]
-        return state._make(
-            torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, fresh) for x, fresh in zip(state, empty)
-        )
+        pairs = zip(state, empty, strict=True)
+        return state._make(torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, fresh) for x, fresh in pairs)
 
     def _log(self, trained: Trained) -> None:
         """A record of the interval, which begins again. Collective."""
@@ -269,18 +270,15 @@ class Trainer:
         observed = metrics.Observed(
             constants=self.constants,
             interval=self.interval,
-            window=len(trained.state_gradient_squares),
             learning_rate=learning_rate(config.optimizer, tokens, config.training.tokens),
             gradient_norm=trained.result.gradient_norm,
+            state_gradient_squares=self.world.all_reduce_sum(trained.state_gradient_squares.tolist()),
             diagnosis=self._diagnose(),
             allocated_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
             allocation_retries=torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else None,
         )
-        curves = {}
-        if observed.window > 1:
-            squares = self.world.all_reduce_sum(trained.state_gradient_squares.tolist())
-            curves[metrics.BOUNDARY_NORMS.name] = metrics.boundary_norms(squares, self.world.size)
-        self.monitor.log(self.position, metrics.training_scalars(observed), curves)
+        scalars, curves = metrics.training_scalars(observed), metrics.training_curves(observed)
+        self.monitor.log(self.position, scalars, curves)
         self.progress.update(
             tokens,
             f"step {self.position.step}, loss {observed.losses.loss:.4f}, {observed.tokens_per_s:,.0f} tokens/s",
@@ -301,7 +299,7 @@ class Trainer:
         if change:
             log.info("step %d: %s", self.position.step, change)
 
-    # ---- evaluate ---------------------------------------------------------------------------------------------------------
+    # ---- evaluate ----------------------------------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> str | None:
         """Evaluate once every training.evaluate_every_tokens; returns who asked to stop meanwhile."""
@@ -339,12 +337,13 @@ class Trainer:
             )
         return losses
 
-    # ---- leave ------------------------------------------------------------------------------------------------------------
+    # ---- leave -------------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict | None:
         """Evaluate on every held-out document and write summary.json; None if stopped on the way.
 
-        Logged as final/..., because evaluations on the way may have read only the beginnings (training.evaluate_segments).
+        Logged as final/..., because evaluations on the way may have read only the beginnings
+        (training.evaluate_segments).
         """
         path, position = self.run_dir / "summary.json", self.position
         if path.exists() and (summary := json.loads(path.read_text()))["steps"] == position.step:
@@ -380,7 +379,7 @@ class Trainer:
             vocabulary=Vocabulary.of(self.train_corpus),
             config=self.config,
         )
-        state = self.states[0]._make(torch.cat(column) for column in zip(*self.states))
+        state = self.states[0]._make(torch.cat(column) for column in zip(*self.states, strict=True))
         checkpoint.save(self.run_dir, self.engine, self.world, contents=contents, lanes=self.reader.lanes, state=state)
         self.saved = self.position.model_copy()
 

@@ -1,11 +1,14 @@
 """Log lines on standard error and in the file, and how far a task has come: on a terminal, and where there is none."""
 
+import fcntl
 import logging
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -43,10 +46,10 @@ def report_all(name: str) -> None:
 def test_rank_0_reports_everything_with_time_and_rank(start, tmp_path, capsys):
     start(0, tmp_path / "run" / "log.txt")
     report_all("memformer_dist.train")
-    report_all("torch.distributed")  # of other packages, warnings and errors
+    report_all("asyncio")  # of other packages, warnings and errors
     shown, written = capsys.readouterr(), (tmp_path / "run" / "log.txt").read_text()
     expected = [f"memformer_dist.train {level}" for level in ("info", "warning", "error")]
-    expected += [f"torch.distributed {level}" for level in ("warning", "error")]
+    expected += [f"asyncio {level}" for level in ("warning", "error")]
     assert shown.out == "" and re.fullmatch("".join(rf"{CLOCK} rank 0  {text}\n" for text in expected), shown.err)
     assert re.fullmatch("".join(rf"{DATE} {CLOCK} rank 0  {text}\n" for text in expected), written)
 
@@ -172,6 +175,7 @@ progress.close()
 def on_a_terminal(*command: str) -> str:
     """All that the command shows, its standard output and error being a terminal."""
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # without a size there is no bar
     process = subprocess.Popen(command, stdout=follower, stderr=follower, env=program_environment())
     os.close(follower)
     shown = b""

@@ -50,9 +50,9 @@ def observed(**fields) -> Observed:
     values = {
         "constants": CONSTANTS,
         "interval": interval,
-        "window": 5,
         "learning_rate": 1e-3,
         "gradient_norm": 2.0,
+        "state_gradient_squares": [100.0, 16.0, 4.0, 1.0, 0.0],
         "diagnosis": {"write_norm": 0.75},
     }
     return Observed(**(values | fields))
@@ -117,7 +117,8 @@ def test_every_scalar_of_an_evaluation():
 
 def test_norms_at_the_boundaries():
     """The first square belongs to the state that enters the window, which is no boundary within it."""
-    assert metrics.boundary_norms([100.0, 16.0, 4.0], world_size=2) == [2.0, 1.0]
+    assert metrics.training_curves(observed()) == {"memory/grad_norm_by_boundary": [2.0, 1.0, 0.5, 0.0]}
+    assert metrics.training_curves(observed(state_gradient_squares=[100.0])) == {}
 
 
 def test_a_run_logs_what_the_tables_name_and_nothing_else(trained_run):
@@ -125,11 +126,11 @@ def test_a_run_logs_what_the_tables_name_and_nothing_else(trained_run):
     records = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     logged = set().union(*records) - {"step", "tokens", "time"}
     families = [f"{family}/{metric.name}" for metric in metrics.EVALUATION for family in ("eval", "final")]
-    named = [metric.name for metric in metrics.TRAINING] + [metrics.BOUNDARY_NORMS.name] + families
+    named = [metric.name for metric in metrics.TRAINING] + [metrics.BOUNDARY_NORMS] + families
     assert all(any(fnmatch.fnmatch(name, pattern) for pattern in named) for name in logged)
     absent = {pattern for pattern in named if not any(fnmatch.fnmatch(name, pattern) for name in logged)}
     assert {name.partition("/")[0] for name in absent} - {"perf"} == {"device", "eval"} and len(absent) == 3 + 5
-    assert all(metric.meaning for metric in (*metrics.TRAINING, *metrics.EVALUATION, metrics.BOUNDARY_NORMS))
+    assert all(metric.meaning for metric in (*metrics.TRAINING, *metrics.EVALUATION))
 
 
 def test_a_position_counts_applied_steps_alone_as_updates():

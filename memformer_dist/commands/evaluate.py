@@ -1,12 +1,13 @@
 """Loss of a trained model on held-out documents, with the memory carried and with it taken away.
 
     python launch/evaluate.py --run-dir runs/small
-    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json it.json
+    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json
+    it.json
     torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
     memformer-evaluate --run-dir runs/small                                       # installed
 
-The rows of the table are explained in memformer_dist/evaluate.py. Plain torch in the precision of the weights, fp32: a run
-trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
+The rows of the table are explained in memformer_dist/evaluate.py. Plain torch in the precision of the weights, fp32: a
+run trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
 "shuffled" reads; with --max-segments it also changes which documents are read.
 """
 
@@ -84,7 +85,7 @@ def run() -> None:
 
 
 def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int) -> TokenDataset:
-    """The documents of `corpus`, or of the run's. Raises UserError if they were made with another tokenizer than the run's."""
+    """The documents of `corpus`, or of the run's. Raises UserError if they were made with another tokenizer."""
     data = saved.contents.config.data
     splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
     dataset = as_read(splits[split == "valid"], data.mode, lanes)

@@ -106,9 +106,9 @@ def write(
     if not generation.history[0]:
         raise UserError("--prompt: found no text, expected some: models do not learn how documents begin")
     print("".join(map(stream.push, read)), end="", flush=True)
-    for (token,) in generation.sample(options.tokens, sampling):
-        if token is not None:
-            print(stream.push(token), end="", flush=True)
+    for (sampled,) in generation.sample(options.tokens, sampling):
+        if sampled is not None:
+            print(stream.push(sampled), end="", flush=True)
     # The last bytes of an unfinished character may come when a saved document is continued.
     print(stream.finish() if options.save is None else "")
 

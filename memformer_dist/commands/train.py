@@ -1,8 +1,8 @@
 """Train a memory transformer. The same command starts a run, resumes it, or finds it finished.
 
     deepspeed launch/train.py --config configs/base.json --run-dir runs/base
-    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set optimizer.learning_rate=1e-4
-    torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
+    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set
+    optimizer.learning_rate=1e-4 torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
     python launch/train.py --config configs/small.json            # one process
     memformer-train --config small                                # the same, installed
     torchrun --nproc-per-node 2 -m memformer_dist.commands.train --config small
@@ -10,9 +10,9 @@
 Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
 
 Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT or SIGUSR1 to any of its ranks: it finishes the step, saves a
-checkpoint and ends with exit code 0. Ctrl-C in a terminal and most batch systems signal all processes, which is fine too.
-A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running: use `touch RUN/stop` instead.
-Messages also go to RUN/log.txt.
+checkpoint and ends with exit code 0. Ctrl-C in a terminal and most batch systems signal all processes, which is fine
+too. A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running: use `touch RUN/stop`
+instead. Messages also go to RUN/log.txt.
 """
 
 import argparse
@@ -69,9 +69,9 @@ def find_config(name: str) -> Path:
     if path.exists():
         return path
     configurations = {file.stem: file for file in sorted(configs_folder().glob("*.json"))}
-    if path in (Path(path.stem), Path(f"{path.stem}.json"), Path(f"configs/{path.stem}.json")):
-        if path.stem in configurations:
-            return configurations[path.stem]
+    spellings = (Path(path.stem), Path(f"{path.stem}.json"), Path(f"configs/{path.stem}.json"))
+    if path in spellings and path.stem in configurations:
+        return configurations[path.stem]
     raise UserError(
         f"--config: found no file {name}, expected a file or one of the configurations {', '.join(configurations)}"
     )
