@@ -1,6 +1,8 @@
-"""Held-out losses of a trained model, see memformer_dist/commands/evaluate.py or --help.
+"""Held-out losses of a trained model. --help shows more examples.
 
-python launch/evaluate.py --run-dir runs/small
+    python launch/evaluate.py --run-dir runs/small
+
+The program is memformer_dist/commands/evaluate.py.
 """
 
 from memformer_dist.commands.evaluate import run

@@ -1,6 +1,8 @@
-"""Continue a prompt with a trained model, see memformer_dist/commands/generate.py or --help.
+"""Continue a prompt with a trained model. --help shows more examples.
 
-python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200
+    python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200
+
+The program is memformer_dist/commands/generate.py.
 """
 
 from memformer_dist.commands.generate import run

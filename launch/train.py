@@ -1,6 +1,8 @@
-"""Train a memory transformer, see memformer_dist/commands/train.py or --help.
+"""Train a memory transformer. --help shows more examples.
 
-deepspeed launch/train.py --config configs/base.json --run-dir runs/base
+    deepspeed launch/train.py --config configs/base.json --run-dir runs/base
+
+The program is memformer_dist/commands/train.py.
 """
 
 from memformer_dist.commands.train import run

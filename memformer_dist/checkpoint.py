@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
-from memformer_dist.data.windows import TokenDataset
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError
 from memformer_dist.files import flush, sha256_of
 from memformer_dist.progress import Interval, Position
@@ -131,12 +131,12 @@ class Checkpoint:
 
         Raises UserError if a resumed run may not change them, or if the corpus or the tokenizer is another one.
         """
-        there, here = self.contents.vocabulary.tokenizer_sha256, corpus.tokenizer_sha256
+        there, here = self.contents.vocabulary.tokenizer_sha256, corpus.vocabulary.tokenizer_sha256
         if there != here:
             raise UserError(
-                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]},"
-                f" the run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh run in another"
-                " --run-dir"
+                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256"
+                f" {here[:12]}, the run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh"
+                " run in another --run-dir"
             )
         if self.contents.corpus != corpus.fingerprint:
             weights = "" if isinstance(config.data.corpus, str) else " with these weights"

@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.data.segments import CHUNK_TICKS
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError
 from memformer_dist.metrics import LossByAge, Losses
 from memformer_dist.segment import Segment, Tensors, concatenate, select_rows
@@ -61,13 +63,13 @@ def evaluate(
     """
     lanes = evaluation_lanes(dataset, lanes, world.size)
     schedule = LaneSchedule(dataset.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1)
-    reader = WindowReader(dataset, schedule, lanes=world.lanes_of_rank(lanes))
     ticks = min(schedule.ticks, segments or schedule.ticks)
-    _raise_damage(world, _damage(reader, ticks))
+    reader = WindowReader(dataset, schedule, lanes=world.lanes_of_rank(lanes), stop=ticks)
+    _raise_on_all(world, _prepare_all(reader, ticks))
     evaluation = Evaluation(forward, cell, world, len(reader.lanes), lanes_per_group)
     for tick in show(range(ticks)):
-        if tick % CHUNK_TICKS == 0:  # a shard may have left the cache since, and not have come again
-            _raise_damage(world, _damage_from(reader, tick, ticks))
+        if tick % CHUNK_TICKS == 0:  # a shard may have left the cache since, and may be out of reach now
+            _raise_on_all(world, reader.prepare(tick, CHUNK_TICKS))
         evaluation.read(reader.segment(tick))
         if stop():
             return None
@@ -142,22 +144,16 @@ def evaluation_lanes(dataset: TokenDataset, lanes: int, world_size: int) -> int:
     return math.ceil(min(lanes, len(dataset.lengths)) / world_size) * world_size
 
 
-def _raise_damage(world: World, damage: str | None) -> None:
-    """Raise CorpusError on every rank if there is damage on one."""
-    if message := world.broadcast_first(damage):
+def _raise_on_all(world: World, problem: str | None) -> None:
+    """Raise CorpusError on every rank if there is a problem on one."""
+    if message := world.broadcast_first(problem):
         raise CorpusError(message)
 
 
-def _damage(reader: WindowReader, ticks: int) -> str | None:
-    """Check all documents, a little at a time: the cache of a remote corpus may not hold more at once."""
-    for tick in range(0, ticks, CHUNK_TICKS):
-        if message := _damage_from(reader, tick, ticks):
-            return message
-    return None
-
-
-def _damage_from(reader: WindowReader, tick: int, ticks: int) -> str | None:
-    return reader.damage(tick, min(tick + CHUNK_TICKS, ticks), ahead=min(tick + TICKS_AHEAD, ticks))
+def _prepare_all(reader: WindowReader, ticks: int) -> str | None:
+    """Check all that will be read, chunk by chunk: the cache of a remote corpus may not hold all shards at once."""
+    problems = (reader.prepare(tick, CHUNK_TICKS) for tick in range(0, ticks, CHUNK_TICKS))
+    return next(filter(None, problems), None)
 
 
 def summary(losses: dict[str, Losses]) -> dict:

@@ -23,6 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 from memformer_dist.files import write_text
 from memformer_dist.progress import Position
 
+Curves = dict[str, list[float]]
+
 
 class Monitor:
     """Writes the records of a run on rank 0; on other ranks every call does nothing."""
@@ -38,7 +40,7 @@ class Monitor:
         self.by_tokens = SummaryWriter(str(folder / "tokens"), purge_step=position.tokens + 1)
         self.records = _continue(run_dir / "metrics.jsonl", position).open("a")
 
-    def log(self, position: Position, scalars: dict[str, float], curves: dict[str, list[float]] | None = None) -> None:
+    def log(self, position: Position, scalars: dict[str, float], curves: Curves | None = None) -> None:
         """Write one record.
 
         Args:

@@ -11,9 +11,9 @@ from typing import Any
 
 from memformer_dist.checkpoint import Checkpoint
 from memformer_dist.config import RunConfig
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
-from memformer_dist.data.windows import TokenDataset
 from memformer_dist.files import write_bytes, write_text
 from memformer_dist.world import World
 
@@ -53,7 +53,7 @@ def introduce(
     """Log the sizes of model, corpus and step; `window` is that of the next step, in segments."""
     data, epoch = config.data, first_epoch(corpus, schedule)
     log.info(
-        f"{parameters:,} parameters, vocabulary {corpus.vocab_size}; an epoch is {epoch.documents:,} documents,"
+        f"{parameters:,} parameters, vocabulary {corpus.vocabulary.size}; an epoch is {epoch.documents:,} documents,"
         f" {epoch.tokens:,} tokens, {epoch.padding:.1%} of the positions are padding; {world.size} ranks on"
         f" {world.device.type}, ZeRO {config.zero_stage}, {config.training.precision}; a step is {data.lanes} lanes x"
         f" {window} segments x {data.segment_length} tokens"

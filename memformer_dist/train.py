@@ -11,6 +11,7 @@ finds it finished.
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import Checkpoint, Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
-from memformer_dist.data.open_data import lane_schedule
-from memformer_dist.data.windows import TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.open_data import training_schedule
+from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.files import write_text
 from memformer_dist.logs import ProgressReport
@@ -34,7 +36,7 @@ from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
-from memformer_dist.segment import Segment, Tensors
+from memformer_dist.segment import Tensors
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
@@ -80,9 +82,10 @@ class Trainer:
         self.config, self.run_dir, self.world = config, run_dir, world
         self.train_corpus, self.valid_corpus = corpora
         self.stop = StopRequest(run_dir, world)
-        schedule = lane_schedule(self.train_corpus, **config.data.schedule)
+        schedule = training_schedule(config.data, self.train_corpus)
         lanes, share = world.lanes_of_rank(config.data.lanes), config.lanes_per_group(world.size)
-        self.reader = WindowReader(self.train_corpus, schedule, lanes=lanes, prefetch=config.data.prefetch)
+        prefetch = config.data.prefetch
+        self.reader = WindowReader(self.train_corpus, schedule, lanes=lanes, prefetch=prefetch, device=world.device)
         self.groups = [range(first, first + share) for first in range(lanes.start, lanes.stop, share)]
 
         resumed = checkpoint.newest(run_dir, world)
@@ -100,8 +103,7 @@ class Trainer:
         self.saved = self.position.model_copy()
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
-        vocabulary = Vocabulary.of(self.train_corpus)
-        cell = _initial_cell(config, vocabulary, resumed)
+        cell = _initial_cell(config, self.train_corpus.vocabulary, resumed)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(
             cell,
@@ -120,7 +122,9 @@ class Trainer:
                 resumed.load_lanes(group, empty) for group, empty in zip(self.groups, self.states, strict=True)
             ]
 
-        self.constants = metrics.constants_of(config, world, self.states[0], lambda: build_cell(config, vocabulary))
+        self.constants = metrics.constants_of(
+            config, world, self.states[0], partial(build_cell, config, self.train_corpus.vocabulary)
+        )
         self.monitor = Monitor(run_dir, self.position, is_main=world.is_main)
         if world.is_main:
             start.record(run_dir, config, self.train_corpus.tokenizer(), world.size, self.position.step)
@@ -167,13 +171,10 @@ class Trainer:
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
-        tick, window = self.position.tick, self.curriculum.window
-        ahead = tick + max(4 * window, TICKS_AHEAD)
-        damage = self.world.broadcast_first(self.reader.damage(tick, tick + window, ahead=ahead))
-        self.reader.look_ahead(tick + window, tick + 2 * window)
-        if damage is not None:
+        problem = self.world.broadcast_first(self.reader.prepare(self.position.tick, self.curriculum.window))
+        if problem is not None:
             self._save()
-            raise CorpusError(damage)
+            raise CorpusError(problem)
 
     def _readout_group(self) -> int:
         """mrbp.readout_group. "auto" is chosen once, by measuring a segment, and kept in the checkpoint.
@@ -203,48 +204,39 @@ class Trainer:
             )
         return chosen.segments
 
-    def _labels_of_window(self) -> int:
-        """Labels over the lanes of all ranks, by the schedule; with loss masks every rank counts those of its lanes."""
-        ticks = self.position.tick, self.position.tick + self.curriculum.window
-        if not self.train_corpus.has_mask:
-            return self.reader.valid_tokens(*ticks)
-        return int(self.world.all_reduce_sum([self.reader.valid_tokens(*ticks, self.reader.lanes)])[0])
+    def _labels(self, counts: Counts) -> int:
+        """Labels of the next window over the lanes of all ranks; loss masks are read by the rank that has the lane."""
+        if counts.labels is not None:
+            return counts.labels
+        tick, window = self.position.tick, self.curriculum.window
+        return int(self.world.all_reduce_sum([self.reader.labels(tick, tick + window, self.reader.lanes)])[0])
 
     def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
         began, waited = time.perf_counter(), self.reader.wait_s
         config, position, segments = self.config, self.position, self.curriculum.window
-        valid_tokens = self._labels_of_window()
+        counts = self.reader.counts(position.tick, position.tick + segments)
+        valid_tokens = self._labels(counts)
         losses = LossByAge(self.world.device, LOGGED_AGES)
-        tokens = documents = 0
-
-        def observe(t: int, segment: Segment, nll: Tensor) -> None:
-            nonlocal tokens, documents  # of a segment on the CPU
-            losses.add(segment, nll)
-            tokens += int(segment.length.sum())
-            documents += int(segment.reset.sum())
-
         window = self.engine.accumulate(
             [self.reader.window(position.tick, segments, group) for group in self.groups],
             self.states,
             valid_tokens=valid_tokens,
             readout_group=readout_group,
-            observe=observe,
+            observe=lambda t, segment, nll: losses.add(segment, nll),
         )
         rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
         result = self.engine.step(rate)
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
-        read, started, drift, *sums = self.world.all_reduce_sum(
-            [tokens, documents, float(window.drift), *losses.sums.flatten().tolist()]
-        )
+        drift, *sums = self.world.all_reduce_sum([float(window.drift), *losses.sums.flatten().tolist()])
 
         seconds = time.perf_counter() - began
         position.add(segments=segments, tokens=valid_tokens, applied=result.applied, seconds=seconds)
         self.interval.add(
             segments=segments,
             tokens=valid_tokens,
-            input_tokens=int(read),
-            documents=int(started),
+            input_tokens=counts.input_tokens,
+            documents=counts.documents,
             applied=result.applied,
             losses=sums,
             drift=drift,
@@ -376,7 +368,7 @@ class Trainer:
             readout_group=self.chosen_group,
             corpus=self.train_corpus.fingerprint,
             anchor=crosses(self.saved.tokens, self.position.tokens, self.config.checkpoint.anchor_every_tokens),
-            vocabulary=Vocabulary.of(self.train_corpus),
+            vocabulary=self.train_corpus.vocabulary,
             config=self.config,
         )
         state = self.states[0]._make(torch.cat(column) for column in zip(*self.states, strict=True))

@@ -14,12 +14,3 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
     def token_dtype(self) -> np.dtype:
         """In which shards hold token ids: the smaller of two types that all of them fit in."""
         return np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
-
-    @classmethod
-    def of(cls, corpus) -> "Vocabulary":
-        return cls(
-            size=corpus.vocab_size,
-            bos_id=corpus.bos_id,
-            eos_id=corpus.eos_id,
-            tokenizer_sha256=corpus.tokenizer_sha256,
-        )

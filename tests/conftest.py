@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.world import World
 from tests.helpers.corpora import documents, make_corpus

@@ -2,14 +2,14 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.commands.corpus import main
-from memformer_dist.data.corpus import open_corpora
-from memformer_dist.data.open_data import lane_schedule
+from memformer_dist.data.open_data import lane_schedule, open_corpora, open_mixture
 from memformer_dist.errors import UserError
 from memformer_dist.inspect.show import open_corpus, open_run, show
 from memformer_dist.prepare.build import shard
@@ -173,10 +173,7 @@ def test_mistakes_of_the_command(arguments, problems):
 
 
 def test_over_http(corpus_dir, tmp_path, monkeypatch):
-    from memformer_dist.data import mixture
-
-    opened = mixture.open_mixture
-    monkeypatch.setattr("memformer_dist.inspect.show.open_mixture", lambda weights: opened(weights, cache=tmp_path))
+    monkeypatch.setattr("memformer_dist.inspect.show.open_mixture", partial(open_mixture, cache=tmp_path))
     sizes = dict(lanes=LANES, segment_length=LENGTH, seed=0)
     with FileServer(corpus_dir) as server:
         there = list(show(*open_corpus(server.url, "train", **sizes), lane=1, segments=range(20)))

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from memformer_dist import logs
 from memformer_dist.checkpoint import Checkpoint, open_one
-from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.open_data import as_read
-from memformer_dist.data.windows import TokenDataset
+from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.open_data import as_read, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
 from memformer_dist.metrics import AGES, Losses
@@ -89,11 +88,11 @@ def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int
     data = saved.contents.config.data
     splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
     dataset = as_read(splits[split == "valid"], data.mode, lanes)
-    expected = saved.contents.vocabulary.tokenizer_sha256
-    if dataset.tokenizer_sha256 != expected:
+    found, expected = (x.tokenizer_sha256 for x in (dataset.vocabulary, saved.contents.vocabulary))
+    if found != expected:
         raise UserError(
-            f"--corpus: {dataset.path} was made with another tokenizer than the run: found sha256"
-            f" {dataset.tokenizer_sha256[:16]}, expected {expected[:16]}"
+            f"--corpus: {dataset.path} was made with another tokenizer than the run: found sha256 {found[:16]},"
+            f" expected {expected[:16]}"
         )
     return dataset
 

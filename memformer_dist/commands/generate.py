@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import open_one
-from memformer_dist.errors import UserError, message, run_program
+from memformer_dist.errors import UserError, run_program, sentences
 from memformer_dist.generate import Generation, Sampling, TextStream
 
 
@@ -42,8 +42,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     try:
         sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     except ValidationError as error:
-        problems = [(str(item["loc"][0]).replace("_", "-"), item["input"], message(item)) for item in error.errors()]
-        raise UserError("\n".join(f"--{option}: found {found}; {text}" for option, found, text in problems)) from None
+        problems = [sentence.partition(":") for sentence in sentences(error)]
+        raise UserError("\n".join(f"--{field.replace('_', '-')}:{found}" for field, _, found in problems)) from None
     if options.save is not None and not options.save.parent.is_dir():
         raise UserError(f"--save: found no folder {options.save.parent}")
     return options, sampling

@@ -51,10 +51,8 @@ def run() -> None:
 def _train(options: argparse.Namespace) -> None:
     config = RunConfig.load(find_config(options.config), options.set, world_size())
     logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
-    data = config.data
     world = World.start()
-    cache = {"cache": data.cache, "cache_gib": data.cache_gib}
-    corpora = world.on_all_or_raise(lambda: open_data(data.corpora, mode=data.mode, lanes=data.lanes, **cache))
+    corpora = world.on_all_or_raise(lambda: open_data(config.data))
     from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
     train(config, options.run_dir, corpora, world)

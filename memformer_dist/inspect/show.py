@@ -15,11 +15,11 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.config import RunConfig
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.open_data import lane_schedule, open_data
+from memformer_dist.data.open_data import lane_schedule, open_data, open_mixture, training_schedule
 from memformer_dist.data.stream import Stream
-from memformer_dist.data.windows import TokenDataset, WindowReader
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.generate import TextStream
 from memformer_dist.segment import IGNORE, Segment
@@ -38,11 +38,11 @@ def open_corpus(
 def open_run(run_dir: Path, split: str) -> tuple[TokenDataset, LaneSchedule]:
     """What a run reads, with its settings; the validation split is laid out as one process evaluates it."""
     data = RunConfig.load(run_dir / "config.json").data
-    train, valid = open_data(data.corpora, mode=data.mode, lanes=data.lanes, cache=data.cache, cache_gib=data.cache_gib)
+    train, valid = open_data(data)
     if split == "valid":
         lanes = min(data.lanes, len(valid.lengths))
         return valid, LaneSchedule(valid.lengths, seed=0, lanes=lanes, segment_length=data.segment_length, epochs=1)
-    return train, lane_schedule(train, **data.schedule)
+    return train, training_schedule(data, train)
 
 
 def show(
@@ -99,7 +99,7 @@ def _is_predicted(segment: Segment, before: Segment | None) -> list[bool]:
 
 
 def _text(dataset: TokenDataset, segment: Segment, predicted: list[bool], tokenizer: SentencePieceProcessor) -> str:
-    length, eos_id = int(segment.length), dataset.eos_id
+    length, eos_id = int(segment.length), dataset.vocabulary.eos_id
     items = list(zip(segment.tokens[0, :length].tolist(), predicted, strict=True))
     if _ends_document(dataset, segment) and segment.labels[0, length - 1] in (eos_id, IGNORE):
         items.append((eos_id, bool(segment.labels[0, length - 1] != IGNORE)))

@@ -114,9 +114,10 @@ def shard(
         )
         workspace = Workspace(Path(os.path.abspath(output)))
         workspace.restore()
-        if (existing := find_existing(workspace.output, recipe, strict=strict, overwrite=overwrite)) is not None:
+        if is_corpus(workspace.output) and not overwrite:
+            report = existing_report(workspace.output, recipe, strict)
             workspace.remove_leftover()
-            return existing
+            return report
         with workspace.locked():
             return Build(workspace, recipe, vocabulary, raw_model, sources, ignored, strict).run(pool)
 
@@ -133,17 +134,17 @@ def _check_options(valid_fraction: float, seed: int, partition_mib: float) -> No
         raise UserError("\n".join(problems))
 
 
-def find_existing(output: Path, recipe: Recipe, *, strict: bool, overwrite: bool) -> Report | None:
-    """The report of the corpus at `output`, or None where one is to be made.
+def is_corpus(output: Path) -> bool:
+    """Whether there is a corpus, rather than nothing. Raises UserError where something else is there."""
+    if (output / RECORD).exists():
+        return True
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output: {output} exists and is not a corpus; it is not overwritten")
+    return False
 
-    Raises UserError where something else is there, or a corpus by another recipe, or a damaged one.
-    """
-    if not (output / RECORD).exists():
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise UserError(f"--output: {output} exists and is not a corpus; it is not overwritten")
-        return None
-    if overwrite:
-        return None
+
+def existing_report(output: Path, recipe: Recipe, strict: bool) -> Report:
+    """The report of an existing corpus. Raises UserError where it was made by another recipe or is damaged."""
     try:
         record = json.loads((output / RECORD).read_text())
         report: Report = record["report"]

@@ -45,7 +45,7 @@ def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> 
 
     config = RunConfig.check(raw, world.size)
     run_dir.mkdir(parents=True, exist_ok=True)
-    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
+    corpora = open_data(config.data)
     logs.start(world.rank, run_dir / logs.FILE)
     with lock_run_dir(run_dir, world):
         trainer = Trainer(config, run_dir, corpora, world)
