@@ -33,8 +33,8 @@ class Monitor:
         self.is_main = is_main
         if not is_main:
             return
-        # A purge takes all curves of a folder back to one x, hence a folder for each axis. It is needed at step 0 as well:
-        # a run killed before its first checkpoint starts from the beginning.
+        # A purge takes all curves of a folder back to one x, hence a folder for each axis. It is needed at step 0 as
+        # well: a run killed before its first checkpoint starts from the beginning.
         folder = run_dir / "tensorboard"
         self.by_step = SummaryWriter(str(folder / "steps"), purge_step=position.step + 1)
         self.by_tokens = SummaryWriter(str(folder / "tokens"), purge_step=position.tokens + 1)
