@@ -140,6 +140,8 @@ def test_gradient_of_the_example_cell_equals_full_bptt(readout_group):
         rolled_out = part == "advance" and row not in tokens[-1].tolist()
         assert len(drawn) == 1 + rolled_out
         assert torch.equal(drawn[0], drawn[-1])  # the replay repeats the rollout
+    of_segments = [masks[("advance", *row)][0] for row in tokens[:, 0].tolist()]
+    assert not any(torch.equal(mask, of_segments[0]) for mask in of_segments[1:])  # but each segment has its own
     cell.dropout.repeats = True
     assert relative_error(found, reference()) <= 1e-10
     assert relative_error(found, reference(detach=True)) > 1e-4
