@@ -1,11 +1,7 @@
-"""What several tests share: a corpus and a tiny configuration, made once a session, and a run trained with them."""
+"""Fixtures of several test modules: a corpus and a tiny configuration, made once per session, and a run trained with them."""
 
 import copy
 import json
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,51 +9,10 @@ import torch
 import torch.distributed as dist
 
 from memformer_dist.world import World
-from tokenizer.shard import shard
+from tests.helpers.corpora import documents, make_corpus
+from tests.helpers.runs import SEGMENT_LENGTH
+from tests.helpers.scripts import run_script
 from tokenizer.train import train_tokenizer
-
-ROOT = Path(__file__).parents[1]
-SEGMENT_LENGTH = 16
-
-
-def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "full: left out of the fast tier (tests/run.sh --full runs it)")
-
-
-def run_script(*command, **environment: str) -> subprocess.CompletedProcess:
-    """python COMMAND as a user would start it, in one process on the CPU."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def documents(number: int, seed: int = 0) -> list[str]:
-    """Words of a small lexicon; every third document is long, some are a word or two."""
-    generator = random.Random(seed)
-    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    lexicon = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(120)]
-    sizes = [
-        generator.randint(200, 500) if document % 3 == 0 else generator.randint(1, 25) for document in range(number)
-    ]
-    return [" ".join(generator.choices(lexicon, k=words)).capitalize() + ".\n" for words in sizes]
-
-
-def make_corpus(folder: Path, vocabulary: int = 400, seed: int = 0) -> Path:
-    """folder/corpus, written by the functions of tokenizer/."""
-    texts, model = folder / "texts", folder / "small.model"
-    texts.mkdir()
-    written = documents(40, seed)
-    for number, text in enumerate(written):
-        (texts / f"{number:02d}.txt").write_text(text)
-    model.write_bytes(train_tokenizer(written, vocab_size=vocabulary))
-    shard(folder / "corpus", model, [str(texts)], valid_fraction=0.25)
-    return folder / "corpus"
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Checkpoints survive kill -9 at any moment, tell damage from what was written, and load at another world size."""
 
 import ast
+import itertools
 import json
 import multiprocessing
-import random
+import os
 import re
-import time
+import signal
+import sys
+import threading
 
 import pytest
 import torch
@@ -20,9 +23,12 @@ from memformer_dist.errors import UserError
 from memformer_dist.progress import Position
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
-from tests.conftest import ROOT
-from tests.ranks import run_ranks
-from tests.toy import ToyCell, ToyState, random_window
+from tests.helpers import ROOT
+from tests.helpers.files import flip, truncate
+from tests.helpers.forks import start_fork
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import ToyCell, ToyState, random_window
+from tests.helpers.waiting import wait_until
 
 LANES, SEGMENT_LENGTH = 8, 6
 MODEL = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feed_forward": 12, "slots": 3}
@@ -149,42 +155,55 @@ def test_states_are_loaded_in_the_precision_of_the_cell(tmp_path, world):
 # ---- killed while saving ---------------------------------------------------------------------------------------------
 
 
-def save_for_ever(run_dir):
+def save_until(run_dir, step, touches, reached) -> None:
+    """Save, but stop before change number `touches` of the disk, report it, and wait there to be killed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = World(0, 1, torch.device("cpu"))
-    found = checkpoint.newest(run_dir, world)
-    step = found.contents.position.step if found else 0
-    while True:
-        step += 1
-        save(run_dir, world, step)
+    world, left, fsync = World(0, 1, torch.device("cpu")), touches, os.fsync
+
+    def touch() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            reached.set()
+            threading.Event().wait()
+
+    def audit(event: str, arguments: tuple) -> None:
+        written = event == "open" and str(arguments[0]).startswith(str(run_dir)) and arguments[2] & os.O_CREAT
+        if written or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            touch()
+
+    sys.addaudithook(audit)
+    os.fsync = lambda handle: (touch(), fsync(handle))  # of which there is no audit event
+    save(run_dir, world, step)
 
 
 def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, world, capfd):
-    """SIGKILL until six have come in the middle of a save; each new process goes on from what it finds."""
-    context = multiprocessing.get_context("forkserver")  # which imports once, so that a start takes no second
-    context.set_forkserver_preload(["tests.test_checkpoint"])
-    generator, kills, interrupted, last = random.Random(0), 0, 0, 0
-    while interrupted < 6:
-        kills += 1
-        assert kills <= 60, "the kills do not come while it is saving"
-        saver = context.World(target=save_for_ever, args=(tmp_path,))
-        saver.start()
-        first, deadline = f"step-{last + 1:08d}", time.monotonic() + 60
-        while not (tmp_path / "checkpoints" / first).exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0, 0.05))
-        saver.kill()
-        saver.join()
-        assert saver.exitcode == -9
-        interrupted += any(name.startswith("partial-") for name in names(tmp_path))
+    """SIGKILL before every change of the disk that a save makes; each new process resumes from what it finds."""
+    context, interrupted = multiprocessing.get_context("forkserver"), 0
+    save(tmp_path, world, 1)
+    for touches in itertools.count(1):
+        reached = context.Event()
+        step = checkpoint.newest(tmp_path, world).contents.position.step
+        saver = start_fork(save_until, tmp_path, step + 1, touches, reached)
+        try:
+            wait_until(lambda: reached.is_set() or saver.exitcode is not None)
+        finally:
+            saver.kill()
+            saver.join()
         saved = checkpoint.newest(tmp_path, world)
-        step = saved.contents.position.step
-        assert step > last
-        assert_of_step(saved, step)
-        last = step
+        found = saved.contents.position.step
+        assert_of_step(saved, found)
+        if not reached.is_set():
+            break
+        assert saver.exitcode == -signal.SIGKILL
+        assert found in (step, step + 1)
+        interrupted += any(name.startswith("partial-") for name in names(tmp_path))
+    assert (saver.exitcode, found) == (0, step + 1)
+    assert touches > 12
+    assert interrupted >= 6
     assert "passed over" not in capfd.readouterr().err  # whatever has its name is whole
-    save(tmp_path, world, last + 1)
+    save(tmp_path, world, found + 1)
     assert not any(name.startswith("partial-") for name in names(tmp_path))
 
 
@@ -235,16 +254,6 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, worl
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
-
-
-def flip(path, place: int = -1) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[place] ^= 1
-    path.write_bytes(raw)
-
-
-def truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def append(path) -> None:

@@ -16,9 +16,7 @@ from memformer_dist.data import format as shards
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.format import SplitWriter
 from memformer_dist.errors import CorpusError, UserError
-from memformer_dist.vocabulary import Vocabulary
-
-VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
+from tests.helpers.corpora import VOCABULARY, check, write_split
 
 
 def random_documents(number=20, vocab_size=1000, seed=0):
@@ -28,22 +26,9 @@ def random_documents(number=20, vocab_size=1000, seed=0):
     return documents, masks
 
 
-def write(path, documents, masks=None, *, shard_tokens=10**6, **facts):
-    with SplitWriter(
-        path, VOCABULARY.model_copy(update=facts), has_mask=masks is not None, shard_tokens=shard_tokens
-    ) as writer:
-        for number, document in enumerate(documents):
-            writer.add(document, masks and masks[number])
-    return path
-
-
-def check(corpus, document):
-    corpus.check(*np.array([[document], [0], [1]]))
-
-
 @pytest.fixture
 def split(tmp_path):
-    return write(tmp_path / "train", *random_documents(), shard_tokens=800)
+    return write_split(tmp_path / "train", *random_documents(), shard_tokens=800)
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -52,7 +37,13 @@ def test_reads_back(tmp_path, vocab_size, dtype, has_mask):
     documents, masks = random_documents(vocab_size=vocab_size)
     documents[3][:] = vocab_size - 1
     corpus = Corpus.open(
-        write(tmp_path / "a", documents, masks if has_mask else None, size=vocab_size, shard_tokens=800)
+        write_split(
+            tmp_path / "a",
+            documents,
+            masks if has_mask else None,
+            vocabulary=VOCABULARY.model_copy(update={"size": vocab_size}),
+            shard_tokens=800,
+        )
     )
     assert len(corpus.manifest.shards) > 2 and corpus.lengths.tolist() == list(map(len, documents))
     assert corpus.total_tokens == sum(map(len, documents)) and corpus.has_mask == has_mask
@@ -69,7 +60,7 @@ def test_reads_back(tmp_path, vocab_size, dtype, has_mask):
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), shard_tokens=st.integers(1, 100))
 def test_shards_are_filled_by_tokens(tmp_path_factory, lengths, shard_tokens):
-    path = write(
+    path = write_split(
         tmp_path_factory.mktemp("corpus") / "a", [np.full(length, 7) for length in lengths], shard_tokens=shard_tokens
     )
     shards = Corpus.open(path).manifest.shards
@@ -96,8 +87,8 @@ def test_webdataset_reads_the_shards(split):
 
 
 def test_same_documents_same_bytes(tmp_path, split):
-    again = write(tmp_path / "again", *random_documents(), shard_tokens=800)
-    other = write(tmp_path / "other", *random_documents(seed=1), shard_tokens=800)
+    again = write_split(tmp_path / "again", *random_documents(), shard_tokens=800)
+    other = write_split(tmp_path / "other", *random_documents(seed=1), shard_tokens=800)
     assert sorted(path.name for path in split.iterdir()) == sorted(path.name for path in again.iterdir())
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in split.iterdir())
     assert Corpus.open(split).fingerprint == Corpus.open(again).fingerprint != Corpus.open(other).fingerprint
@@ -196,7 +187,7 @@ def test_nothing_half_written_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
     killed = SplitWriter(tmp_path / "a", VOCABULARY)  # a run that is killed leaves what the next one removes
     killed.add(np.array([5]))
-    write(tmp_path / "a", [np.array([6, 7])])
+    write_split(tmp_path / "a", [np.array([6, 7])])
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and Corpus.open(tmp_path / "a").lengths.tolist() == [2]
     with pytest.raises(UserError, match="exists already"):
         SplitWriter(tmp_path / "a", VOCABULARY)

@@ -17,8 +17,8 @@ from memformer_dist.data.corpus import open_corpora
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.optimizer import learning_rate
-from tests.ranks import run_ranks
-from tests.test_train import last_checkpoint, records, run_rank, settings, tensors
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import last_checkpoint, records, run_rank, settings, tensors
 
 
 def plan(window) -> Window:

@@ -185,9 +185,14 @@ def test_damaged_files(tmp_path):
     (tmp_path / "f.txt.gz").write_bytes(garbled)
     documents = list(read_documents(file.name for file in discover([tmp_path]).files))
     bad = [document for document in documents if document.unreadable]
-    assert [
-        Path(document.source).name for document in bad
-    ] == "a.txt b.txt.gz c.txt.gz d.jsonl.gz e.txt.gz f.txt.gz".split()
+    assert [Path(document.source).name for document in bad] == [
+        "a.txt",
+        "b.txt.gz",
+        "c.txt.gz",
+        "d.jsonl.gz",
+        "e.txt.gz",
+        "f.txt.gz",
+    ]
     lines = [document for document in documents if document.source.endswith("d.jsonl.gz")]
     # The lines before the damage are read; the damage itself is one entry.
     assert [line.text for line in lines[:-1]] == [str(number) for number in range(len(lines) - 1)] and len(lines) > 100

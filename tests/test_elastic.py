@@ -12,7 +12,7 @@ from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.segment import concatenate
-from tests.test_mixture import write
+from tests.helpers.corpora import random_split
 
 LANES, WORLD_SIZES, OFFSETS, TICKS = 12, (1, 2, 3, 4, 6, 12), 500, 600
 
@@ -23,7 +23,7 @@ def random_corpus(folder, seed):
 
     def some(name):
         lengths = [generator.choice((1, 3, 9, 40)) + generator.randrange(6) for _ in range(generator.randint(13, 60))]
-        return write(folder / name, lengths, masked=name == "masked", seed=seed)[0]
+        return random_split(folder / name, lengths, masked=name == "masked", seed=seed)[0]
 
     kind = ("masked", "mixture", "stream", "grouped")[seed % 4]
     settings = dict(seed=seed, lanes=LANES, segment_length=generator.randint(2, 9))

@@ -1,148 +1,23 @@
 """Memory replay through DeepSpeed on two ranks against full back-propagation in one process over the same global batch."""
 
-import math
-
 import pytest
 import torch
 
-from memformer_dist.optimizer import OptimizerConfig
-from memformer_dist.segment import select_rows
-from tests.ranks import run_ranks
-from tests.test_mrbp import memformer
-from tests.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window, seeded_call
-
-WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
-STAGES = (0, 1, 2, 3)
-
-
-def new_cell(name):
-    torch.manual_seed(5)
-    cell = ToyCell() if name == "toy" else memformer(name)
-    for module in cell.modules():
-        if hasattr(module, "dropout") and isinstance(module.dropout, float):
-            module.dropout = 0.0
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return cell
-
-
-def windows(steps):
-    return [random_window(SEGMENTS, LANES, LENGTH, seed=step) for step in range(steps)]
-
-
-class Rows:
-    """Some lanes of a window, with the `start` that the engine seeds dropout by."""
-
-    def __init__(self, window, rows, start):
-        self.window, self.rows, self.start = window, rows, start
-
-    def __len__(self):
-        return len(self.window)
-
-    def __getitem__(self, t):
-        return select_rows(self.window[t], self.rows)
-
-
-def make_optimizer(kind, cell, learning_rate):
-    if kind == "sgd":
-        return torch.optim.SGD(cell.parameters(), lr=learning_rate)
-    from memformer_dist.optimizer import adamw
-
-    return adamw(cell, OptimizerConfig(learning_rate=learning_rate, weight_decay=0.1))
-
-
-def reference_run(name, kind, learning_rate, steps, clipping=0.0):
-    """Plain torch, one process, full BPTT: losses, gradient norms and the parameters at the end."""
-    cell = new_cell(name)
-    optimizer = make_optimizer(kind, cell, learning_rate)
-    state, losses, norms = cell.empty_state(LANES), [], []
-    for window in windows(steps):
-        optimizer.zero_grad()
-        state, loss = full_bptt(seeded_call(cell), window, state, loss_scale=1 / labels_in(window))
-        norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), clipping or float("inf"))
-        optimizer.step()
-        losses.append(float(loss))
-        norms.append(float(norm))
-    return losses, norms, dict(cell.named_parameters())
-
-
-def engine_run(
-    world,
-    name,
-    kind,
-    learning_rate,
-    steps,
-    *,
-    stage,
-    groups=1,
-    readout_group=1,
-    readout_parts=1,
-    clipping=0.0,
-    engine=None,
-    skip=(),
-    between=lambda engine: None,
-):
-    """The same through the engine; `groups` lane groups a rank. Steps in `skip` see a window whose loss is not finite;
-    `between(engine)` is called after each."""
-    from memformer_dist.zero.engine import Engine
-
-    if engine is None:
-        cell = new_cell(name)
-        settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(
-            cell, make_optimizer(kind, cell, learning_rate), world, settings=settings, gradient_clipping=clipping
-        )
-    share = LANES // world.size // groups
-    states = [engine.module.empty_state(share) for _ in range(groups)]
-    losses, norms = [], []
-    for step, window in enumerate(windows(steps)):
-        total = 0.0
-
-        def observe(t, segment, nll):
-            nonlocal total
-            total += float(nll.double().sum())
-
-        first = world.rank * share * groups
-        parts = [
-            Rows(window, slice(first + g * share, first + (g + 1) * share), start=step * SEGMENTS)
-            for g in range(groups)
-        ]
-        if step in skip:  # a memory that is not finite, on one rank alone: all of them must drop the step
-            factor = float("nan") if world.rank == 1 else 1.0
-            poisoned = [state._replace(memory=state.memory * factor) for state in states]
-            started = [segment._replace(reset=torch.zeros_like(segment.reset)) for segment in window]
-            read = [Rows(started, part.rows, part.start) for part in parts]
-            engine.accumulate(read, poisoned, valid_tokens=labels_in(window), readout_group=readout_group)
-            result = engine.step(learning_rate)
-            assert not result.applied and not math.isfinite(result.gradient_norm)
-        accumulated = engine.accumulate(
-            parts,
-            states,
-            valid_tokens=labels_in(window),
-            readout_group=readout_group,
-            readout_parts=readout_parts,
-            observe=observe,
-        )
-        states = accumulated.states
-        result = engine.step(learning_rate)
-        assert result.applied and accumulated.drift == 0
-        losses.append(world.all_reduce_sum([total])[0] / labels_in(window))
-        norms.append(result.gradient_norm)
-        between(engine)
-    return losses, norms, engine
-
-
-def weights_of(engine):
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if engine.zero_stage == 0:
-        return {name: parameter.detach() for name, parameter in engine.module.named_parameters()}
-    return {name: safe_get_full_fp32_param(parameter) for name, parameter in engine.module.named_parameters()}
-
-
-def largest_difference(found, expected):
-    return max(float((found[name] - expected[name]).detach().abs().max()) for name in expected)
-
+from tests.helpers.engines import (
+    STAGES,
+    WORLD,
+    Rows,
+    Scale,
+    engine_run,
+    largest_difference,
+    make_engine,
+    make_optimizer,
+    new_cell,
+    ones_and_crumbs,
+    reference_run,
+    weights_of,
+)
+from tests.helpers.ranks import run_ranks
 
 # ---- parameters after several SGD steps, every stage ---------------------------------------------------------------------
 
@@ -209,7 +84,6 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
 
 
 def moments_rank(world):
-    from memformer_dist.zero.engine import Engine
 
     saved = {}
     for stage in STAGES:
@@ -230,7 +104,7 @@ def moments_rank(world):
         cell = new_cell("toy")
         for name, parameter in cell.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("adamw", cell, 1e-2), world, settings={"zero_optimization": {"stage": stage}}
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
@@ -239,7 +113,7 @@ def moments_rank(world):
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        fresh = Engine(
+        fresh = make_engine(
             forgetful,
             make_optimizer("adamw", forgetful, 1e-2),
             world,
@@ -258,9 +132,8 @@ def no_update_rank(world):
     for stage in STAGES:
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        from memformer_dist.zero.engine import Engine
 
-        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
         found = list(engine.tensors())
         assert len(found) == len(list(cell.parameters()))
         assert all(
@@ -280,42 +153,13 @@ def test_a_checkpoint_before_the_first_update():
 # ---- accumulation in bf16 ------------------------------------------------------------------------------------------------
 
 
-class Scale(ToyCell):
-    """One weight w, loss w * x: the gradient is the sum of the x of all segments, here 1 and 65 times 2^-9.
-
-    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000; and the sum, 1.126953125, is
-    1.125 there, so a reduction in bf16 shows as well.
-    """
-
-    def __init__(self):
-        super().__init__()
-        del self.embedding, self.mix, self.write, self.initial, self.head
-        self.weight = torch.nn.Linear(1, 1, bias=False)
-        self.weight.weight.data.fill_(1.0)
-
-    def advance(self, segment, state):
-        return ToyFeatures(state.memory, state.seen), state._replace(seen=state.seen + 1)
-
-    def readout(self, segment, features):
-        value = torch.where(segment.tokens == 1, 1.0, 2.0**-9)[..., None]
-        product = self.weight(value.to(self.weight.weight.dtype))
-        self.computed_in = product.dtype
-        return product.squeeze(-1).float()
-
-
-def ones_and_crumbs() -> list:
-    """The big contribution is replayed first: it is the last segment's."""
-    tick = random_window(1, 1, 1, seed=0)[0]
-    crumb, one = (tick._replace(tokens=torch.full((1, 1), token)) for token in (2, 1))
-    return [crumb] * 65 + [one]
-
-
 def accumulated_gradient(world, settings: dict, precision: str) -> float:
     """What one step of SGD at learning rate 1 takes off the weight."""
-    from memformer_dist.zero.engine import Engine
 
     cell = Scale()
-    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision)
+    engine = make_engine(
+        cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision
+    )
     window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
     engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=world.size)
     engine.step(1.0)
@@ -363,13 +207,11 @@ def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
 def many_backwards_rank(world):
     import contextlib
 
-    from memformer_dist.zero.engine import Engine
-
     expected = reference_run("toy", "sgd", 0.2, steps=4)[2]
     for stage in (1, 2):
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
         engine.reduction.of_a_step = contextlib.nullcontext
         engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
@@ -387,13 +229,12 @@ def test_backwards_outside_one_reduction_are_wrong():
 
 
 def other_reductions_rank(world, name, cases):
-    from memformer_dist.zero.engine import Engine
 
     _, norms, expected = reference_run(name, "sgd", 0.2, steps=3)
     for stage, reduce, overlap, groups, readout_group in cases:
         cell = new_cell(name)
         zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}  # many buckets
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("sgd", cell, 0.2), world, settings={"zero_optimization": zero}, reduce=reduce
         )
         _, found_norms, _ = engine_run(

@@ -9,8 +9,10 @@ import pytest
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from tests.conftest import SEGMENT_LENGTH, make_corpus, run_script
-from tests.ranks import run_ranks
+from tests.helpers.corpora import make_corpus
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import SEGMENT_LENGTH
+from tests.helpers.scripts import run_script
 from tokenizer.shard import shard
 
 

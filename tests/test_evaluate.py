@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from memformer_dist.data.corpus import Corpus
-from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import ROOT, make_corpus, run_script
-from tests.ranks import run_ranks
-from tests.test_mrbp import memformer
-from tests.toy import VOCABULARY, ToyCell
+from tests.helpers import ROOT
+from tests.helpers.corpora import make_corpus, write_split
+from tests.helpers.memformer import memformer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.scripts import run_script
+from tests.helpers.toy import VOCABULARY, ToyCell
 
 LENGTH = 6  # of a segment
-EOS = 2
 LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
-TOKENIZER = Vocabulary(size=VOCABULARY, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
+TOKENIZER = Vocabulary(size=VOCABULARY, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 EXACT = 1e-12  # relative, in float64
 
 
@@ -45,16 +45,9 @@ def random_documents(lengths=LENGTHS, seed=0) -> tuple[list[np.ndarray], list[np
     return tokens, masks
 
 
-def write(path, tokens, masks=None) -> Corpus:
-    with SplitWriter(path, TOKENIZER, has_mask=masks is not None) as writer:
-        for number, document in enumerate(tokens):
-            writer.add(document, masks and masks[number])
-    return Corpus.open(path)
-
-
 @pytest.fixture
 def corpus(tmp_path) -> Corpus:
-    return write(tmp_path / "valid", random_documents()[0])
+    return Corpus.open(write_split(tmp_path / "valid", random_documents()[0], vocabulary=TOKENIZER))
 
 
 def run(cell, corpus, world, *, lanes=4, **options):
@@ -75,7 +68,7 @@ class Row(NamedTuple):
 
 def cut(document, mask, age: int, *, reset: bool, reset_memory: bool = False) -> Segment:
     """A segment of one lane, cut out and padded here once more."""
-    following = [*document[1:], EOS]
+    following = [*document[1:], TOKENIZER.eos_id]
     tokens, labels, start = [0] * LENGTH, [IGNORE] * LENGTH, age * LENGTH
     real = min(LENGTH, len(document) - start)
     for i in range(real):
@@ -163,7 +156,8 @@ def assert_equal(found: Losses, rows: list[Row]) -> None:
 def test_every_token_weighs_alike(tmp_path, world, cell_name, masked):
     tokens, masks = random_documents()
     masks = masks if masked else None
-    corpus, cell = write(tmp_path / "valid", tokens, masks), new_cell(cell_name)
+    corpus = Corpus.open(write_split(tmp_path / "valid", tokens, masks, vocabulary=TOKENIZER))
+    cell = new_cell(cell_name)
     found = run(cell, corpus, world)
     assert tuple(found) == MODES
     for mode in ("carried", "no_memory", "no_state"):
@@ -240,10 +234,10 @@ def test_shuffled_reads_the_memory_of_the_next_lane(corpus, world, cell_name):
 
 def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, world):
     cell, document = new_cell("encoder_decoder"), random_documents()[0][2]
-    found = run(cell, write(tmp_path / "copies", [document] * 4), world)
+    found = run(cell, Corpus.open(write_split(tmp_path / "copies", [document] * 4, vocabulary=TOKENIZER)), world)
     assert found["shuffled"] == found["carried"] != found["no_memory"]
     reversed_once = [document, document, document, document[::-1]]
-    found = run(cell, write(tmp_path / "others", reversed_once), world)
+    found = run(cell, Corpus.open(write_split(tmp_path / "others", reversed_once, vocabulary=TOKENIZER)), world)
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
 
 

@@ -17,9 +17,10 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
-from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import documents, run_script
-from tests.server import ALWAYS, FileServer
+from tests.helpers.corpora import VOCABULARY, documents
+from tests.helpers.files import flip
+from tests.helpers.http import ALWAYS, FileServer
+from tests.helpers.scripts import run_script
 from tokenizer.shard import shard
 from tokenizer.train import train_tokenizer
 
@@ -28,7 +29,6 @@ SHARDS, PER_SHARD, TOKENS = 6, 5, 100
 TICKS = 80  # in which every shard is met
 NAME = "shard-000003.tar"  # the one to harm
 HARMED = 3 * PER_SHARD + 1  # a document in it
-VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 def write(split, seed):
@@ -68,15 +68,6 @@ def equal(one, another):
 
 def first_tick_of(reader, documents):
     return next(t for t in range(reader.schedule.ticks) if np.isin(reader.schedule.at(t).document, documents).any())
-
-
-def flip(file, byte):
-    """In place, as a failing disk does it."""
-    with file.open("r+b") as stream:
-        stream.seek(byte)
-        raw = stream.read(1)[0] ^ 1
-        stream.seek(byte)
-        stream.write(bytes([raw]))
 
 
 def flip_tokens(split, other):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling, TextStream
-from tests.test_memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
+from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
 from tokenizer.train import train_tokenizer
 
 EOS = 2

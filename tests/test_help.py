@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("launch", "tokenizer") for path in (ROOT / folder).glob("*.py")

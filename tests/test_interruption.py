@@ -15,8 +15,10 @@ import pytest
 from memformer_dist.errors import UserError
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
-from tests.conftest import ROOT, documents
-from tests.preparation import SHARD, command, environment, mib, run, tree
+from tests.helpers import ROOT
+from tests.helpers.corpora import documents, mib
+from tests.helpers.files import tree
+from tests.helpers.scripts import SHARD, program_environment, run_command, shard_command
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -86,15 +88,15 @@ def units_finished(output: Path, step: str = "encoded") -> int:
 @pytest.mark.parametrize("step, finished", [("encoded", 0), ("encoded", 9), ("shards", 1)])
 def test_killed_and_started_again(tmp_path, texts, model_file, whole, step, finished):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
-    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=program_environment())
     begun = output.with_name("corpus.partial") / "sharding.json"
     until(lambda: begun.exists() and units_finished(output, step) >= finished, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     assert not output.exists()
-    again = run(*start)
+    again = run_command(*start)
     assert again.returncode == 0, again.stderr
     assert finished == 0 or "were finished by an earlier run" in again.stderr
     assert tree(output) == whole
@@ -108,13 +110,15 @@ def workers_of(process) -> list[psutil.Process]:
 
 def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
-    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
+    process = subprocess.Popen(
+        start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=program_environment()
+    )
     until(lambda: units_finished(output) >= 1, process)
     workers_of(process)[0].kill()
     _, told = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker process died" in told and "Traceback" not in told
-    again = run(*start)
+    again = run_command(*start)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
@@ -122,14 +126,14 @@ def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole)
 def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers, interrupt):
     """Sent to all as a terminal does, or to the main process alone."""
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", workers)
+    start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", workers)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(start, **pipes, env=environment(), start_new_session=True)
+    process = subprocess.Popen(start, **pipes, env=program_environment(), start_new_session=True)
     until(lambda: units_finished(output) >= 1, process)
     interrupt(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 130 and told.strip() == "stopped; the same command goes on from there"
-    again = run(*start)
+    again = run_command(*start)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
@@ -233,24 +237,24 @@ def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
 def test_under_mpi(tmp_path, texts, model_file, whole):
     start = [MPIRUN, "-iface", "lo", "-n", "3"]
     arguments = "--input", texts, "--partition-mib", mib(200_000)
-    done = run(*start, *command(tmp_path / "corpus", model_file, *arguments))
+    done = run_command(*start, *shard_command(tmp_path / "corpus", model_file, *arguments))
     assert done.returncode == 0 and done.stdout.count("padding at 128") == 1, done.stderr
     assert tree(tmp_path / "corpus") == whole
-    mistake = run(*start, *command(tmp_path / "x", model_file, "--input", tmp_path / "nowhere"))
+    mistake = run_command(*start, *shard_command(tmp_path / "x", model_file, "--input", tmp_path / "nowhere"))
     assert mistake.returncode == 2 and mistake.stderr.count("nowhere") == 1 and "Traceback" not in mistake.stderr
 
 
 def test_a_rank_that_dies_ends_the_job(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
-    start = command(output, model_file, "--input", texts, "--partition-mib", mib(200_000))
+    start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([MPIRUN, "-iface", "lo", "-n", "3", *start], **pipes, env=environment())
+    process = subprocess.Popen([MPIRUN, "-iface", "lo", "-n", "3", *start], **pipes, env=program_environment())
     until(lambda: units_finished(output) >= 1, process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
     ranks[-1].kill()
     told, _ = process.communicate(timeout=20)
     assert process.returncode != 0 and "BAD TERMINATION" in told
-    again = run(*start)  # without MPI: what is finished is finished
+    again = run_command(*start)  # without MPI: what is finished is finished
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 

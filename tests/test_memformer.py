@@ -16,59 +16,22 @@ from torch import nn
 
 from memformer_dist.cells.memformer import (
     BiasedMemoryNormalisation,
-    DecoderState,
     Memformer,
     MemformerConfig,
     MemformerState,
 )
 from memformer_dist.segment import IGNORE, Segment, select_rows
-
-VOCABULARY, BOS, SIZE = 11, 1, 5  # SIZE: tokens of a segment
-SMALL = {"width": 8, "decoder_layers": 2, "heads": 2, "feed_forward": 12, "slots": 3, "dropout": 0.0}
-LAYOUTS = {"encoder_decoder": {"encoder_layers": 2}, "decoder": {"layout": "decoder", "encoder_layers": 0}}
-
-
-def make(layout: str = "encoder_decoder", dtype=torch.float64, **fields) -> Memformer:
-    """A small cell with weights large enough that every term matters, norms and biases included."""
-    torch.manual_seed(0)
-    config = MemformerConfig(**{**SMALL, **LAYOUTS[layout], **fields})
-    cell = Memformer(config, vocab_size=VOCABULARY, bos_id=BOS, segment_length=SIZE).to(dtype)
-    with torch.no_grad():
-        for parameter in cell.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return cell
-
-
-def make_segment(length, reset=None, reset_memory=None, seed=0) -> Segment:
-    """Random text; padded rows hold what the reader writes there, token 0 and label IGNORE."""
-    lanes = len(length)
-    generator = torch.Generator().manual_seed(seed)
-    length = torch.tensor(length)
-    padding = torch.arange(SIZE) >= length[:, None]
-    tokens, labels = (torch.randint(VOCABULARY, (lanes, SIZE), generator=generator) for _ in range(2))
-    flags = [torch.tensor(flag or [False] * lanes) for flag in (reset, reset_memory)]
-    numbers = torch.zeros(lanes, dtype=torch.int64)
-    tokens, labels = tokens.masked_fill(padding, 0), labels.masked_fill(padding, IGNORE)
-    return Segment(tokens, labels, length, *flags, numbers, numbers)
-
-
-def random_state(cell: Memformer, lanes: int):
-    state = cell.empty_state(lanes)
-    memory = F.normalize(torch.randn(state.memory.shape, dtype=state.memory.dtype), dim=-1)
-    if isinstance(state, DecoderState):
-        return DecoderState(memory)
-    return MemformerState(memory, torch.randint(VOCABULARY, (lanes, SIZE)), torch.full((lanes,), SIZE))
-
-
-# Five ticks of three lanes: short segments (one of which goes on, so that its padding is read as context), documents
-# that begin in the middle, a forgotten memory, a lane that runs dry.
-TICKS = [
-    make_segment([5, 3, 5], reset=[True, True, True], seed=1),
-    make_segment([5, 5, 5], reset=[False, True, False], seed=2),
-    make_segment([2, 5, 5], reset_memory=[False, False, True], seed=3),
-    make_segment([5, 5, 0], reset=[False, True, False], seed=4),
-    make_segment([5, 5, 0], seed=5),
-]
+from tests.helpers.memformer import (
+    BOS,
+    LAYOUTS,
+    SIZE,
+    TICKS,
+    VOCABULARY,
+    make,
+    make_segment,
+    random_state,
+    run_cell,
+)
 
 
 class Reference:
@@ -179,7 +142,7 @@ class Reference:
         length, reset = int(segment.length[lane]), bool(segment.reset[lane])
         if reset or segment.reset_memory[lane]:
             memory = self.initial()
-        if reset or (segment.reset_memory[lane] and self.mistake == "forget drops the context"):
+        if reset or (segment.reset_memory[lane] and self.mistake == "a reset memory drops the context"):
             context = [BOS]
         causal = lambda i, j: j <= i  # noqa: E731
         everywhere = lambda i, j: True  # noqa: E731
@@ -220,14 +183,6 @@ class Reference:
                 trace.append((nll, memory))
             lanes.append([torch.stack(column) for column in zip(*trace)])
         return [torch.stack(column, dim=1) for column in zip(*lanes)]
-
-
-def run_cell(cell: Memformer, ticks: list[Segment]):
-    state, trace = cell.empty_state(len(ticks[0].length)), []
-    for segment in ticks:
-        features, state = cell("advance", segment, state)
-        trace.append((cell("readout", segment, features), state.memory))
-    return [torch.stack(column) for column in zip(*trace)]
 
 
 def difference(found, expected) -> float:
@@ -286,7 +241,7 @@ ENCODER_MISTAKES = {
     "padding is decoded",
     "decoder reads the memory",
     "the segment itself is encoded",
-    "forget drops the context",
+    "a reset memory drops the context",
 }
 
 
@@ -331,7 +286,7 @@ def test_initial_bias_has_the_norm_asked_for():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("flag", ["reset", "forget"])
+@pytest.mark.parametrize("flag", ["reset", "reset_memory"])
 def test_a_reset_inside_advance_trains_the_initial_memory(layout, flag):
     cell = make(layout)
     for value in (True, False):

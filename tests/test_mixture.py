@@ -10,8 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data.corpus import Corpus
-from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.open_data import lane_schedule
@@ -20,26 +18,9 @@ from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.segment import IGNORE
-from memformer_dist.vocabulary import Vocabulary
+from tests.helpers.corpora import EOS, VOCABULARY, random_split
 
-EOS = 2
 weights = st.sampled_from([Fraction(n) for n in ("1", "2", "1/2", "5/2", "1/3", "0.7", "3")])
-
-
-def write(path, lengths, masked=False, seed=0, tokenizer="x", shard_tokens=50):
-    """Returns (corpus, documents, masks)."""
-    generator = np.random.default_rng(seed)
-    documents = [generator.integers(4, 1000, length) for length in lengths]
-    masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(
-        path,
-        Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256=tokenizer),
-        has_mask=masked,
-        shard_tokens=shard_tokens,
-    ) as writer:
-        for document, mask in zip(documents, masks):
-            writer.add(document, mask if masked else None)
-    return Corpus.open(path), documents, masks
 
 
 # ---- orders --------------------------------------------------------------------------------------------------------------
@@ -91,7 +72,7 @@ def test_shards_are_read_in_groups():
 
 def mixture_of(tmp_path, masked=(False, True)):
     made = {"a": ([13, 1, 5, 10], masked[0], 0), "b": ([7, 30, 2], masked[1], 1)}
-    parts = [write(tmp_path / name, *facts, shard_tokens=20) for name, facts in made.items()]
+    parts = [random_split(tmp_path / name, *facts, shard_tokens=20) for name, facts in made.items()]
     mixture = Mixture([corpus for corpus, *_ in parts], [Fraction(1), Fraction(2)])
     return mixture, [d for _, documents, _ in parts for d in documents], [m for *_, masks in parts for m in masks]
 
@@ -135,7 +116,7 @@ def test_a_mixture_knows_what_it_is_made_of(tmp_path):
     assert Mixture([one, other], [Fraction(1), Fraction(2)]).fingerprint == mixture.fingerprint
     prints = {Mixture([one, other], [Fraction(2), Fraction(1)]).fingerprint, mixture.fingerprint, one.fingerprint}
     assert len(prints) == 3
-    foreign, *_ = write(tmp_path / "c", [3], tokenizer="y")
+    foreign, *_ = random_split(tmp_path / "c", [3], vocabulary=VOCABULARY.model_copy(update={"tokenizer_sha256": "y"}))
     with pytest.raises(UserError, match="another tokenizer than"):
         Mixture([one, foreign], [Fraction(1)] * 2)
 
@@ -158,7 +139,7 @@ def test_min_tokens(tmp_path):
     segment_length=st.integers(1, 9),
 )
 def test_a_stream_is_all_documents_joined(tmp_path_factory, lengths, lanes, segment_length):
-    corpus, documents, _ = write(tmp_path_factory.mktemp("stream") / "a", lengths)
+    corpus, documents, _ = random_split(tmp_path_factory.mktemp("stream") / "a", lengths)
     text = np.concatenate([[*document, EOS] for document in documents]).astype(int)[:-1]
     if len(text) < lanes:
         with pytest.raises(UserError, match=f"data.lanes: {lanes} lanes for a text of {len(text)} tokens"):
@@ -178,7 +159,7 @@ def test_a_stream_is_all_documents_joined(tmp_path_factory, lengths, lanes, segm
 
 
 def test_a_stream_checks_what_it_reads(tmp_path):
-    corpus, *_ = write(tmp_path / "a", [40, 3, 50, 2, 60])
+    corpus, *_ = random_split(tmp_path / "a", [40, 3, 50, 2, 60])
     stream = Stream(corpus, 3)
     seen = []
     corpus._compare = seen.append
@@ -190,14 +171,14 @@ def test_a_stream_checks_what_it_reads(tmp_path):
 
 
 def test_a_stream_has_no_masks(tmp_path):
-    corpus, *_ = write(tmp_path / "a", [40, 3], masked=True)
+    corpus, *_ = random_split(tmp_path / "a", [40, 3], masked=True)
     with pytest.raises(UserError, match="data.mode"):
         Stream(corpus, 2)
 
 
 def test_segments_of_a_stream_are_tensors_of_a_corpus(tmp_path):
     """The training loop sees no difference."""
-    corpus, *_ = write(tmp_path / "a", [40, 3])
+    corpus, *_ = random_split(tmp_path / "a", [40, 3])
     for documents in (corpus, Stream(corpus, 2)):
         schedule = LaneSchedule(documents.lengths, lanes=2, segment_length=5)
         segment = WindowReader(documents, schedule, lanes=range(2)).segment(0)
@@ -206,7 +187,7 @@ def test_segments_of_a_stream_are_tensors_of_a_corpus(tmp_path):
 
 
 def test_weights_that_deal_nothing(tmp_path):
-    corpus, *_ = write(tmp_path / "a", [3, 4])
+    corpus, *_ = random_split(tmp_path / "a", [3, 4])
     facts = dict(seed=0, lanes=1, segment_length=2)
     with pytest.raises(UserError, match="data.corpus: an epoch deals 0.98 documents; expected weights that make at"):
         lane_schedule(Mixture([corpus], [Fraction("0.49")]), **facts)

@@ -17,6 +17,7 @@ from memformer_dist import monitor
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.monitor import Monitor
 from memformer_dist.progress import Position
+from tests.helpers.runs import metrics
 
 STEP_TOKENS = 1000
 
@@ -54,13 +55,6 @@ def curve(folder, name: str) -> list[tuple[int, float]]:
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
 
 
-def records(run_dir) -> list[dict]:
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 INTERRUPTED = {
     "never": [(0, 6)],
     "stopped and saved": [(0, 3), (3, 6)],
@@ -81,7 +75,7 @@ def test_every_point_once(parts, train, tmp_path):
         assert curve(folder, f"{prefix}loss/train") == [(x * step, value(step)) for step in steps]
         assert curve(folder, f"{prefix}perf/step_s") == [(x * step, step) for step in steps]
         assert len(EventAccumulator(str(folder)).Reload().Tags()["scalars"]) == 2
-    assert [(r["step"], r["tokens"], r["loss/train"]) for r in records(tmp_path)] == [
+    assert [(r["step"], r["tokens"], r["loss/train"]) for r in metrics(tmp_path)] == [
         (step, STEP_TOKENS * step, value(step)) for step in steps
     ]
 
@@ -106,17 +100,17 @@ def test_last_record_torn(train, tmp_path):
     for left in (len(whole) - 1, len(whole) - 20):  # even where only the newline is missing
         metrics.write_text(whole[:left])
         train(4, 6)
-        assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+        assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     metrics.write_text(whole[:20])
     train(0, 1)
-    assert [record["step"] for record in records(tmp_path)] == [1]
+    assert [record["step"] for record in metrics(tmp_path)] == [1]
 
 
 def test_values_that_are_not_finite(train, tmp_path):
     running = train(0, 0, close=False)
     running.log(at(1), {"nan": math.nan, "above": math.inf, "below": -math.inf, "finite": 0.5})
     running.close()
-    (record,) = records(tmp_path)
+    (record,) = metrics(tmp_path)
     assert record == {"step": 1, "tokens": STEP_TOKENS, "time": 1e9 + 60} | {
         "nan": None,
         "above": None,
@@ -126,7 +120,7 @@ def test_values_that_are_not_finite(train, tmp_path):
     curves = EventAccumulator(str(tmp_path / "tensorboard/steps")).Reload()
     assert math.isnan(curves.Scalars("nan")[0].value) and curves.Scalars("below")[0].value == -math.inf
     train(1, 2)  # such records can be read again
-    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2]
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -156,7 +150,7 @@ def test_a_curve_is_a_list_and_a_histogram(norms, train, tmp_path):
     running = train(0, 0, close=False)
     running.log(at(1), {"loss/train": 0.5}, {NAME: norms})
     running.close()
-    (record,) = records(tmp_path)
+    (record,) = metrics(tmp_path)
     assert record[NAME] == norms and record["loss/train"] == 0.5
     by_distance = dict(enumerate(reversed(norms), start=1))
     expected = [[x - 0.5, x + 0.5, float(numpy.float32(norm))] for x, norm in by_distance.items() if norm]
@@ -184,7 +178,7 @@ def test_curves_of_a_resumed_run(train, tmp_path):
         assert [(event.step, len(event.histogram_value.bucket)) for event in events] == [
             (x * n, n) for n in range(1, 6)
         ]
-    assert [record[NAME] for record in records(tmp_path)] == [[float(step)] * step for step in range(1, 6)]
+    assert [record[NAME] for record in metrics(tmp_path)] == [[float(step)] * step for step in range(1, 6)]
 
 
 @pytest.mark.parametrize("saved_after", [True, False])
@@ -197,14 +191,14 @@ def test_an_evaluation_is_recorded_once(train, tmp_path, saved_after):
     evaluated = 2 * STEP_TOKENS if saved_after else 0
     position = at(2).model_copy(update={"evaluated": evaluated})
     Monitor(tmp_path, position, 10 * STEP_TOKENS, is_main=True).close()
-    assert [record["step"] for record in records(tmp_path)] == [1, 2, 2][: 2 + saved_after]
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 2][: 2 + saved_after]
 
 
 def test_a_curve_that_is_not_finite(train, tmp_path):
     running = train(0, 0, close=False)
     running.log(at(1), {}, {NAME: [math.inf, 1.0, math.nan]})
     running.close()
-    assert records(tmp_path)[0][NAME] == [None, 1.0, None]
+    assert metrics(tmp_path)[0][NAME] == [None, 1.0, None]
     assert not EventAccumulator(str(tmp_path / "tensorboard/steps")).Reload().Tags()["histograms"]
 
 

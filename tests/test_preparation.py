@@ -22,8 +22,10 @@ from memformer_dist.errors import UserError
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.documents import Reader, cut_partitions, discover, look, zstd
-from tests.conftest import ROOT, documents
-from tests.preparation import SHARD, encode, mib, read_back, run, tree
+from tests.helpers import ROOT
+from tests.helpers.corpora import documents, encode, mib, read_back
+from tests.helpers.files import tree
+from tests.helpers.scripts import SHARD, run_command
 
 # ------------------------------------------------------------------------------------------------ any files, any partitions
 
@@ -403,4 +405,4 @@ def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch
 
 def test_workers_import_neither_torch_nor_the_reader():
     code = "import sys, tokenizer.shard; sys.exit(bool({'torch', 'memformer_dist.data.corpus'} & set(sys.modules)))"
-    assert run(sys.executable, "-c", code).returncode == 0
+    assert run_command(sys.executable, "-c", code).returncode == 0

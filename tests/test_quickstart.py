@@ -15,7 +15,9 @@ import pytest
 
 from launch import quickstart
 from memformer_dist.errors import UserError
-from tests.conftest import ROOT, documents, run_script
+from tests.helpers import ROOT
+from tests.helpers.corpora import documents
+from tests.helpers.scripts import run_script
 
 
 @pytest.fixture

@@ -5,23 +5,27 @@ test, file and metric that is named exists, and the table of decays is what a ce
 """
 
 import ast
-import importlib
-import inspect
+import contextlib
+import io
 import json
 import math
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memformer_dist import metrics
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.segment import IGNORE
-from tests.conftest import ROOT, run_script
-from tests.toy import gradients, random_window, relative_error
+from tests.helpers import ROOT
+from tests.helpers.scripts import run_script
+from tests.helpers.toy import gradients, random_window, relative_error
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -54,7 +58,7 @@ def definitions() -> dict:
 def test_the_example_learns_what_it_says(tmp_path: Path):
     program = tmp_path / "example.py"
     program.write_text(example() + "import sys\nassert 'deepspeed' not in sys.modules\n")
-    done = run_script(program)
+    done = run_script(program, cold=True)  # a warm interpreter has imported DeepSpeed
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^step +\d+ +loss in the last segment (\S+)$", done.stdout, re.MULTILINE)
     losses = [float(loss) for loss in found]
@@ -196,20 +200,33 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_commands_name_programs_and_options_that_exist(page: Path):
-    """Of the programs in launch/ and tokenizer/; their files of configuration exist too."""
-    for words in commands(page):
-        for number, word in enumerate(words):
-            if re.fullmatch(r"(launch|tokenizer|benchmarks|tests)/\w+\.(py|sh)", word):
-                assert (ROOT / word).exists(), f"{page_id(page)}: {word}"
-            if re.fullmatch(r"configs/\w+\.json", word):
-                assert (ROOT / word).exists(), f"{page_id(page)}: {word}"
-            if re.fullmatch(r"(launch|tokenizer)/\w+\.py", word):
-                module = importlib.import_module(word.removesuffix(".py").replace("/", "."))
-                source = inspect.getsource(inspect.getmodule(module.main))
-                for option in (w.partition("=")[0] for w in words[number + 1 :] if w.startswith("--")):
-                    assert f'"{option}"' in source, f"{page_id(page)}: {word} has no {option}"
+def options_of(*command: str) -> set[str]:
+    """The options in the --help of a program, run in this process, which has imported torch already."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(sys, "argv", [*command, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", shown.getvalue().partition("options:")[2]))
+
+
+def test_commands_name_programs_and_options_that_exist():
+    """Of the programs in launch/ and tokenizer/; their configurations exist too. All pages together: --help is slow."""
+    named: dict[tuple[str, ...], dict[str, Path]] = {}
+    for page in PAGES:
+        for words in commands(page):
+            for number, word in enumerate(words):
+                if re.fullmatch(r"(launch|tokenizer|benchmarks|tests)/\w+\.(py|sh)|configs/\w+\.json", word):
+                    assert (ROOT / word).exists(), f"{page_id(page)}: {word}"
+                if re.fullmatch(r"(launch|tokenizer|benchmarks)/\w+\.py", word):
+                    rest = words[number + 1 :]
+                    program = (word, *(w for w in rest[:1] if w in ("verify", "show")))
+                    options = {option.partition("=")[0]: page for option in rest if option.startswith("--")}
+                    named.setdefault(program, {}).update(options)
+    assert len(named) > 8
+    for program, options in named.items():
+        for option in options.keys() - options_of(*program):
+            pytest.fail(f"{page_id(options[option])}: {' '.join(program)} has no {option}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -244,15 +261,21 @@ def test_architecture_names_every_module_once():
 
 
 def test_every_metric_is_described(trained_run: Path):
-    """Each scalar and curve that a run on CPUs writes, and each figure of its summary."""
+    """Each scalar and curve that a run logs, those of GPUs included, and each figure of its summary."""
     text = (ROOT / "docs/metrics.md").read_text()
     rows = re.findall(r"^\| (`.+?`) \|", text, re.MULTILINE)
     described = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    stands_for = [name.removesuffix("*") for name in described if name.endswith("*")]
     records = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     written = {re.sub(r"^final/", "eval/", name) for record in records for name in record}
-    assert {name for name in written if not name.startswith("loss/by_segment_age/")} <= described
-    assert "loss/by_segment_age/AGE" in described
+    unknown = {name for name in written - described if not name.startswith("loss/by_segment_age/")}
+    assert not unknown
+    assert {"loss/by_segment_age/*", "memory/*"} <= described
+    assert all(any(name.startswith(prefix) for name in written) for prefix in stands_for)
     assert json.loads((trained_run / "summary.json").read_text()).keys() <= described
+    computed = {metric.name for metric in (*metrics.TRAINING, metrics.BOUNDARY_NORMS)}
+    computed |= {f"eval/{metric.name}" for metric in metrics.EVALUATION}
+    assert computed <= described
 
 
 # ---- docs/mrbp.md ----------------------------------------------------------------------------------------------------

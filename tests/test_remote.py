@@ -21,12 +21,11 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
-from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import ROOT
-from tests.server import ALWAYS, FileServer
+from tests.helpers import ROOT
+from tests.helpers.corpora import VOCABULARY, check
+from tests.helpers.http import ALWAYS, FileServer
 
 SHARDS, PER_SHARD = 8, 3  # shards, and documents of each
-VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,6 @@ def opened(server, cache, shards_held=SHARDS):
     """The corpus through a cache for so many shards."""
     size = json.loads((server.folder / "train" / "corpus.json").read_text())["shards"][0]["bytes"]
     return Corpus.open(f"{server.url}/train", cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
-
-
-def check(corpus, document):
-    corpus.check(*np.array([[document], [0], [1]]))
 
 
 def expect(corpus, documents):
@@ -364,7 +359,7 @@ def test_windows_through_a_small_cache(server, folder, tmp_path):
 
 def test_a_bound_that_is_too_small(server, folder, tmp_path):
     corpus = opened(server, tmp_path, shards_held=2)
-    expect(corpus, range(0, 4 * PER_SHARD))
+    expect(corpus, range(4 * PER_SHARD))
     assert_reads_all(corpus, folder, range(2 * PER_SHARD))
     size = corpus.manifest.shards[0].bytes / 2**30
     expected = re.escape(

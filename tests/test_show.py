@@ -11,8 +11,9 @@ from memformer_dist.data.corpus import open_corpora
 from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.errors import UserError
 from memformer_dist.inspect.show import of_a_corpus, of_a_run, show
-from tests.conftest import documents, run_script
-from tests.server import FileServer
+from tests.helpers.corpora import documents
+from tests.helpers.http import FileServer
+from tests.helpers.scripts import run_script
 from tokenizer.shard import shard
 from tokenizer.train import train_tokenizer
 
@@ -75,7 +76,7 @@ def test_every_document_is_shown_as_it_is(corpus, split):
     tokenizer = SentencePieceProcessor(model_file=str(corpus / "tokenizer.model"))
     seen = set()
     for lane in range(LANES):
-        for number, text in whole_documents(corpus, split, lane, range(0, 400)):
+        for number, text in whole_documents(corpus, split, lane, range(400)):
             seen.add(number)
             tokens = opened.tokens(number, 0, 10**9).tolist()
             assert text.replace("⟦", "").replace("⟧", "").replace("⟨EOS⟩", "") == tokenizer.decode(tokens)
@@ -127,7 +128,7 @@ def test_a_run_and_a_stream(trained_run, corpus_dir, tmp_path):
     config["data"]["mode"] = "stream"
     (tmp_path / "config.json").write_text(json.dumps(config))
     documents_, schedule = of_a_run(tmp_path, "train")
-    shown = blocks(show(documents_, schedule, lane=2, ticks=range(0, 40)))
+    shown = blocks(show(documents_, schedule, lane=2, ticks=range(40)))
     assert all(re.search(r"part \d+, tokens .* begins in /.*/train/shard-\d+.tar$", heading) for heading, _ in shown)
     assert any("⟨EOS⟩" in text for _, text in shown)
     done = run_script(

@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import io
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,10 +16,13 @@ from hypothesis import strategies as st
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.errors import UserError
 from memformer_dist.prepare.build import choose_validation, shard
-from tests.conftest import ROOT
+from tests.helpers import ROOT
+from tests.helpers.scripts import run_script
 from tokenizer.train import sample_lines, train_tokenizer
 
-SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (ROOT / "memformer_dist" / "prepare" / "documents.py").read_text()
+SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (
+    ROOT / "memformer_dist" / "prepare" / "documents.py"
+).read_text()
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
 
 
@@ -335,20 +336,17 @@ def test_user_mistakes(tmp_path, model_file):
 # -------------------------------------------------------------------------------------------------------- command lines
 
 
-def run(folder, script, *arguments):
-    command = [sys.executable, ROOT / "tokenizer" / script, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-
-
 def test_command_lines(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("the quick brown fox jumps over the lazy\n")
     (tmp_path / "texts" / "b.txt").write_text("pack my box with five dozen liquor jugs\n")
     options = ["--input", "texts", "--vocab-size", "2048", "--cap-vocabulary", "--output"]
     for name in "one", "two":
-        assert run(tmp_path, "train.py", *options, name).returncode == 0
+        done = run_script("tokenizer/train.py", *options, name, cwd=tmp_path, cold=name == "one")
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
-    result = run(tmp_path, "shard.py", "--input", "texts", "--tokenizer", "one.model", "--output", "corpus/")
+    shard_it = ("tokenizer/shard.py", "--input", "texts", "--tokenizer", "one.model", "--output", "corpus/")
+    result = run_script(*shard_it, cwd=tmp_path)
     assert result.returncode == 0 and "padding at 128" in result.stdout
     assert (
         len(Corpus.open(tmp_path / "corpus" / "train").lengths)
@@ -365,6 +363,6 @@ def test_command_lines(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, script, arguments):
-    result = run(tmp_path, script, *arguments)
+    result = run_script(f"tokenizer/{script}", *arguments, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nowhere" in result.stderr
     assert not list(tmp_path.iterdir())

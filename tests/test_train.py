@@ -8,13 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from memformer_dist.checkpoint import build_cell
 from memformer_dist.config import RunConfig
@@ -27,51 +25,11 @@ from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
 from memformer_dist.train import crosses
 from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import ROOT
-from tests.ranks import free_port, run_ranks
+from tests.helpers import ROOT
+from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
+from tests.helpers.waiting import wait_until
 from tokenizer.shard import shard
-
-STEP_TOKENS = 8 * 3 * 16  # lanes x segments x tokens, padding included
-
-
-def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **sections) -> dict:
-    raw = {
-        "model": {
-            "width": 16,
-            "heads": 2,
-            "feed_forward": 32,
-            "slots": 4,
-            "encoder_layers": 1,
-            "decoder_layers": 2,
-            "dropout": dropout,
-        },
-        "data": {"corpus": str(corpus), "lanes": 8, "segment_length": 16},
-        "mrbp": {"window": 3},
-        "optimizer": {"learning_rate": 3e-3, "warmup_tokens": 2 * STEP_TOKENS},
-        "training": {"tokens": tokens},
-        "monitor": {"log_every_steps": 1},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-    }
-    for name, fields in sections.items():
-        raw[name] |= fields
-    return raw
-
-
-def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
-    """A run on this rank without its final evaluation, asked to stop after a given step."""
-    from memformer_dist.train import Trainer
-
-    config = RunConfig.check(raw, world.size)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
-    trainer = Trainer(config, run_dir, corpora, world)
-    agreed = trainer._agreed_stop
-    trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
-    reason = trainer.fit()
-    assert (reason is not None) == (stop_after is not None)
-    trainer.monitor.close()
-    if trainer.lock is not None:
-        trainer.lock.close()
 
 
 def interrupted_rank(world, cases) -> None:
@@ -81,22 +39,6 @@ def interrupted_rank(world, cases) -> None:
         run_rank(world, raw, folder / "parts", stop_after=4)
         assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
         run_rank(world, raw, folder / "parts")
-
-
-def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tuple]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines if having in line]
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step-*"))
-
-
-def tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(checkpoint.glob(f"{prefix}-*.safetensors")):
-        found |= {f"{path.name if prefix == 'lanes' else ''}{name}": x for name, x in load_file(path).items()}
-    return found
 
 
 DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm", "data/documents_started")
@@ -422,38 +364,32 @@ def test_a_run_that_diverged_ends_with_a_message(corpus_dir, tmp_path):
 
 
 def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None:
-    """Start, interrupt once there is a step, see that it was saved; start again to the end."""
+    """Start a run without end, interrupt it once there are steps, see that it was saved; start again, to an end."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    log = (run_dir.parent / f"{run_dir.name}.log").open("w+")
-    world = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert world.poll() is None and time.monotonic() < deadline, (
-            run_dir.parent / f"{run_dir.name}.log"
-        ).read_text()
-        time.sleep(0.05)
-    how(world, run_dir)
-    assert world.wait(timeout=60) in expected_codes, (run_dir.parent / f"{run_dir.name}.log").read_text()
-    with (run_dir / "lock").open() as file:  # the launcher may be gone before the ranks have saved
-        wait_for(lambda: free_lock(file))
-    stopped_at = records(run_dir)[-1][0]
-    assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
-    assert not (run_dir / "summary.json").exists()
-    assert not (run_dir / "stop").exists()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120, stdout=log, stderr=subprocess.STDOUT)
+    log_file, metrics_file = run_dir.parent / f"{run_dir.name}.log", run_dir / "metrics.jsonl"
+    with log_file.open("w+") as log:
+        options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
+        endless = [*command, "--set", f"training.tokens={10**9}"]
+        world = subprocess.Popen(endless, start_new_session=True, **options)
+        wait_until(
+            lambda: metrics_file.exists() and metrics_file.read_text().count("\n") >= 3,
+            alive=lambda: world.poll() is None,
+            what=str(log_file),
+        )
+        how(world, run_dir)
+        assert world.wait(timeout=60) in expected_codes, log_file.read_text()
+        with (run_dir / "lock").open() as file:  # the launcher may be gone before the ranks have saved
+            wait_until(lambda: free_lock(file), what="the lock is not given back")
+        stopped_at, tokens = records(run_dir)[-1]
+        assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
+        assert not (run_dir / "summary.json").exists()
+        assert not (run_dir / "stop").exists()
+        ending = [*command, "--set", f"training.tokens={tokens + 5 * STEP_TOKENS}"]
+        subprocess.run(ending, check=True, timeout=120, **options)
     assert (run_dir / "summary.json").exists()
     steps = [row[0] for row in records(run_dir)]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > stopped_at
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > stopped_at
 
 
 def free_lock(file) -> bool:
@@ -475,7 +411,7 @@ def touch_stop(world, run_dir):
 
 def write_config(corpus: Path, folder: Path) -> Path:
     path = folder / "config.json"
-    path.write_text(json.dumps(settings(corpus, dropout=0.1, stage=1, tokens=60 * STEP_TOKENS)))
+    path.write_text(json.dumps(settings(corpus, dropout=0.1, stage=1)))
     return path
 
 
@@ -499,7 +435,7 @@ def test_deepspeed_launcher_terminated_saves_and_resumes(corpus_dir, tmp_path):
         "--num_gpus",
         "2",
         "--master_port",
-        "29631",
+        free_port(),
         "launch/train.py",
     ]
     command += ["--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]

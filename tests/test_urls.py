@@ -15,8 +15,7 @@ from memformer_dist.errors import UserError
 from memformer_dist.prepare import urls
 from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.documents import zstd
-from tests.conftest import documents
-from tests.preparation import encode, mib, read_back
+from tests.helpers.corpora import documents, encode, mib, read_back
 
 
 class Ranges(SimpleHTTPRequestHandler):

@@ -15,7 +15,8 @@ from memformer_dist.errors import UserError
 from memformer_dist.inspect.verify import verify
 from memformer_dist.prepare.build import shard
 from memformer_dist.vocabulary import Vocabulary
-from tests.conftest import run_script
+from tests.helpers.files import flip
+from tests.helpers.scripts import run_script
 
 DOCUMENTS, LENGTH = 30, 300
 
@@ -38,12 +39,6 @@ def corpus(tmp_path, request):
 def members(shard):
     with tarfile.open(shard) as tar:
         return tar.getmembers()
-
-
-def flip(file, byte):
-    raw = bytearray(file.read_bytes())
-    raw[byte] ^= 1
-    file.write_bytes(raw)
 
 
 def problems(corpus, **options):

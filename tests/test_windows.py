@@ -15,27 +15,11 @@ from hypothesis import strategies as st
 
 from memformer_dist.data import windows as module
 from memformer_dist.data.corpus import Corpus
-from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError
 from memformer_dist.segment import IGNORE, concatenate, select_rows
-from memformer_dist.vocabulary import Vocabulary
-
-EOS = 2
-
-
-def make_corpus(path, lengths, masked=False, seed=0):
-    """Returns (corpus, documents, masks)."""
-    generator = np.random.default_rng(seed)
-    documents = [generator.integers(4, 1000, length) for length in lengths]
-    masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]
-    with SplitWriter(
-        path, Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256=""), has_mask=masked, shard_tokens=60
-    ) as writer:
-        for document, mask in zip(documents, masks):
-            writer.add(document, mask if masked else None)
-    return Corpus.open(path), documents, masks
+from tests.helpers.corpora import EOS, random_split
 
 
 def make_reader(corpus, lanes=4, segment_length=5, seed=0, epochs=None, block=None, prefetch=2):
@@ -49,11 +33,11 @@ def same(one, other):
 
 @pytest.fixture
 def corpus(tmp_path):
-    return make_corpus(tmp_path / "train", [13, 1, 5, 10, 27, 4, 6, 11, 2, 9])[0]
+    return random_split(tmp_path / "train", [13, 1, 5, 10, 27, 4, 6, 11, 2, 9])[0]
 
 
 def test_one_document_by_hand(tmp_path):
-    corpus, [document], _ = make_corpus(tmp_path / "a", [7])
+    corpus, [document], _ = random_split(tmp_path / "a", [7])
     reader = make_reader(corpus, lanes=2, segment_length=5, epochs=1)
     first, second = reader.segment(0), reader.segment(1)
     d = document.tolist()
@@ -81,7 +65,7 @@ cases = dict(
 @settings(max_examples=60, deadline=None)
 @given(**cases)
 def test_every_token_is_read_once_and_predicted_once(tmp_path_factory, lengths, lanes, segment_length, masked):
-    corpus, documents, masks = make_corpus(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
+    corpus, documents, masks = random_split(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
     reader = make_reader(corpus, lanes, segment_length, epochs=1)
     tokens = [np.full(length, -1) for length in lengths]
     labels = [np.full(length, -1) for length in lengths]
@@ -105,7 +89,7 @@ def test_every_token_is_read_once_and_predicted_once(tmp_path_factory, lengths, 
 @settings(max_examples=40, deadline=None)
 @given(**cases, epochs=st.sampled_from([None, 1]), start=st.integers(0, 20), ticks=st.integers(0, 12))
 def test_valid_tokens_equal_a_count(tmp_path_factory, lengths, lanes, segment_length, masked, epochs, start, ticks):
-    corpus, *_ = make_corpus(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
+    corpus, *_ = random_split(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
     everything = make_reader(corpus, lanes, segment_length, epochs=epochs)
     count = sum(int((everything.segment(tick).labels != IGNORE).sum()) for tick in range(start, start + ticks))
     first_lane = make_reader(corpus, lanes, segment_length, epochs=epochs, block=range(1))

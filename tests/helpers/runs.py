@@ -1,0 +1,82 @@
+"""Whole training runs on the ranks of a test, and what they leave on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from memformer_dist.config import RunConfig
+from memformer_dist.data.open_data import open_data
+
+SEGMENT_LENGTH = 16  # tokens
+STEP_TOKENS = 8 * 3 * SEGMENT_LENGTH  # lanes x segments x tokens, padding included
+
+
+def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **sections) -> dict:
+    """A configuration of STEP_TOKENS per step; `sections` override fields, for instance mrbp={"window": 5}."""
+    raw = {
+        "model": {
+            "width": 16,
+            "heads": 2,
+            "feed_forward": 32,
+            "slots": 4,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "dropout": dropout,
+        },
+        "data": {"corpus": str(corpus), "lanes": 8, "segment_length": 16},
+        "mrbp": {"window": 3},
+        "optimizer": {"learning_rate": 3e-3, "warmup_tokens": 2 * STEP_TOKENS},
+        "training": {"tokens": tokens},
+        "monitor": {"log_every_steps": 1},
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+    }
+    for name, fields in sections.items():
+        raw[name] |= fields
+    return raw
+
+
+def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> None:
+    """A run on this rank without its final evaluation, asked to stop after a given step."""
+    from memformer_dist.train import Trainer
+
+    config = RunConfig.check(raw, world.size)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
+    trainer = Trainer(config, run_dir, corpora, world)
+    agreed = trainer._agreed_stop
+    trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
+    reason = trainer.fit()
+    assert (reason is not None) == (stop_after is not None)
+    trainer.monitor.close()
+    if trainer.lock is not None:
+        trainer.lock.close()
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, which must be JSON in the strict sense: without NaN and Infinity."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tuple]:
+    """(step, tokens, *names) of the lines that have the metric `having`."""
+    lines = [line for line in metrics(run_dir) if having in line]
+    return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines]
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """The folder of the latest step."""
+    return max((run_dir / "checkpoints").glob("step-*"))
+
+
+def tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """All tensors of the "weights", "moments" or "lanes" of a checkpoint."""
+    found = {}
+    for path in sorted(checkpoint.glob(f"{prefix}-*.safetensors")):
+        found |= {f"{path.name if prefix == 'lanes' else ''}{name}": x for name, x in load_file(path).items()}
+    return found
