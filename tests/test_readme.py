@@ -28,7 +28,7 @@ from tests.helpers.scripts import run_script
 from tests.helpers.toy import gradients, random_window, relative_error
 
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.md")])
 WORDS = 1500  # of the README: two screens
 
 
