@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from memformer_dist.data.corpus import open_corpora
+from memformer_dist.data.open_data import open_corpora
 from memformer_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

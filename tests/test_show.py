@@ -2,13 +2,13 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from memformer_dist.data.corpus import open_corpora
-from memformer_dist.data.open_data import lane_schedule
+from memformer_dist.data.open_data import lane_schedule, open_corpora, open_mixture
 from memformer_dist.errors import UserError
 from memformer_dist.inspect.show import of_a_corpus, of_a_run, show
 from tests.helpers.corpora import documents
@@ -149,10 +149,7 @@ def test_a_lane_that_has_run_dry_and_mistakes(corpus, trained_run):
 
 
 def test_over_http(corpus_dir, tmp_path, monkeypatch):
-    from memformer_dist.data import mixture
-
-    opened = mixture.open_mixture
-    monkeypatch.setattr("memformer_dist.inspect.show.open_mixture", lambda weights: opened(weights, cache=tmp_path))
+    monkeypatch.setattr("memformer_dist.inspect.show.open_mixture", partial(open_mixture, cache=tmp_path))
     sizes = dict(lanes=LANES, segment_length=LENGTH, seed=0)
     with FileServer(corpus_dir) as server:
         there = list(show(*of_a_corpus(server.url, "train", **sizes), lane=1, ticks=range(20)))

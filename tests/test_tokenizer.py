@@ -178,7 +178,7 @@ def test_corpus_holds_the_text(tmp_path, model_file):
     assert report["splits"]["train"]["characters"] == sum(map(len, train))
     assert (tmp_path / "corpus" / "tokenizer.model").read_bytes() == model_file.read_bytes()
     assert (
-        Corpus.open(tmp_path / "corpus" / "train").tokenizer_sha256
+        Corpus.open(tmp_path / "corpus" / "train").vocabulary.tokenizer_sha256
         == hashlib.sha256(model_file.read_bytes()).hexdigest()
     )
 

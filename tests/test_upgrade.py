@@ -1,7 +1,7 @@
 """Configurations and checkpoints of version 1, written by the last commit that wrote them, in tests/data/version_1:
 
-    corpus/      8 documents          run/        stopped at step 7 of 14, dropout 0.1, ZeRO-1, an evaluation every 150 tokens
-    expected/    metrics.jsonl, summary.json and the weights of the same run when it went on by that commit
+corpus/      8 documents          run/        stopped at step 7 of 14, dropout 0.1, ZeRO-1, an evaluation every 150 tokens
+expected/    metrics.jsonl, summary.json and the weights of the same run when it went on by that commit
 """
 
 import json

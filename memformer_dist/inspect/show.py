@@ -21,8 +21,7 @@ from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.config import RunConfig
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.open_data import lane_schedule, open_data
+from memformer_dist.data.open_data import lane_schedule, open_data, open_mixture, training_schedule
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError, run_program
@@ -40,11 +39,11 @@ def of_a_corpus(corpus: str, split: str, *, lanes: int, segment_length: int, see
 
 def of_a_run(run_dir: Path, split: str) -> tuple:
     data = RunConfig.load(run_dir / "config.json").data
-    train, valid = open_data(data.corpora, mode=data.mode, lanes=data.lanes, cache=data.cache, cache_gib=data.cache_gib)
+    train, valid = open_data(data)
     if split == "valid":
         lanes = min(data.lanes, len(valid.lengths))
         return valid, LaneSchedule(valid.lengths, seed=0, lanes=lanes, segment_length=data.segment_length, epochs=1)
-    return train, lane_schedule(train, **data.schedule)
+    return train, training_schedule(data, train)
 
 
 def show(documents, schedule: LaneSchedule, *, lane: int, ticks: range, tokens: bool = False) -> Iterator[str]:
@@ -96,15 +95,15 @@ def _predicted(segment: Segment, before: Segment | None) -> list[bool]:
 def _text(documents, segment: Segment, predicted: list[bool], tokenizer: SentencePieceProcessor) -> str:
     length = int(segment.length)
     items = list(zip(segment.tokens[0, :length].tolist(), predicted))
-    if _ends(documents, segment) and segment.labels[0, length - 1] in (documents.eos_id, IGNORE):
-        items.append((documents.eos_id, bool(segment.labels[0, length - 1] != IGNORE)))
+    if _ends(documents, segment) and segment.labels[0, length - 1] in (documents.vocabulary.eos_id, IGNORE):
+        items.append((documents.vocabulary.eos_id, bool(segment.labels[0, length - 1] != IGNORE)))
     stream, text, counted = TextStream(tokenizer), "", True
     for token, counts in items:
-        if counts != counted or token == documents.eos_id:
+        if counts != counted or token == documents.vocabulary.eos_id:
             text += stream.finish()
         if counts != counted:
             text += CLOSE if counts else OPEN
-        text += EOS if token == documents.eos_id else stream.push(token)
+        text += EOS if token == documents.vocabulary.eos_id else stream.push(token)
         counted = counts
     return text + stream.finish() + ("" if counted else CLOSE)
 
