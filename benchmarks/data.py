@@ -78,7 +78,7 @@ def read_text(files: list[str], characters: int) -> str:
 
 def train_model(folder: Path, text: str) -> Path:
     """A SentencePiece model of 4,096 pieces."""
-    from tokenizer.train import train_tokenizer
+    from memformer_dist.prepare.tokenizer import train_tokenizer
 
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(text[:1_000_000].splitlines(), vocab_size=4096))
@@ -287,7 +287,7 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, l
     """Characters a second of processor time in each round: ours from files to shards, bare SentencePiece from memory."""
     import sentencepiece
 
-    from tokenizer.shard import shard
+    from memformer_dist.prepare.build import shard
 
     texts = [text[start : start + 40_000] for start in range(0, len(text), 40_000)]
     source = folder / "texts.jsonl"

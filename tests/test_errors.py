@@ -9,11 +9,11 @@ import pytest
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.prepare.build import shard
 from tests.helpers.corpora import make_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import SEGMENT_LENGTH
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
 
 
 @pytest.fixture

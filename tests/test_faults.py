@@ -17,12 +17,12 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.corpora import VOCABULARY, documents
 from tests.helpers.files import flip
 from tests.helpers.http import ALWAYS, FileServer
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 LANES, LENGTH = 4, 8
 SHARDS, PER_SHARD, TOKENS = 6, 5, 100

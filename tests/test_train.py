@@ -22,12 +22,12 @@ from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
+from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
 from tests.helpers import ROOT
 from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
 from tests.helpers.waiting import wait_until
-from tokenizer.shard import shard
 
 
 def interrupted_rank(world, cases) -> None:
