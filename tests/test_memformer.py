@@ -286,7 +286,7 @@ def test_initial_bias_has_the_norm_asked_for():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("flag", ["reset", "forget"])
+@pytest.mark.parametrize("flag", ["reset", "reset_memory"])
 def test_a_reset_inside_advance_trains_the_initial_memory(layout, flag):
     cell = make(layout)
     for value in (True, False):

@@ -95,13 +95,13 @@ def test_every_point_once_needs_a_purge_of_its_own_for_each_axis(train, tmp_path
 
 def test_last_record_torn(train, tmp_path):
     train(0, 5)
-    metrics = tmp_path / "metrics.jsonl"
-    whole = metrics.read_text()
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
     for left in (len(whole) - 1, len(whole) - 20):  # even where only the newline is missing
-        metrics.write_text(whole[:left])
+        file.write_text(whole[:left])
         train(4, 6)
         assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    metrics.write_text(whole[:20])
+    file.write_text(whole[:20])
     train(0, 1)
     assert [record["step"] for record in metrics(tmp_path)] == [1]
 

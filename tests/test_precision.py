@@ -273,7 +273,7 @@ def reference_run(name, learning_rate, steps, clipping, *, as_zero3):
 
 def bf16_parameters_rank(world, name):
     initial = {name: parameter.detach() for name, parameter in engines.new_cell(name).named_parameters()}
-    run = {"process": world, "name": name, "kind": "adamw", "learning_rate": 3e-3}
+    run = {"world": world, "name": name, "kind": "adamw", "learning_rate": 3e-3}
     for stage in (2, 3):
         made = run | {"stage": stage, "precision": "bf16_parameters", "clipping": 0.5}
         engine = new_engine(**made)
