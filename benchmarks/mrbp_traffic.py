@@ -18,6 +18,7 @@ from benchmarks.collectives import Collectives
 from benchmarks.mrbp_worker import BOS, Layout, RandomWindow
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.errors import run_program
+from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine
 
@@ -40,7 +41,8 @@ def new_engine(world: World, stage: int, **settings: Any) -> Engine:
     )
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # ZeRO-3: every parameter is partitioned
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
-    return Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **settings)
+    mrbp = MrbpConfig(window=SEGMENTS, **settings)
+    return Engine(cell, optimizer, world, mrbp, settings={"zero_optimization": zero})
 
 
 def reduced(seen: Collectives) -> int:
@@ -53,9 +55,9 @@ def plain_data_parallel(world: World, stage: int) -> int:
     window, state, loss = RandomWindow(LAYOUT, 2, world.device), engine.module.empty_state(LAYOUT.lanes), 0.0
     with Collectives() as seen:
         for t in range(len(window)):
-            features, state = engine.engine("advance", window[t], state)
-            loss = loss + engine.engine("readout", window[t], features).sum()
-        engine.engine.backward(loss)
+            features, state = engine.deepspeed("advance", window[t], state)
+            loss = loss + engine.deepspeed("readout", window[t], features).sum()
+        engine.deepspeed.backward(loss)
     return reduced(seen)
 
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import as_leaves, inner_product, memory_replay
 from memformer_dist.mrbp.states import HostStates
 from memformer_dist.segment import Segment, concatenate
@@ -140,16 +140,12 @@ def replay(
     parts: int = 1,
     states: HostStates | None = None,
 ) -> None:
-    def call(part: str, t: int, segment: Segment, tensors: NamedTuple):
-        reseed(segment.tokens.device, SEED, t, part == "readout")
-        return cell(part, segment, tensors)
-
     memory_replay(
-        call,
-        torch.Tensor.backward,
+        cell,
         window,
         state,
         loss_scale=loss_scale,
+        executor=TorchExecutor(cell, SEED),
         readout_group=group,
         readout_parts=parts,
         states=states,

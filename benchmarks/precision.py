@@ -56,6 +56,7 @@ def resident(field: str) -> int:
 def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats: int) -> list[dict[str, Any]]:
     """On one of the ranks: a row for every length of the window."""
     from memformer_dist.cells.memformer import Memformer, MemformerConfig
+    from memformer_dist.mrbp.settings import MrbpConfig
     from memformer_dist.optimizer import OptimizerConfig, adamw
     from memformer_dist.world import World
     from memformer_dist.zero.engine import Engine
@@ -71,9 +72,9 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
         cell,
         adamw(cell, OptimizerConfig()),
         world,
+        MrbpConfig(window=1, reduce=reduce),
         settings={"zero_optimization": zero},
         precision=precision,
-        reduce=reduce,
     )
     rows = []
     for segments in windows:

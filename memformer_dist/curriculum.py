@@ -103,7 +103,7 @@ def _shape(value) -> str | None:
     return None
 
 
-Window = Annotated[
+WindowPlan = Annotated[
     Annotated[PositiveInt, Tag("<number>")]
     | Annotated[WindowByStep, Tag("<by step>")]
     | Annotated[WindowByMetric, Tag("<by metric>")],
@@ -137,7 +137,7 @@ class Curriculum:
             brought into first ... last, with a new mean.
     """
 
-    def __init__(self, plan: Window, step: int = 0, saved: Progress | None = None, changed: bool = False):
+    def __init__(self, plan: WindowPlan, step: int = 0, saved: Progress | None = None, changed: bool = False):
         self.plan = plan
         if isinstance(plan, int):
             self.progress = Progress(window=plan)

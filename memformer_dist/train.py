@@ -83,7 +83,13 @@ class Trainer:
         )
         auto = config.mrbp.readout_group == "auto"
         self.chosen_group = self.resumed.contents.readout_group if self.resumed and auto else None
-        self.vocabulary = Vocabulary.of(self.train_corpus)
+        corpus = self.train_corpus
+        self.vocabulary = Vocabulary(
+            size=corpus.vocab_size,
+            bos_id=corpus.bos_id,
+            eos_id=corpus.eos_id,
+            tokenizer_sha256=corpus.tokenizer_sha256,
+        )
         reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
@@ -95,13 +101,11 @@ class Trainer:
             cell,
             adamw(cell, config.optimizer),
             world,
+            config.mrbp,
             settings=config.deepspeed,
             precision=config.training.precision,
             gradient_clipping=config.optimizer.gradient_clipping,
             seed=config.training.seed,
-            reduce=config.mrbp.reduce,
-            state_store=config.mrbp.state_store,
-            keep_gathered=config.mrbp.keep_gathered,
         )
         self.states = [self.engine.module.empty_state(len(group), device=world.device) for group in self.groups]
         if self.resumed:
@@ -171,7 +175,15 @@ class Trainer:
         if frozen is None or frozen.lanes != len(lanes):
             self._check_next_window()
             segment, window = self.reader.segment(self.position.tick, lanes), self.curriculum.largest
-            choice = choose_readout_group(self.engine, segment, self.states[0], self.world, window=window)
+            choice = choose_readout_group(
+                self.engine,
+                self.engine.module,
+                segment.to(self.world.device),
+                self.states[0],
+                self.world,
+                window=window,
+                reserved=self.engine.first_step_bytes(self.states[0], window),
+            )
             self.chosen_group = ReadoutGroup(segments=choice.readout_group, lanes=len(lanes))
             self.monitor.say(
                 f"mrbp.readout_group: {choice.readout_group} segments, for a segment of {len(lanes)} lanes takes"
@@ -207,7 +219,6 @@ class Trainer:
             self.states,
             valid_tokens=valid_tokens,
             readout_group=readout_group,
-            readout_parts=config.mrbp.readout_parts,
             observe=observe,
         )
         result = self.engine.step(

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.collectives import Collectives
-from tests.helpers.engines import Rows, engine_run, largest_difference, new_cell, reference_run, weights_of
+from tests.helpers.engines import Rows, engine_run, largest_difference, make_engine, new_cell, reference_run, weights_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy import labels_in, random_window
 
@@ -14,17 +14,16 @@ ADVANCE = ("embedding", "mix", "write", "initial")  # of the toy cell; its reado
 
 
 def new_engine(world, stage, name="toy", overlap_comm=False, bucket=10**6, **options):
-    from memformer_dist.zero.engine import Engine
 
     cell = new_cell(name)
     zero = {"stage": stage, "overlap_comm": overlap_comm, "reduce_bucket_size": bucket}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or all parameters of so small a cell would be kept for good
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
-    return Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
+    return make_engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
 
 
-def collectives_of_a_window(world, engine, segments, groups, readout_group, readout_parts=1) -> Collectives:
+def collectives_of_a_window(world, engine, segments, groups, readout_group) -> Collectives:
     """Of the second step: the first shows the engine which part uses what."""
     share = LANES // world.size // groups
     first = world.rank * share * groups
@@ -37,7 +36,6 @@ def collectives_of_a_window(world, engine, segments, groups, readout_group, read
                 [engine.module.empty_state(share) for _ in range(groups)],
                 valid_tokens=labels_in(window),
                 readout_group=readout_group,
-                readout_parts=readout_parts,
             )
         engine.step(0.1)
     return seen
@@ -75,13 +73,13 @@ def overlapped_rank(world):
     for stage in (1, 2, 3):
         engine = new_engine(world, stage, overlap_comm=True)
         before_backward = []
-        backward = engine.engine.backward
+        backward = engine.deepspeed.backward
 
         def watched(*arguments, **options):
             before_backward.append(engine.reduction.engine.inside_no_sync_ctxt)
             return backward(*arguments, **options)
 
-        engine.engine.backward = watched
+        engine.deepspeed.backward = watched
         seen = collectives_of_a_window(world, engine, 8, 2, readout_group=4)
         kind = "reduce_scatter" if stage == 3 else "all_reduce"
         assert seen.bytes(kind) == bytes_of("toy", "", ranks=2 if stage == 3 else 1), f"ZeRO {stage}"
@@ -155,8 +153,8 @@ AROUND = ("embedding.", "normalise.", "memory_norm.", "encoder.", "writer.")
 
 
 def memformer_gathers_rank(world):
-    engine = new_engine(world, 3, "encoder_decoder")
-    seen = collectives_of_a_window(world, engine, 6, 1, 3, readout_parts=2)
+    engine = new_engine(world, 3, "encoder_decoder", readout_parts=2)
+    seen = collectives_of_a_window(world, engine, 6, 1, 3)
     decoder, rest = (bytes_of("encoder_decoder", *names, ranks=2) for names in (["decoder."], AROUND))
     assert seen.bytes("all_gather") == rest + 2 * decoder
     assert seen.calls("all_gather") == 1 + 2
@@ -168,14 +166,13 @@ def test_memformers_decoder_is_gathered_once_a_group():
 
 def kept_sgd_rank(world):
     _, _, expected = reference_run("encoder_decoder", "sgd", 0.2, steps=3)
-    from memformer_dist.zero.engine import Engine
 
     for keep, threshold in (("none", 0), ("readout", 50), ("all", 0)):  # 50: small parameters stay for good
         cell = new_cell("encoder_decoder")
         settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
         optimizer = torch.optim.SGD(cell.parameters(), lr=0.2)
         store = "host" if keep == "readout" else "device"
-        engine = Engine(cell, optimizer, world, settings=settings, keep_gathered=keep, state_store=store)
+        engine = make_engine(cell, optimizer, world, settings=settings, keep_gathered=keep, state_store=store)
         how = dict(stage=3, groups=2, readout_group=2, engine=engine, between=use)
         engine_run(world, "encoder_decoder", "sgd", 0.2, 3, **how)
         difference = largest_difference(weights_of(engine), expected)

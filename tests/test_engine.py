@@ -10,6 +10,7 @@ from tests.helpers.engines import (
     Scale,
     engine_run,
     largest_difference,
+    make_engine,
     make_optimizer,
     new_cell,
     ones_and_crumbs,
@@ -83,7 +84,6 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
 
 
 def moments_rank(world):
-    from memformer_dist.zero.engine import Engine
 
     saved = {}
     for stage in STAGES:
@@ -104,7 +104,7 @@ def moments_rank(world):
         cell = new_cell("toy")
         for name, parameter in cell.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("adamw", cell, 1e-2), world, settings={"zero_optimization": {"stage": stage}}
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
@@ -113,7 +113,7 @@ def moments_rank(world):
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
-        fresh = Engine(
+        fresh = make_engine(
             forgetful,
             make_optimizer("adamw", forgetful, 1e-2),
             world,
@@ -132,9 +132,8 @@ def no_update_rank(world):
     for stage in STAGES:
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        from memformer_dist.zero.engine import Engine
 
-        engine = Engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
         found = list(engine.tensors())
         assert len(found) == len(list(cell.parameters()))
         assert all(
@@ -156,10 +155,11 @@ def test_a_checkpoint_before_the_first_update():
 
 def accumulated_gradient(world, settings: dict, precision: str) -> float:
     """What one step of SGD at learning rate 1 takes off the weight."""
-    from memformer_dist.zero.engine import Engine
 
     cell = Scale()
-    engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision)
+    engine = make_engine(
+        cell, torch.optim.SGD(cell.parameters(), lr=1.0), world, settings=settings, precision=precision
+    )
     window = Rows(ones_and_crumbs(), slice(0, 1), start=0)
     engine.accumulate([window], [engine.module.empty_state(1)], valid_tokens=world.size)
     engine.step(1.0)
@@ -207,13 +207,11 @@ def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
 def many_backwards_rank(world):
     import contextlib
 
-    from memformer_dist.zero.engine import Engine
-
     expected = reference_run("toy", "sgd", 0.2, steps=4)[2]
     for stage in (1, 2):
         cell = new_cell("toy")
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings)
         engine.reduction.of_a_step = contextlib.nullcontext
         engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, engine=engine)
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
@@ -231,13 +229,12 @@ def test_backwards_outside_one_reduction_are_wrong():
 
 
 def other_reductions_rank(world, name, cases):
-    from memformer_dist.zero.engine import Engine
 
     _, norms, expected = reference_run(name, "sgd", 0.2, steps=3)
     for stage, reduce, overlap, groups, readout_group in cases:
         cell = new_cell(name)
         zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}  # many buckets
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer("sgd", cell, 0.2), world, settings={"zero_optimization": zero}, reduce=reduce
         )
         _, found_norms, _ = engine_run(

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.host_memory import host_free_bytes
 from memformer_dist.mrbp import readout_size
+from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.readout_size import (
     choose_readout_group,
     even_group,
-    first_step_bytes,
     footprint,
     saved_storages,
 )
 from memformer_dist.optimizer import OptimizerConfig
-from tests.helpers.engines import Rows
+from tests.helpers.engines import Rows, make_engine
 from tests.helpers.memformer import memformer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy import ToyCell, labels_in, random_window
@@ -62,17 +62,14 @@ class HandCell(RecurrentCell):
         return nn.functional.cross_entropy(logits, segment.labels[:, 0], reduction="none")[:, None]
 
 
-class PlainEngine:
-    """What `footprint` needs of an engine, without DeepSpeed."""
+class Autocast:
+    """Runs a cell as training in bf16 does."""
+
+    carries_gradient = True
 
     def __init__(self, module: RecurrentCell):
         self.module = module
 
-    def __call__(self, part, *arguments):
-        return self.module(part, *arguments)
-
-
-class Autocast(PlainEngine):
     def __call__(self, part, *arguments):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.module(part, *arguments)
@@ -81,7 +78,8 @@ class Autocast(PlainEngine):
 @pytest.mark.parametrize("lanes, width, vocabulary", [(3, 5, 700), (8, 64, 11)])
 def test_footprint_equals_the_sum_by_hand(lanes, width, vocabulary):
     segment = random_window(1, lanes, 1, seed=0)[0]
-    found = footprint(PlainEngine(HandCell(width, vocabulary)), segment, HandState(torch.zeros(lanes, width)))
+    hand = HandCell(width, vocabulary)
+    found = footprint(hand, hand, segment, HandState(torch.zeros(lanes, width)))
     row, logits = 4 * lanes * width, 4 * lanes * vocabulary
     advance = row + row + row  # inputs of mix and of write (the features), result of tanh (the next state)
     readout = row + logits + 8 * lanes + 4 * lanes  # features of the group, log-probabilities, labels, nll
@@ -116,7 +114,7 @@ def test_autocast_parameters_count_for_advance_by_the_segment_for_readout_by_the
     cell = HandCell(width, vocabulary)
 
     segment, state = random_window(1, lanes, 1, seed=0)[0], HandState(torch.zeros(lanes, width))
-    found = footprint(Autocast(cell), segment, state)
+    found = footprint(Autocast(cell), cell, segment, state)
     of_advance, of_readout = 2 * 2 * width * width, 2 * width * vocabulary
     assert of_readout <= found.group <= of_readout + 2 * vocabulary + 64  # and the bias
     activations = 32 * lanes * (8 * width + 4 * vocabulary)  # far more than there are
@@ -216,13 +214,12 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
 
 def new_engine(world, stage, cell=None, **settings):
     from memformer_dist.optimizer import adamw
-    from memformer_dist.zero.engine import Engine
 
     if cell is None:
         torch.manual_seed(5)
         cell = memformer("encoder_decoder")  # with dropout
     optimizer = adamw(cell, OptimizerConfig(learning_rate=3e-3))
-    return Engine(cell, optimizer, world, settings={"zero_optimization": {"stage": stage}}, seed=7, **settings)
+    return make_engine(cell, optimizer, world, settings={"zero_optimization": {"stage": stage}}, seed=7, **settings)
 
 
 def agreement_rank(world):
@@ -233,13 +230,15 @@ def agreement_rank(world):
         torch.manual_seed(5)
         engine = new_engine(world, stage, ToyCell(width=201))
         state = engine.module.empty_state(LANES)
-        measured[stage] = footprint(engine, segment, state)
-        pending = first_step_bytes(engine, state, window=16) + measured[stage].group
+        measured[stage] = footprint(engine, engine.module, segment, state)
+        pending = engine.first_step_bytes(state, 16) + measured[stage].group
         one = math.ceil(readout_size.SAFETY * measured[stage].segment)
         for least, expected in ((1, 1), (0.5, 1), (7, 6), (11.9, 8), (1000, 16), (-3, 1)):
             room = (least, least + 5)[(world.rank + stage) % WORLD]
             readout_size.free_bytes = lambda device: int(pending + one * room / readout_size.SHARE) + 1
-            choice = choose_readout_group(engine, segment, state, world, window=16)
+            choice = choose_readout_group(
+                engine, engine.module, segment, state, world, window=16, reserved=engine.first_step_bytes(state, 16)
+            )
             assert choice.readout_group == expected, f"ZeRO {stage}, room for {least}: {choice}"
             assert choice.segment_bytes == one
             assert choice.free_bytes == max(0, int(one * least / readout_size.SHARE) + 1)
@@ -278,7 +277,9 @@ def choose(engine, step, segment, state):
         return
     random_state = torch.get_rng_state()
     engine.module.train(step == 0)
-    choice = choose_readout_group(engine, segment, state, engine.world, window=3)
+    choice = choose_readout_group(
+        engine, engine.module, segment, state, engine.world, window=3, reserved=engine.first_step_bytes(state, 3)
+    )
     assert choice.readout_group == 3
     assert engine.module.training == (step == 0)
     engine.module.train()
@@ -296,7 +297,7 @@ def no_trace_rank(world):
 
     def with_a_backward(engine, step, segment, state):
         features, _ = engine("advance", segment, state)
-        engine.engine.backward(engine("readout", segment, features).sum() * 1e-3)
+        engine.deepspeed.backward(engine("readout", segment, features).sum() * 1e-3)
 
     assert train(world, 0, before=with_a_backward)[0] != plain[0], "what a backward leaves is not seen either"
 
@@ -313,15 +314,17 @@ def first_step_rank(world):
     for stage, reduce in ((0, "window"), (1, "window"), (2, "window"), (3, "window"), (2, "segment"), (3, "segment")):
         engine = new_engine(world, stage, ToyCell(width=width), reduce=reduce)
         state = engine.module.empty_state(LANES)
-        expected = first_step_bytes(engine, state, window)
+        expected = engine.first_step_bytes(state, window)
         # All gradients of this rank or, where they are reduced at every backward, a bucket of them.
-        held = 4 * (numbers if reduce == "window" else engine.engine.zero_reduce_bucket_size())
+        held = 4 * (numbers if reduce == "window" else engine.deepspeed.zero_reduce_bucket_size())
         held += 4 * numbers // WORLD if (stage, reduce) == (2, "segment") else 0  # its share of the averaged ones
         held += 4 * numbers if stage == 3 else 0  # gathered for the window
         held += window * (4 * LANES * width + 8 * LANES)  # the window's states: memory and a count
         engine.accumulate([Rows([segment], slice(0, LANES), 0)], [state], valid_tokens=100)
         engine.step(1e-3)
-        moments = [state[key] for state in engine._optimizer().state.values() for key in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            state[key] for state in engine._moments._optimizer().state.values() for key in ("exp_avg", "exp_avg_sq")
+        ]
         held += sum(moment.nbytes for moment in moments)
         assert expected == pytest.approx(held, rel=0.02), f"ZeRO {stage}, {reduce}"
 
@@ -372,17 +375,10 @@ def measure_peak(layout: str, vocabulary: int, precision: str, dropout: float) -
     cell = Memformer(config, vocab_size=vocabulary, bos_id=1, segment_length=length)
     window = random_window(LARGE, lanes, length, seed=1, vocabulary=vocabulary)
     state = cell.empty_state(lanes)
-    engine = Autocast(cell) if precision == "bf16" else PlainEngine(cell)
-    found = [footprint(engine, window[0], state).segment]
+    engine = Autocast(cell) if precision == "bf16" else cell
+    found = [footprint(engine, cell, window[0], state).segment]
     for group in (SMALL, LARGE):  # peaks since the start; after the first group all gradients are there
-        memory_replay(
-            lambda part, t, *arguments: engine(part, *arguments),
-            Tensor.backward,
-            window,
-            state,
-            loss_scale=1e-3,
-            readout_group=group,
-        )
+        memory_replay(cell, window, state, loss_scale=1e-3, executor=TorchExecutor(engine), readout_group=group)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         found.append(int(status["VmHWM"].split()[0]) * 1024)
     return found

@@ -142,7 +142,7 @@ class Reference:
         length, reset = int(segment.length[lane]), bool(segment.reset[lane])
         if reset or segment.reset_memory[lane]:
             memory = self.initial()
-        if reset or (segment.reset_memory[lane] and self.mistake == "forget drops the context"):
+        if reset or (segment.reset_memory[lane] and self.mistake == "a reset memory drops the context"):
             context = [BOS]
         causal = lambda i, j: j <= i  # noqa: E731
         everywhere = lambda i, j: True  # noqa: E731
@@ -241,7 +241,7 @@ ENCODER_MISTAKES = {
     "padding is decoded",
     "decoder reads the memory",
     "the segment itself is encoded",
-    "forget drops the context",
+    "a reset memory drops the context",
 }
 
 

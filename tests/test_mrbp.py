@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.mrbp.states import DeviceStates, HostStates
 from tests.helpers.memformer import memformer
@@ -16,7 +17,6 @@ from tests.helpers.toy import (
     labels_in,
     random_window,
     relative_error,
-    seeded_call,
 )
 
 LANES, LENGTH, VOCABULARY = 3, 6, 11
@@ -49,11 +49,11 @@ def replayed(cell, window, *, readout_group, seed=0):
         losses[t] = nll.sum()
 
     result = memory_replay(
-        seeded_call(cell, seed),
-        torch.Tensor.backward,
+        cell,
         window,
         starting_state(cell),
         loss_scale=1 / labels_in(window),
+        executor=TorchExecutor(cell, seed),
         readout_group=readout_group,
         observe=observe,
     )
@@ -63,7 +63,7 @@ def replayed(cell, window, *, readout_group, seed=0):
 def reference(cell, window, *, readout_group, seed=0, detach_memory=False):
     cell.zero_grad()
     state, loss = full_bptt(
-        seeded_call(cell, seed),
+        TorchExecutor(cell, seed),
         window,
         starting_state(cell),
         loss_scale=1 / labels_in(window),
@@ -97,16 +97,16 @@ def test_gradient_of_a_readout_in_parts_equals_full_bptt(cell_name, readout_grou
     settings = {"loss_scale": 1 / labels_in(window), "readout_group": readout_group, "readout_parts": readout_parts}
     rows = {}
     memory_replay(
-        seeded_call(cell),
-        torch.Tensor.backward,
+        cell,
         window,
         starting_state(cell),
+        executor=TorchExecutor(cell, 0),
         observe=lambda t, segment, nll: rows.update({t: nll}),
         **settings,
     )
     found = gradients(cell)
     cell.zero_grad()
-    _, loss = full_bptt(seeded_call(cell), window, starting_state(cell), **settings)
+    _, loss = full_bptt(TorchExecutor(cell, 0), window, starting_state(cell), **settings)
     assert relative_error(found, gradients(cell)) <= TOLERANCE
     assert [nll.shape for nll in rows.values()] == 5 * [(LANES, LENGTH)]
     torch.testing.assert_close(sum(nll.sum() for nll in rows.values()) / labels_in(window), loss, rtol=1e-12, atol=0)
@@ -129,10 +129,11 @@ def test_unseeded_replay_drifts():
     cell = cell_named("encoder_decoder")
     window = random_window(4, LANES, LENGTH, seed=3)
 
-    def call(part, t, segment, tensors):
-        return cell(part, segment, tensors)
+    class Unseeded(TorchExecutor):
+        def call(self, part, segment, tensors, *coordinates):
+            return self.cell(part, segment, tensors)
 
-    result = memory_replay(call, torch.Tensor.backward, window, starting_state(cell), loss_scale=1.0)
+    result = memory_replay(cell, window, starting_state(cell), loss_scale=1.0, executor=Unseeded(cell))
     assert result.drift > 1e-3
 
 
@@ -142,7 +143,7 @@ def test_masked_labels_do_not_count():
     window = random_window(3, LANES, LENGTH, seed=4)
     silent = [segment._replace(labels=torch.full_like(segment.labels, -100)) for segment in window]
     cell.zero_grad()
-    memory_replay(seeded_call(cell), torch.Tensor.backward, silent, starting_state(cell), loss_scale=1.0)
+    memory_replay(cell, silent, starting_state(cell), loss_scale=1.0)
     assert all((gradient == 0).all() for gradient in gradients(cell).values())
 
 
@@ -159,9 +160,7 @@ def test_segments_are_asked_for_in_order_and_one_at_a_time():
             asked.append(t)
             return window[t]
 
-    memory_replay(
-        seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, readout_group=2
-    )
+    memory_replay(cell, OnDemand(), starting_state(cell), loss_scale=1.0, readout_group=2)
     assert asked == [0, 1, 2, 3, 4, 3, 2, 1, 0]
 
 
@@ -170,13 +169,13 @@ def test_segments_are_asked_for_in_order_and_one_at_a_time():
 
 def state_gradient_norms(cell, window, *, only_next=False):
     """Squared norms of dL/d(state entering segment t) by one graph; `only_next` counts the loss of segment t alone."""
-    call, state, scale = seeded_call(cell), starting_state(cell), 1 / labels_in(window)
+    executor, state, scale = TorchExecutor(cell, 0), starting_state(cell), 1 / labels_in(window)
     states, losses = [], []
     for t, segment in enumerate(window):
         state = state._make(x.detach().requires_grad_(x.is_floating_point()) for x in state) if t == 0 else state
         states.append(state)
-        features, state = call("advance", t, segment, state)
-        losses.append(call("readout", t, segment, features).sum() * scale)
+        features, state = executor.advance(t, segment, state)
+        losses.append(executor.readout(t, 0, segment, features).sum() * scale)
     squares = []
     for t, state in enumerate(states):
         loss = losses[t] if only_next else sum(losses[t:])
@@ -213,11 +212,11 @@ def test_a_long_window_with_states_on_the_host_equals_full_bptt(cell_name, reado
     cell.zero_grad()
     for _ in range(2):  # a store serves window after window
         cell.zero_grad()
-        arguments = seeded_call(cell), torch.Tensor.backward, window, state
-        result = memory_replay(*arguments, loss_scale=1.0, readout_group=readout_group, states=store)
+        settings = {"executor": TorchExecutor(cell, 0), "readout_group": readout_group, "states": store}
+        result = memory_replay(cell, window, state, loss_scale=1.0, **settings)
     found = gradients(cell)
     cell.zero_grad()
-    final, _ = full_bptt(seeded_call(cell), window, state, loss_scale=1.0, readout_group=readout_group)
+    final, _ = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1.0, readout_group=readout_group)
     assert relative_error(found, gradients(cell)) <= TOLERANCE
     assert all(torch.equal(x, y) for x, y in zip(result.state, final))
     with pytest.raises(IndexError):
@@ -268,11 +267,9 @@ def most_alive(cell, segments: int, method, **options) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(alive.pack, lambda kept: kept.tensor):
         if method is memory_replay:
             options |= {"states": HostStates(torch.device("cpu"))}
-            memory_replay(
-                seeded_call(cell), torch.Tensor.backward, OnDemand(), starting_state(cell), loss_scale=1.0, **options
-            )
+            memory_replay(cell, OnDemand(), starting_state(cell), loss_scale=1.0, **options)
         else:
-            method(seeded_call(cell), OnDemand(), starting_state(cell), loss_scale=1.0, **options)
+            method(TorchExecutor(cell, 0), OnDemand(), starting_state(cell), loss_scale=1.0, **options)
     assert alive.bytes == 0
     return alive.most, most_segments
 
@@ -316,7 +313,7 @@ def test_host_states_on_a_gpu_equal_device_states():
             window = [segment.to(device) for segment in random_window(24, 64, LENGTH, seed=seed)]
             start = cell.empty_state(64, device=device)
             memory_replay(
-                seeded_call(cell), torch.Tensor.backward, window, start, loss_scale=1e-3, states=store, readout_group=3
+                cell, window, start, loss_scale=1e-3, executor=TorchExecutor(cell, seed), states=store, readout_group=3
             )
         gradient[type(store)] = gradients(cell)
     assert relative_error(gradient[HostStates], gradient[DeviceStates]) <= 1e-6

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
-from memformer_dist.mrbp.executor import reseed
+from memformer_dist.mrbp.executor import TorchExecutor, reseed
 from memformer_dist.mrbp.replay import memory_replay
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.segment import Segment
 from tests.helpers import engines
-from tests.helpers.engines import WORLD, Rows, engine_run, largest_difference, make_optimizer, weights_of
+from tests.helpers.engines import WORLD, Rows, engine_run, largest_difference, make_engine, make_optimizer, weights_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy import labels_in
 
@@ -90,26 +90,28 @@ def differentiate(cell: Memformer, precision: str, *, rollout: str | None = None
     states, state_gradients, normalised = [], [], []
     cell.normalise.register_forward_hook(lambda module, inputs, output: normalised.extend((inputs[0], output.detach())))
 
-    def call(part, t, segment, tensors):
-        reseed(torch.device("cpu"), t, part == "readout")
-        if part == "advance" and torch.is_grad_enabled():
-            memory = Cut.apply(tensors.memory) if cut else tensors.memory.clone()
-            states.append(memory.detach())
-            memory.register_hook(state_gradients.append)
-            tensors = tensors._replace(memory=memory)
-        used = precision if rollout is None or torch.is_grad_enabled() else rollout
-        with torch.autocast("cpu", torch.bfloat16, enabled=used == "bf16"):
-            return cell(part, segment, tensors)
+    class Noting(TorchExecutor):
+        def call(self, part, segment, tensors, *coordinates):
+            if part == "advance" and torch.is_grad_enabled():
+                memory = Cut.apply(tensors.memory) if cut else tensors.memory.clone()
+                states.append(memory.detach())
+                memory.register_hook(state_gradients.append)
+                tensors = tensors._replace(memory=memory)
+            used = precision if rollout is None or torch.is_grad_enabled() else rollout
+            t, phase = coordinates
+            reseed(torch.device("cpu"), t, phase > 0)  # draws at which these figures are what the comments say
+            with torch.autocast("cpu", torch.bfloat16, enabled=used == "bf16"):
+                return cell(part, segment, tensors)
 
-    def backward(scalar):
-        scalar.backward()
-        for name, parameter in cell.named_parameters():
-            if parameter.grad is not None:
-                sums[name] += parameter.grad
-                parameter.grad = None
+        def backward(self, scalar, *, last):
+            scalar.backward()
+            for name, parameter in cell.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad
+                    parameter.grad = None
 
-    scale = 1 / labels_in(segments)
-    replayed = memory_replay(call, backward, segments, cell.empty_state(LANES), loss_scale=scale, readout_group=4)
+    settings = {"loss_scale": 1 / labels_in(segments), "readout_group": 4}
+    replayed = memory_replay(cell, segments, cell.empty_state(LANES), executor=Noting(cell, 0), **settings)
     return Window(sums, replayed.drift, states, state_gradients, normalised)
 
 
@@ -189,12 +191,10 @@ def new_engine(world, name, kind, learning_rate, stage, precision, reduce="segme
     engine in the dtype of its parameters. A run has one engine; these tests have many."""
     import deepspeed.runtime.torch_autocast
 
-    from memformer_dist.zero.engine import Engine
-
     deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     if cell is None:
         cell = engines.Scale() if name == "scale" else engines.new_cell(name)
-    return Engine(
+    return make_engine(
         cell,
         make_optimizer(kind, cell, learning_rate),
         world,
@@ -248,18 +248,17 @@ def reference_run(name, learning_rate, steps, clipping, *, as_zero3):
         sums = [{name: torch.zeros_like(p) for name, p in originals.items()} for _ in range(WORLD)]
         for rank in range(WORLD):
 
-            def backward(scalar):
-                scalar.backward()
-                for name, parameter in cell.named_parameters():
-                    if parameter.grad is not None:
-                        sums[rank][name] += parameter.grad.float() / WORLD
-                        parameter.grad = None
-
-            def call(part, t, segment, tensors):
-                return cell(part, segment, tensors)
+            class InFloat32(TorchExecutor):
+                def backward(self, scalar, *, last):
+                    scalar.backward()
+                    for name, parameter in cell.named_parameters():
+                        if parameter.grad is not None:
+                            sums[rank][name] += parameter.grad.float() / WORLD
+                            parameter.grad = None
 
             rows = Rows(window, slice(rank * share, (rank + 1) * share), start=0)
-            replayed = memory_replay(call, backward, rows, states[rank], loss_scale=WORLD / labels_in(window))
+            settings = {"loss_scale": WORLD / labels_in(window), "executor": InFloat32(cell)}
+            replayed = memory_replay(cell, rows, states[rank], **settings)
             states[rank] = replayed.state
         for name, original in originals.items():
             original.grad = sums[0][name] + sums[1][name]

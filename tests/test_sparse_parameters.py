@@ -7,9 +7,10 @@ import math
 
 import torch
 
-from tests.helpers.engines import LANES, Rows, largest_difference, weights_of
+from memformer_dist.mrbp.executor import TorchExecutor
+from tests.helpers.engines import LANES, Rows, largest_difference, make_engine, weights_of
 from tests.helpers.ranks import run_ranks
-from tests.helpers.toy import ToyCell, full_bptt, labels_in, random_window, seeded_call
+from tests.helpers.toy import ToyCell, full_bptt, labels_in, random_window
 
 SEGMENTS = 4
 USED = [(0, 1), (), (2,), (), (3,), (0,)]  # segments of each step's window
@@ -61,19 +62,18 @@ def reference_run(lanes):
     state, norms = cell.empty_state(LANES), []
     for window in windows(lanes):
         optimizer.zero_grad()
-        state, _ = full_bptt(seeded_call(cell), window, state, loss_scale=1 / labels_in(window))
+        state, _ = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1 / labels_in(window))
         norms.append(float(torch.nn.utils.clip_grad_norm_(cell.parameters(), math.inf)))
         optimizer.step()
     return dict(cell.named_parameters()), norms
 
 
 def engine_run(world, lanes, stage, *, fill_in=True, overlap_comm=False, **options):
-    from memformer_dist.zero.engine import Engine
 
     cell = new_cell()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": overlap_comm}
     optimizer = torch.optim.SGD(cell.parameters(), lr=STEP)
-    engine = Engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
+    engine = make_engine(cell, optimizer, world, settings={"zero_optimization": zero}, **options)
     if not fill_in:
         engine.reduction._fill_in_zeros = lambda parameters: None
     share = LANES // world.size

@@ -1,0 +1,20 @@
+"""The cells there are. `model.cell` in a configuration names one of them; docs/adding_a_cell.md says how to add another."""
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag
+
+from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.cells.plain import PlainConfig
+
+DEFAULT_CELL = "memformer"  # configurations of before there was a second
+
+
+def _named_cell(section: Any) -> Any:
+    return section.get("cell", DEFAULT_CELL) if isinstance(section, dict) else getattr(section, "cell", None)
+
+
+ModelConfig = Annotated[
+    Annotated[MemformerConfig, Tag("memformer")] | Annotated[PlainConfig, Tag("plain")],
+    Discriminator(_named_cell),
+]

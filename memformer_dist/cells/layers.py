@@ -1,21 +1,25 @@
-"""What cells are built of: embedding, rotary positions, attention, feed-forward, and stacks of such layers.
+"""What cells are built of: embedding, rotary positions, attention, feed-forward, stacks of such layers, and their settings.
 
-Layers are pre-LN with three residual branches, h + f(LN(h)): self-attention, cross-attention to a `source` (memory
-slots, or the output of an encoder), feed-forward. A decoder is a `causal` Stack, an encoder one that is not.
+Layers are pre-LN with two or three residual branches, h + f(LN(h)): self-attention, cross-attention to a `source` (memory
+slots, or the output of an encoder) where the stack has one, feed-forward. A decoder is a `causal` Stack, an encoder one that
+is not.
 
-Dimensions: L lanes, T positions of the stream, R positions of the source, d width, H heads, C = d / H. Tensors of
-heads are [L, T, H, C]. Masks are bool, True where a key may be seen, and are passed only where something has to be
-hidden.
+Dimensions: B lanes, S positions of the stream, M positions of the source, D width, H heads, K = D / H. Tensors of heads are
+[B, S, H, K]. Masks are bool, True where a key may be seen, and are passed only where something has to be hidden.
 
-Generation keeps every layer's keys and values: `Stack.open` projects the source once, `Stack.extend` appends
-positions. It never drops out.
+Generation keeps every layer's keys and values: `Stack.open` projects the source once, `Stack.extend` appends positions. It
+has no dropout.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
+
+from memformer_dist.cells.base import CellConfig
 
 ROTARY_BASE = 10000.0
 
@@ -37,7 +41,7 @@ class Linear(nn.Linear):
 
 
 class TokenEmbedding(nn.Module):
-    """One matrix for both ends: tokens int64 [...] -> [..., d]; `as_head`, hidden [..., d] -> logits [..., vocab]."""
+    """One matrix for both ends: tokens int64 [...] -> [..., D]; `as_head`, hidden [..., D] -> logits [..., vocab]."""
 
     def __init__(self, vocab_size: int, width: int, *, std: float):
         super().__init__()
@@ -48,7 +52,7 @@ class TokenEmbedding(nn.Module):
 
 
 def rotary(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): int64 [...] -> unit complex numbers [..., 1, 1, C / 2].
+    """Rotary position embedding (Su et al., arXiv 2104.09864): int64 [...] -> unit complex numbers [..., 1, 1, K / 2].
 
     Computed when needed, in at least float32, rather than kept in a buffer, which would be rounded with the model.
     """
@@ -59,7 +63,7 @@ def rotary(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of [L, T, ..., H, C]; in complex numbers, 4x faster than with sines."""
+    """Turn the pairs (0, 1), (2, 3), ... of [B, S, ..., H, K]; in complex numbers, 4x faster than with sines."""
     pairs = torch.view_as_complex(heads.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(heads.dtype)
 
@@ -70,7 +74,7 @@ def within(length: Tensor, size: int) -> Tensor:
 
 
 def key_mask(length: Tensor, size: int) -> Tensor:
-    """Mask [L, 1, 1, size] that hides padded keys. An empty lane sees one, as a softmax over nothing is NaN."""
+    """Mask [B, 1, 1, size] that hides padded keys. An empty lane sees one, as a softmax over nothing is NaN."""
     return within(length.clamp(min=1), size)[:, None, None]
 
 
@@ -83,22 +87,38 @@ def attend(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(C)) V of [L, T, H, C] over [L, R, H, C], heads side by side in the result: [L, T, d]."""
+    """softmax(Q K^T / sqrt(K)) V of [B, S, H, K] over [B, M, H, K], heads side by side in the result: [B, S, D]."""
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
 
 
-class LayerSettings(NamedTuple):
-    """What the layers of a cell have in common."""
+class LayersConfig(CellConfig):
+    """What cells of these layers have in common."""
 
-    width: int
-    heads: int
-    feed_forward: int
-    dropout: float
-    attention_bias: bool
-    init_std: float
-    rotary: bool
+    width: PositiveInt = Field(512, description="D, of the hidden states")
+    heads: PositiveInt = Field(8, description="H, in every attention")
+    feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings, attention weights, residual branches")
+    positions: Literal["rotary", "none"] = Field("rotary", description="in self-attention; sources have none")
+    final_norm: bool = Field(True, description="LayerNorm after the last layer of a stack")
+    tie_embeddings: bool = Field(True, description="the head is the embedding")
+    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
+    init_std: PositiveFloat = Field(0.02, description="of weights; residual outputs / sqrt(2 layers)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+        return self
+
+    def problems(self) -> list[str]:
+        """What is wrong with values that must fit together, a sentence each."""
+        if self.width % self.heads:
+            return [f"width: found {self.width}, expected a multiple of heads ({self.heads})"]
+        if self.positions == "rotary" and self.head_size % 2:
+            return [f"width / heads: found {self.head_size}, expected an even number (rotary positions turn pairs)"]
+        return []
 
     @property
     def head_size(self) -> int:
@@ -106,16 +126,16 @@ class LayerSettings(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, settings: LayerSettings, output_std: float):
+    def __init__(self, config: LayersConfig, output_std: float):
         super().__init__()
-        width, bias = settings.width, settings.attention_bias
-        self.heads, self.dropout = settings.heads, settings.dropout
-        self.query_key_value = Linear(width, 3 * width, std=settings.init_std, bias=bias)
+        width, bias = config.width, config.attention_bias
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query_key_value = Linear(width, 3 * width, std=config.init_std, bias=bias)
         self.output = Linear(width, width, std=output_std, bias=bias)
 
     def project(self, hidden: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[L, T, d] -> queries, keys, values, each [L, T, H, C]; queries and keys turned to their positions."""
-        projected = self.query_key_value(hidden).unflatten(-1, (3, self.heads, -1))  # [L, T, 3, H, C]
+        """[B, S, D] -> queries, keys, values, each [B, S, H, K]; queries and keys turned to their positions."""
+        projected = self.query_key_value(hidden).unflatten(-1, (3, self.heads, -1))  # [B, S, 3, H, K]
         queries_keys, values = projected.split((2, 1), dim=2)
         if rotation is not None:
             queries_keys = rotate(queries_keys, rotation)
@@ -130,16 +150,16 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to a source: no positions on either side."""
 
-    def __init__(self, settings: LayerSettings, output_std: float):
+    def __init__(self, config: LayersConfig, output_std: float):
         super().__init__()
-        width, bias = settings.width, settings.attention_bias
-        self.heads, self.dropout = settings.heads, settings.dropout
-        self.query = Linear(width, width, std=settings.init_std, bias=bias)
-        self.key_value = Linear(width, 2 * width, std=settings.init_std, bias=bias)
+        width, bias = config.width, config.attention_bias
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query = Linear(width, width, std=config.init_std, bias=bias)
+        self.key_value = Linear(width, 2 * width, std=config.init_std, bias=bias)
         self.output = Linear(width, width, std=output_std, bias=bias)
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[L, R, d] -> keys, values, each [L, R, H, C]."""
+        """[B, M, D] -> keys, values, each [B, M, H, K]."""
         return self.key_value(source).unflatten(-1, (2, self.heads, -1)).unbind(2)
 
     def read(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -151,68 +171,96 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    def __init__(self, settings: LayerSettings, output_std: float):
+    def __init__(self, config: LayersConfig, output_std: float):
         super().__init__(
-            Linear(settings.width, settings.feed_forward, std=settings.init_std, bias=True),
+            Linear(config.width, config.feed_forward, std=config.init_std, bias=True),
             nn.GELU(),
-            Linear(settings.feed_forward, settings.width, std=output_std, bias=True),
+            Linear(config.feed_forward, config.width, std=output_std, bias=True),
         )
 
 
 class KeysValues(NamedTuple):
-    """What a stack [L, layers, ..., H, C], or one layer of it [L, ..., H, C], keeps while a segment is generated."""
+    """What a stack [B, layers, ..., H, K], or one layer of it [B, ..., H, K], keeps while a segment is generated."""
 
-    keys: Tensor  # [L, layers, S, H, C], room for the whole segment
+    keys: Tensor  # [B, layers, S, H, K], room for the whole segment
     values: Tensor
-    source_keys: Tensor  # [L, layers, R, H, C]
+    source_keys: Tensor  # [B, layers, M, H, K]
     source_values: Tensor
 
 
 class Layer(nn.Module):
-    def __init__(self, settings: LayerSettings, output_std: float):
-        super().__init__()
-        self.self_norm = nn.LayerNorm(settings.width)
-        self.self_attention = SelfAttention(settings, output_std)
-        self.cross_norm = nn.LayerNorm(settings.width)
-        self.cross_attention = CrossAttention(settings, output_std)
-        self.feed_forward_norm = nn.LayerNorm(settings.width)
-        self.feed_forward = FeedForward(settings, output_std)
-        self.dropout = nn.Dropout(settings.dropout)
+    """`has_source`: with cross-attention to a source."""
 
-    def forward(self, hidden, source, rotation, mask, source_mask, causal) -> Tensor:
+    def __init__(self, config: LayersConfig, output_std: float, *, has_source: bool):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.width)
+        self.self_attention = SelfAttention(config, output_std)
+        self.cross_norm = nn.LayerNorm(config.width) if has_source else None
+        self.cross_attention = CrossAttention(config, output_std) if has_source else None
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config, output_std)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        source: Tensor | None,
+        rotation: Tensor | None,
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
         hidden = hidden + self.dropout(self.self_attention(self.self_norm(hidden), rotation, mask, causal))
-        hidden = hidden + self.dropout(self.cross_attention(self.cross_norm(hidden), source, source_mask))
+        if self.cross_attention is not None:
+            hidden = hidden + self.dropout(self.cross_attention(self.cross_norm(hidden), source, source_mask))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
-    def extend(self, hidden, positions, rotation, mask, source_mask, past: KeysValues) -> Tensor:
-        """The same for n more positions int64 [L, n] of a causal layer; `past` (of this layer) is written in place."""
+    def extend(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        rotation: Tensor | None,
+        mask: Tensor | None,
+        source_mask: Tensor | None,
+        past: KeysValues,
+    ) -> Tensor:
+        """The same for n more positions int64 [B, n] of a causal layer; `past` (of this layer) is written in place."""
         queries, keys, values = self.self_attention.project(self.self_norm(hidden), rotation)
         lanes = torch.arange(len(positions), device=positions.device)[:, None]
         past.keys[lanes, positions] = keys
         past.values[lanes, positions] = values
         hidden = hidden + self.self_attention.output(attend(queries, past.keys, past.values, mask=mask))
-        normed = self.cross_norm(hidden)
-        hidden = hidden + self.cross_attention.read(normed, past.source_keys, past.source_values, source_mask)
+        if self.cross_attention is not None:
+            normed = self.cross_norm(hidden)
+            hidden = hidden + self.cross_attention.read(normed, past.source_keys, past.source_values, source_mask)
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
 
 class Stack(nn.Module):
-    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers)."""
+    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers).
 
-    def __init__(self, layers: int, settings: LayerSettings, *, causal: bool, final_norm: bool):
+    Generation (`open`, `extend`) is for causal stacks with a source.
+    """
+
+    def __init__(self, layers: int, config: LayersConfig, *, causal: bool, has_source: bool = True):
         super().__init__()
-        self.settings, self.causal = settings, causal
-        output_std = settings.init_std / (2 * layers) ** 0.5
-        self.layers = nn.ModuleList(Layer(settings, output_std) for _ in range(layers))
-        self.norm = nn.LayerNorm(settings.width) if final_norm else nn.Identity()
+        self.config, self.causal = config, causal
+        output_std = config.init_std / (2 * layers) ** 0.5
+        self.layers = nn.ModuleList(Layer(config, output_std, has_source=has_source) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return rotary(positions, self.settings.head_size, dtype) if self.settings.rotary else None
+        return rotary(positions, self.config.head_size, dtype) if self.config.positions == "rotary" else None
 
     def forward(
-        self, hidden: Tensor, source: Tensor, *, mask: Tensor | None = None, source_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        source: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
     ) -> Tensor:
-        """hidden [L, T, d], source [L, R, d] -> [L, T, d]. A causal stack needs no mask: padding is at the end."""
+        """hidden [B, S, D], source [B, M, D] -> [B, S, D]. A causal stack needs no mask: padding is at the end."""
         rotation = self._rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, source, rotation, mask, source_mask, self.causal)
@@ -227,10 +275,10 @@ class Stack(nn.Module):
         return KeysValues(keys, torch.zeros_like(keys), source_keys, source_values)
 
     def extend(self, hidden: Tensor, length: Tensor, source_mask: Tensor | None, past: KeysValues) -> Tensor:
-        """Append [L, n, d] at positions length int64 [L] and following; writes `past` in place. -> [L, n, d]"""
+        """Append [B, n, D] at positions length int64 [B] and following; writes `past` in place. -> [B, n, D]"""
         positions = length[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
         rotation = self._rotation(positions, hidden.dtype)
-        mask = within(positions + 1, past.keys.shape[2])[:, None]  # [L, 1, n, S]: a token sees those up to itself
+        mask = within(positions + 1, past.keys.shape[2])[:, None]  # [B, 1, n, S]: a token sees those up to itself
         for number, layer in enumerate(self.layers):
             of_layer = KeysValues(*(tensor[:, number] for tensor in past))
             hidden = layer.extend(hidden, positions, rotation, mask, source_mask, of_layer)

@@ -1,4 +1,4 @@
-"""Memformer (Wu et al., arXiv 2010.06891v2): memory slots, read in every layer, written once a segment.
+"""Memformer (Wu et al., arXiv 2010.06891v2): memory slots, read in every layer, written once per segment.
 
     layout "encoder_decoder", the paper's                   layout "decoder", of its Table 3
 
@@ -12,97 +12,85 @@
 
 Memory enters the layers by cross-attention, through a LayerNorm of its own. The writer mixes slots with tokens,
 
-    m'_i = A_i [m_i ; x W_V],   A_i = softmax(m_i W_Q [m_i W_K ; x W_K]^T / (sqrt(C) tau))             slot attention
+    m'_i = A_i [m_i ; x W_V],   A_i = softmax(m_i W_Q [m_i W_K ; x W_K]^T / (sqrt(K) tau))             slot attention
     m_i <- (m'_i + v_i) / ||m'_i + v_i||,   m_i(0) = v_i / ||v_i||             biased memory normalisation (forgetting)
 
 A slot sees itself and the tokens, never another slot. A slot that keeps to itself loses what is perpendicular to
-v_i by a factor 1 / (1 + ||v_i||) a segment, and so does its gradient: `bmn_init_norm` sets how far back a model learns
+v_i by a factor 1 / (1 + ||v_i||) per segment, and so does its gradient: `bmn_init_norm` sets how far back a model learns
 at first.
 
-In the first segment of a document there is no context: the encoder reads a single BOS. Fields of MemformerConfig from
-`memory_norm` on are what the paper leaves open; their defaults are ours.
+In the first segment of a document there is no context: the encoder reads a single BOS. Where the paper
+leaves something open (`memory_norm` and the fields after it, positions, norms, biases, initialisation) the defaults are ours.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import KeysValues, LayerSettings, Linear, Stack, TokenEmbedding, key_mask, within
-from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.cells.layers import KeysValues, LayersConfig, Linear, Stack, TokenEmbedding, key_mask, within
+from memformer_dist.segment import Segment
 
 
-class MemformerConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+class MemformerConfig(LayersConfig):
+    cell: Literal["memformer"] = Field("memformer", description="which cell")
     layout: Literal["encoder_decoder", "decoder"] = Field("encoder_decoder", description="see the top of memformer.py")
-    width: PositiveInt = Field(512, description="d, of the hidden states and of a slot")
+    width: PositiveInt = Field(512, description="D, of the hidden states and of a slot")
     encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")
     decoder_layers: PositiveInt = Field(16, description="causal layers")
-    heads: PositiveInt = Field(8, description="in every attention and in the writer")
-    feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
-    slots: PositiveInt = Field(512, description="k, memory slots of a lane")
-    dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings, attention weights, residual branches")
+    heads: PositiveInt = Field(8, description="H, in every attention and in the writer")
+    slots: PositiveInt = Field(512, description="M, memory slots per lane")
     temperature: PositiveFloat = Field(0.25, description="tau of the write attention; below 1 it is sharper")
-    bmn_init_norm: PositiveFloat = Field(0.1, description="initial ||v||; memory decays by 1 / (1 + ||v||)")
+    bmn_init_norm: PositiveFloat = Field(0.1, description="initial ||v||; memory decays by 1 / (1 + ||v||) per segment")
 
-    memory_norm: bool = Field(True, description="LayerNorm before it is read: slots have norm 1, tokens sqrt(d)")
+    memory_norm: bool = Field(True, description="LayerNorm before it is read: slots have norm 1, tokens sqrt(D)")
     write_first_segment: bool = Field(True, description="false: m(0) stays until the second; encoder_decoder only")
     write_projection: bool = Field(False, description="an output projection after the write attention")
-    positions: Literal["rotary", "none"] = Field("rotary", description="in self-attention; slots and sources have none")
-    final_norm: bool = Field(True, description="LayerNorm after the last layer of encoder and decoder")
-    tie_embeddings: bool = Field(True, description="the head is the embedding of encoder and decoder")
-    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
-    init_std: PositiveFloat = Field(0.02, description="of weights; residual outputs / sqrt(2 layers)")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        if self.width % self.heads:
-            problems.append(f"width: found {self.width}, expected a multiple of heads ({self.heads})")
-        elif self.positions == "rotary" and self.width // self.heads % 2:
-            found = self.width // self.heads
-            problems.append(f"width / heads: found {found}, expected an even number (rotary positions turn pairs)")
+    def problems(self) -> list[str]:
+        problems = super().problems()
         if self.layout == "encoder_decoder" and self.encoder_layers == 0:
             problems.append("encoder_layers: found 0, expected at least 1 in the layout encoder_decoder")
         if self.layout == "decoder" and self.encoder_layers > 0:
             problems.append(f"encoder_layers: found {self.encoder_layers}, expected 0 in the layout decoder")
         if self.layout == "decoder" and not self.write_first_segment:
             problems.append("write_first_segment: found false, expected true in the layout decoder")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return problems
+
+    def build(self, *, vocab_size: int, bos_id: int, segment_length: int) -> "Memformer":
+        return Memformer(self, vocab_size=vocab_size, bos_id=bos_id, segment_length=segment_length)
 
 
 class MemformerState(NamedTuple):
     """Layout encoder_decoder."""
 
-    memory: Tensor  # [L, slots, d], unit vectors
-    context: Tensor  # int64 [L, S], the segment before
-    context_length: Tensor  # int64 [L], tokens of it that are not padding
+    memory: Tensor  # [B, M, D], unit vectors
+    context: Tensor  # int64 [B, S], the segment before
+    context_length: Tensor  # int64 [B], tokens of it that are not padding
 
 
 class DecoderState(NamedTuple):
-    memory: Tensor  # [L, slots, d], unit vectors
+    memory: Tensor  # [B, M, D], unit vectors
 
 
 class MemformerFeatures(NamedTuple):
     """What the writer and the readout read: the encoded context, or in the layout decoder the segment itself."""
 
-    hidden: Tensor  # [L, S, d], after the final norm
-    length: Tensor  # int64 [L], rows of it that are not padding
+    hidden: Tensor  # [B, S, D], after the final norm
+    length: Tensor  # int64 [B], rows of it that are not padding
 
 
 class MemformerCache(NamedTuple):
     """A segment under way."""
 
     memory: Tensor  # encoder_decoder: the next memory, already written; decoder: the one that is being read
-    trail: Tensor  # what close needs of the segment: tokens int64 [L, S]; decoder: its hidden states [L, S, d]
-    length: Tensor  # int64 [L], tokens so far
-    source_length: Tensor  # int64 [L], rows of the source that are not padding
+    trail: Tensor  # what close needs of the segment: tokens int64 [B, S]; decoder: its hidden states [B, S, D]
+    length: Tensor  # int64 [B], tokens so far
+    source_length: Tensor  # int64 [B], rows of the source that are not padding
     past: KeysValues
 
 
@@ -114,7 +102,7 @@ class BiasedMemoryNormalisation(nn.Module):
         self.bias = nn.Parameter(init_norm * F.normalize(torch.randn(slots, width), dim=-1))
 
     def forward(self, memory: Tensor) -> Tensor:
-        """[L, slots, d], in the state's precision, which autocast leaves alone here."""
+        """[B, M, D], in the state's precision, which autocast leaves alone here."""
         biased = memory + self.bias.to(memory.dtype)
         return biased / torch.linalg.vector_norm(biased, dim=-1, keepdim=True)
 
@@ -136,19 +124,19 @@ class SlotWriter(nn.Module):
         self.output = Linear(width, width, std=std, bias=bias) if config.write_projection else nn.Identity()
 
     def _split(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [L, T, d] -> [L, H, T, C]
+        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, S, D] -> [B, H, S, K]
 
     def attention(self, memory: Tensor, hidden: Tensor, length: Tensor) -> Tensor:
-        """-> weights [L, H, slots, 1 + S]: of a slot on itself, then on each token. One softmax, so they sum to 1."""
+        """-> weights [B, H, M, 1 + S]: of a slot on itself, then on each token. One softmax, so they sum to 1."""
         slots = memory.to(hidden.dtype)
         queries, own_keys, token_keys = (self._split(x) for x in (self.query(slots), self.key(slots), self.key(hidden)))
-        own = (queries * own_keys).sum(-1, keepdim=True)  # the diagonal of the [slots, slots] block
+        own = (queries * own_keys).sum(-1, keepdim=True)  # the diagonal of the [M, M] block
         padding = ~within(length, hidden.shape[1])[:, None, None]
         tokens = (queries @ token_keys.mT).masked_fill(padding, -math.inf)
         return (self.scale * torch.cat([own, tokens], dim=-1).to(memory.dtype)).softmax(dim=-1)
 
     def forward(self, memory: Tensor, hidden: Tensor, length: Tensor) -> Tensor:
-        """memory [L, slots, d], hidden [L, S, d] of which `length` int64 [L] rows are real -> [L, slots, d]."""
+        """memory [B, M, D], hidden [B, S, D] of which `length` int64 [B] rows are real -> [B, M, D]."""
         weights = self.attention(memory, hidden, length)
         token_values = self._split(self.value(hidden))
         taken = weights[..., 1:].to(token_values.dtype) @ token_values
@@ -156,29 +144,22 @@ class SlotWriter(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2)).to(memory.dtype)
 
 
-class Memformer(RecurrentCell):
+class Memformer(RecurrentCell[Any, MemformerFeatures]):
+    memory_leaves = ("memory",)
+
     def __init__(self, config: MemformerConfig, *, vocab_size: int, bos_id: int, segment_length: int):
         super().__init__()
         self.config, self.bos_id = config, bos_id
         self.vocab_size, self.segment_length = vocab_size, segment_length
-        settings = LayerSettings(
-            width=config.width,
-            heads=config.heads,
-            feed_forward=config.feed_forward,
-            dropout=config.dropout,
-            attention_bias=config.attention_bias,
-            init_std=config.init_std,
-            rotary=config.positions == "rotary",
-        )
         self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
         self.dropout = nn.Dropout(config.dropout)
         self.normalise = BiasedMemoryNormalisation(config.slots, config.width, config.bmn_init_norm)
         self.memory_norm = nn.LayerNorm(config.width) if config.memory_norm else nn.Identity()
         self.encoder = None
         if config.layout == "encoder_decoder":
-            self.encoder = Stack(config.encoder_layers, settings, causal=False, final_norm=config.final_norm)
+            self.encoder = Stack(config.encoder_layers, config, causal=False)
         self.writer = SlotWriter(config)
-        self.decoder = Stack(config.decoder_layers, settings, causal=True, final_norm=config.final_norm)
+        self.decoder = Stack(config.decoder_layers, config, causal=True)
         self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     # ------------------------------------------------------------------------------------------------ the recurrence
@@ -203,15 +184,12 @@ class Memformer(RecurrentCell):
         written = self._write(memory, features, segment.reset)
         return features, MemformerState(written, segment.tokens, segment.length)
 
-    def readout(self, segment: Segment, features: MemformerFeatures) -> Tensor:
+    def logits(self, segment: Segment, features: MemformerFeatures) -> Tensor:
         hidden = features.hidden
         if self.encoder is not None:
             mask = key_mask(features.length, self.segment_length)
             hidden = self.decoder(self._embed(segment.tokens), features.hidden, source_mask=mask)
-        logits = self._logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.flatten(0, 1), segment.labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return nll.view_as(segment.labels)
+        return self._head(hidden)
 
     @torch.no_grad()
     def diagnose(self, segment: Segment, state) -> dict[str, Tensor]:
@@ -231,11 +209,11 @@ class Memformer(RecurrentCell):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _head(self, hidden: Tensor) -> Tensor:
         return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
 
     def _start(self, state, fresh: Tensor) -> Tensor:
-        """The memory that the segment reads: the state's, or m(0) on the lanes bool [L] that start afresh."""
+        """The memory that the segment reads: the state's, or m(0) on the lanes bool [B] that start afresh."""
         initial = self.normalise(torch.zeros_like(state.memory[:1]))
         return torch.where(fresh[:, None, None], initial, state.memory)
 
@@ -280,7 +258,7 @@ class Memformer(RecurrentCell):
         rows = torch.arange(lanes, device=tokens.device)[:, None]
         columns = cache.length[:, None] + torch.arange(count, device=tokens.device)
         cache.trail[rows, columns] = tokens if self.encoder else hidden.to(cache.trail.dtype)
-        return self._logits(hidden), cache._replace(length=cache.length + count)
+        return self._head(hidden), cache._replace(length=cache.length + count)
 
     @torch.no_grad()
     def close(self, cache: MemformerCache) -> MemformerState | DecoderState:

@@ -16,27 +16,24 @@ On a CPU the peak grows by 0.93 to 1.01 of this sum for each segment where freed
 to 1.2, with small tensors 1.34, under malloc's default, which keeps some of it (docs/mrbp.md). Hence SAFETY.
 
 Not all that training needs is allocated before its first step. What can be reckoned is subtracted from the free memory
-(`first_step_bytes`). For what cannot, half of the remainder is left alone (SHARE): fragments of the allocator, workspaces
+(`reserved`). For what cannot, half of the remainder is left alone (SHARE): fragments of the allocator, workspaces
 of kernels, buckets of the collectives, modules that ZeRO-3 gathers, prefetched segments, the evaluation's larger batch.
 """
 
 import contextlib
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memformer_dist.host_memory import free_bytes
 from memformer_dist.mrbp.replay import as_leaves
-from memformer_dist.mrbp.states import DeviceStates
-from memformer_dist.segment import Segment, concatenate
+from memformer_dist.segment import Segment, Tensors, concatenate, differentiable
 from memformer_dist.world import World
-
-if TYPE_CHECKING:  # a measurement needs no DeepSpeed
-    from memformer_dist.zero.engine import Engine
 
 SAFETY = 1.25  # bytes of the allocator for each byte of tensors
 SHARE = 0.5  # of the free memory that a group may fill
@@ -55,15 +52,26 @@ class Footprint(NamedTuple):
     group: int  # bytes of a group of whatever size: the readout's parameters as autocast rounds them
 
 
-def choose_readout_group(engine: "Engine", segment: Segment, state: NamedTuple, world: World, *, window: int) -> Choice:
-    """Run one segment with gradient and see how many of its kind fit. A collective call; leaves no trace in the engine.
+def choose_readout_group(
+    forward: Callable[..., Any],
+    module: nn.Module,
+    segment: Segment,
+    state: Tensors,
+    world: World,
+    *,
+    window: int,
+    reserved: int = 0,
+) -> Choice:
+    """Run one segment with gradient and see how many of its kind fit. A collective call; leaves no trace in the module.
 
     Args:
-        segment, state: of a group of lanes as large as any in training; the numbers in them do not matter.
+        forward: runs a part of the cell; `module` itself, or the engine that holds it.
+        segment, state: of a group of lanes as large as any in training, on the device; the numbers in them do not matter.
         window: the most segments that a window will have.
+        reserved: bytes that training will hold besides activations and that are not allocated yet.
     """
-    measured = footprint(engine, segment.to(world.device), state)
-    free = free_bytes(world.device) - first_step_bytes(engine, state, window) - measured.group
+    measured = footprint(forward, module, segment, state)
+    free = free_bytes(world.device) - reserved - measured.group
     segment_bytes = math.ceil(SAFETY * measured.segment)
     # The smallest number over the ranks, from a sum: each fills in its own place.
     everyone = world.all_reduce_sum([free if rank == world.rank else 0 for rank in range(world.size)])
@@ -77,25 +85,25 @@ def even_group(window: int, room: int) -> int:
     return math.ceil(window / groups)
 
 
-def footprint(engine: "Engine", segment: Segment, state: NamedTuple) -> Footprint:
+def footprint(forward: Callable[..., Any], module: nn.Module, segment: Segment, state: Tensors) -> Footprint:
     """What a segment takes in training, on `segment`'s device. A collective call under ZeRO-3: three forwards."""
-    device, module = segment.tokens.device, engine.module
+    device = segment.tokens.device
     parameters, training = list(module.parameters()), module.training
     module.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         with saved_storages(parameters) as advance:
-            features, output = engine("advance", segment, as_leaves(state))
+            features, output = forward("advance", segment, as_leaves(state))
         keep(advance, [*features, *output])  # memory replay holds them until the segment's backward
         readouts = []
         for segments in (1, 2):
             leaves = as_leaves(features._make(torch.cat([x.detach()] * segments) for x in features))
             with saved_storages(parameters) as readout:
-                nll = engine("readout", concatenate([segment] * segments), leaves)
+                nll = forward("readout", concatenate([segment] * segments), leaves)
             keep(readout, [*leaves, nll])
             readouts.append(readout)
     module.train(training)
     one, two = (sum(readout.values()) for readout in readouts)
-    gradients = sum(x.nbytes for x in features if x.is_floating_point())
+    gradients = sum(x.nbytes for x in features if differentiable(x))
     # Of what grows with the lanes; the largest tensor of twice the lanes is two of a segment's.
     transients = max(Counter(readouts[1].values()) - Counter(readouts[0].values()), default=0)
     return Footprint(segment=sum(advance.values()) + two - one + gradients + transients, group=max(0, 2 * one - two))
@@ -127,24 +135,3 @@ def keep(sizes: dict[StorageWeakRef, int], tensors: Iterable[Tensor]) -> None:
     """Count the storages of `tensors` among `sizes`, each once."""
     for storage in (tensor.untyped_storage() for tensor in tensors):
         sizes[StorageWeakRef(storage)] = storage.nbytes()
-
-
-def first_step_bytes(engine: "Engine", state: NamedTuple, window: int) -> int:
-    """What training will hold on this rank's device besides activations, and an engine before its first step does not.
-
-    Of an engine that has taken steps, moments are counted again: the choice is then on the safe side.
-    """
-    # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in engine.module.parameters()]
-    numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
-    sharers = 1 if engine.zero_stage == 0 else engine.world.size
-    moments = 2 * 4 * numbers // sharers
-    if engine.reduction.reduce == "window":
-        gradient = whole
-    else:  # a bucket on its way at a time, and this rank's share, which ZeRO-3 holds from the start
-        bucket = engine.engine.zero_reduce_bucket_size()
-        gradient = 4 * (bucket + (numbers // sharers if engine.zero_stage == 2 else 0))
-    gathered = whole if engine.gathering is not None and engine.gathering.keep != "none" else 0
-    on_device = isinstance(engine.states, DeviceStates) or engine.world.device.type == "cpu"
-    stored = window * sum(x.nbytes for x in state) if on_device else 0
-    return moments + gradient + gathered + stored

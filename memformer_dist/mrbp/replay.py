@@ -9,71 +9,55 @@ input state is known before the replay starts, `readout`, which no later segment
 segments as one batch, with the features as the leaf where the two halves of the graph meet. A parameter that a window
 does not use, such as the writer's in a window of one segment, gets no gradient.
 
-Plain torch: this module knows no model and no DeepSpeed. It is given two callables,
-    call(part, t, *arguments)   run the cell's "advance" or "readout"; `t` lets the caller set the random state, which must
-                                be the same in rollout and replay (dropout); a group's readout gets its first t
-    backward(scalar)            accumulate gradients; DeepSpeed's engine.backward, or torch's
+Cells whose state carries no gradient (caches, no memory) have nothing to replay: `in_order` runs their segments first to
+last, once. With any other cell it is truncated back-propagation, the control of every claim that a memory helps.
+
+Plain torch: this module knows no model and no DeepSpeed. The `Executor` (executor.py) says how one call of the cell is made.
 """
 
 import time
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memformer_dist.mrbp.executor import Cell, Executor, TorchExecutor
 from memformer_dist.mrbp.states import DeviceStates, HostStates
-from memformer_dist.segment import Segment, Tensors, concatenate, select_rows
+from memformer_dist.segment import Some, Tensors, concatenate, differentiable, select_rows
+
+Gradients = list[Tensor | None]  # one per leaf; None where nothing arrived
+Observe = Callable[[int, Tensors, Tensor], None]
 
 
 class Replayed(NamedTuple):
-    state: NamedTuple  # detached state after the window's last segment: where the next window starts
+    state: Tensors  # detached state after the window's last segment: where the next window starts
     rollout_s: float  # seconds
     drift: Tensor  # largest |recomputed - stored| over all states: 0 when replay repeats the rollout bit by bit
     state_gradient_squares: Tensor  # [N], item t: squared norm of dL/d(state entering segment t), all lanes and leaves
 
 
-def as_leaves(tensors: Tensors) -> Tensors:
-    """The same values cut out of the graph; floating-point tensors will collect a gradient."""
-    return tensors._make(x.detach().requires_grad_(x.is_floating_point()) for x in tensors)
+class _Advanced(NamedTuple):
+    """A segment after its advance with gradient."""
 
-
-def inner_product(tensors: Tensors, gradients: Tensors) -> Tensor:
-    """A scalar whose gradient with respect to the floating-point `tensors` is `gradients`."""
-    return sum((x * g).sum() for x, g in zip(tensors, gradients) if x.is_floating_point())
-
-
-def gradients_of(leaves: Tensors) -> Tensors:
-    """What the leaves have collected; zero where nothing arrived (a loss that is masked out altogether)."""
-    return leaves._make(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
-
-
-def _wait_for(state: NamedTuple) -> None:
-    """Until the device has come here; twice a window, so that the rollout's time can be told."""
-    if state[0].is_cuda:
-        torch.cuda.synchronize(state[0].device)
-
-
-def _norm_square(gradients: NamedTuple) -> Tensor:
-    """Squared norm of all the floating-point leaves together."""
-    return sum(torch.linalg.vector_norm(x).square() for x in gradients if x.is_floating_point())
-
-
-def _largest_difference(tensors: NamedTuple, others: NamedTuple) -> Tensor:
-    pairs = [(x, y) for x, y in zip(tensors, others) if x.is_floating_point()]
-    return torch.stack([(x.detach() - y.detach()).abs().max() for x, y in pairs]).max()
+    t: int
+    segment: Tensors
+    inputs: Tensors  # leaves of the input state
+    features: Tensors
+    output: Tensors  # the next state
 
 
 def memory_replay(
-    call: Callable,
-    backward: Callable[[Tensor], None],
-    segments: Sequence[Segment],
-    state: NamedTuple,
+    cell: Cell,
+    window: Sequence[Tensors],
+    state: Some,
     *,
     loss_scale: float,
+    executor: Executor | None = None,
     readout_group: int = 1,
     readout_parts: int = 1,
     states: DeviceStates | HostStates | None = None,
-    observe: Callable[[int, Segment, Tensor], None] = lambda t, segment, nll: None,
+    observe: Observe = lambda t, segment, nll: None,
 ) -> Replayed:
     """Accumulate the gradient of L = `loss_scale` * sum of nll over a window into the parameters.
 
@@ -83,74 +67,210 @@ def memory_replay(
         dL/dtheta = sum over t of  dL/dtheta through the readout + f_t dF_t/dtheta + g_{t+1} dM_{t+1}/dtheta
 
     Args:
-        call: call(part, t, segment, tensors) runs the cell's part on segment t of the window.
-        backward: accumulates the gradient of a scalar; `torch.Tensor.backward` where nothing else is wanted.
-        segments: the window, N segments of L lanes (NamedTuples of lane-first tensors); item t is asked for once in the
-            rollout and once in the replay, in the order 0 ... N-2, N-1 ... 0, and may be made on demand.
+        cell: see cells/base.py; one whose `carries_gradient` is False is run `in_order`.
+        window: N segments of B lanes (NamedTuples of lane-first tensors) on the cell's device; item t is asked for once in
+            the rollout and once in the replay, in the order 0 ... N-2, N-1 ... 0, and may be made on demand.
         state: where the window starts, lanes first; no gradient flows out of it.
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.
-        readout_group: C, segments whose readout runs as one batch of C L lanes. The activations of that many segments are
+        executor: how the cell is called; TorchExecutor(cell) unless given.
+        readout_group: C, segments whose readout runs as one batch of C B lanes. The activations of that many segments are
             alive at once.
         readout_parts: parts that the lanes of a readout batch are worked through in, one after the other: each keeps its
-            share of the readout's activations alone, which are most of a segment's where `advance` is small. At most C L.
+            share of the readout's activations alone, which are most of a segment's where `advance` is small. At most C B.
         states: where the stored states lie, empty; on the device unless given.
-        observe: called as observe(t, segment, nll [L, S]) for every segment, last to first, with nll detached.
+        observe: called as observe(t, segment, nll [B, S]) for every segment, last to first, with nll detached.
 
     The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a memory,
-    and the replay buffer is `states`. Raises what `call`, `backward` and `segments` raise; `states` is then to be thrown away.
+    and the replay buffer is `states`. Raises what the cell and `window` raise, and ValueError where `advance` writes in place
+    to the state that it is given; `states` is then to be thrown away.
     """
+    executor = TorchExecutor(cell) if executor is None else executor
+    if not cell.carries_gradient:
+        return in_order(
+            executor,
+            window,
+            state,
+            loss_scale=loss_scale,
+            readout_group=readout_group,
+            readout_parts=readout_parts,
+            observe=observe,
+        )
     states = DeviceStates() if states is None else states
-    last = len(segments) - 1
-    _wait_for(state)
-    began = time.perf_counter()
+    last = len(window) - 1
+    began = _wait_for(state)
     states.push(state)
     with torch.no_grad():  # lines 3-6: the rollout fills the replay buffer
         for t in range(last):
-            _, state = call("advance", t, segments[t], state)
+            state = _detached(_unchanged(state, lambda t=t, state=state: executor.rollout(t, window[t], state)))
             states.push(state)
-    _wait_for(state)
-    rollout_s = time.perf_counter() - began
+    rollout_s = _wait_for(state) - began
 
-    gradient = None  # dL/d(output state of segment t); none behind the window's last
+    gradient: Gradients = [None] * len(state)  # dL/d(output state of segment t); none behind the window's last
     final = following = None  # the window's last state; the stored state that segment t was rolled out to
-    drift = torch.zeros((), device=state[0].device)
-    floating = next(x for x in state if x.is_floating_point())
-    squares = torch.zeros(last + 1, dtype=floating.dtype, device=floating.device)  # of the input states' gradients
+    device = state[0].device
+    drift = torch.zeros((), device=device)
+    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=device)  # of the input states' gradients
     for stop in range(last + 1, 0, -readout_group):  # line 8
         group = range(max(0, stop - readout_group), stop)
-        advances = []  # of this group, last to first: (segment, leaves of the input state, features, output state)
+        advanced: list[_Advanced] = []  # of this group, last to first
         for t in reversed(group):  # line 9: recompute from the replay buffer, with a graph
-            segment, inputs = segments[t], as_leaves(states.pop())
-            features, output = call("advance", t, segment, inputs)
-            advances.append((segment, inputs, features, output))
+            segment, inputs = window[t], as_leaves(states.pop())
+            features, output = _unchanged(
+                inputs, lambda t=t, segment=segment, inputs=inputs: executor.advance(t, segment, inputs)
+            )
+            advanced.append(_Advanced(t, segment, inputs, features, output))
             if t == last:
-                final = output._make(x.detach() for x in output)
+                final = _detached(output)
             else:
                 drift = torch.maximum(drift, _largest_difference(output, following))
             following = inputs
-
-        made = [features for _, _, features, _ in reversed(advances)]
-        leaves = as_leaves(made[0]._make(torch.cat(column) for column in zip(*made)))
-        del made
-        batch = concatenate([segment for segment, *_ in reversed(advances)])  # [C L] rows
-        nlls = []
-        bounds = [len(leaves[0]) * number // readout_parts for number in range(readout_parts + 1)]
-        for part in map(slice, bounds, bounds[1:]):
-            nll = call("readout", group.start, select_rows(batch, part), select_rows(leaves, part))
-            backward(nll.sum() * loss_scale)  # lines 10-11
-            nlls.append(nll.detach())
-        nll = torch.cat(nlls)
-
-        lanes = nll.shape[0] // len(group)
-        for position, t in reversed(list(enumerate(group))):
-            segment, inputs, features, output = advances.pop(0)
-            rows = slice(position * lanes, (position + 1) * lanes)
-            observe(t, segment, nll[rows])
-            surrogate = inner_product(features, select_rows(gradients_of(leaves), rows))
-            if gradient is not None:
-                surrogate = surrogate + inner_product(output, gradient)
-            backward(surrogate)  # lines 11-12, in one walk through the graph
-            gradient = gradients_of(inputs)  # nabla M_t, for the segment before
+        # The window's last backward is that of the earliest advance that a gradient flows through, or of the readout.
+        passing = [a.t for a in advanced if _any_flows(a.features) or (a.t < last and _any_flows(a.output))]
+        ending = None if group.start else min(passing, default=-1)
+        arrived = _read_out(executor, advanced[::-1], loss_scale, readout_parts, observe, last=ending == -1)
+        while advanced:
+            t, _, inputs, features, output = advanced.pop(0)
+            surrogate = inner_product(features, arrived.pop(), output, gradient)
+            if surrogate is not None:
+                executor.backward(surrogate, last=t == ending)  # lines 11-12, in one walk through the graph
+            gradient = [x.grad for x in inputs]  # nabla M_t, for the segment before
             squares[t] = _norm_square(gradient)
             del features, output, surrogate  # this segment's graph, before the next is built
     return Replayed(final, rollout_s, drift, squares)
+
+
+def in_order(
+    executor: Executor,
+    window: Sequence[Tensors],
+    state: Some,
+    *,
+    loss_scale: float,
+    readout_group: int = 1,
+    readout_parts: int = 1,
+    observe: Observe = lambda t, segment, nll: None,
+) -> Replayed:
+    """`memory_replay` without a gradient from any segment to the one before: first to last, every segment once.
+
+    Arguments as there, but `observe` sees the segments of a readout group last to first, the groups first to last.
+    """
+    last = len(window) - 1
+    device = state[0].device
+    for start in range(0, last + 1, readout_group):
+        advanced: list[_Advanced] = []
+        for t in range(start, min(start + readout_group, last + 1)):
+            segment, inputs = window[t], _detached(state)
+            features, output = _unchanged(
+                inputs, lambda t=t, segment=segment, inputs=inputs: executor.advance(t, segment, inputs)
+            )
+            advanced.append(_Advanced(t, segment, inputs, features, output))
+            state = _detached(output)
+        passing = [a.t for a in advanced if _any_flows(a.features)]
+        ending = None if advanced[-1].t < last else min(passing, default=-1)
+        arrived = _read_out(executor, advanced, loss_scale, readout_parts, observe, last=ending == -1)
+        while advanced:
+            t, _, _, features, _ = advanced.pop()
+            surrogate = inner_product(features, arrived.pop(), (), [])
+            if surrogate is not None:
+                executor.backward(surrogate, last=t == ending)
+            del features, surrogate
+    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=device)
+    return Replayed(state, 0.0, torch.zeros((), device=device), squares)
+
+
+def _read_out(
+    executor: Executor,
+    advanced: Sequence[_Advanced],
+    loss_scale: float,
+    parts: int,
+    observe: Observe,
+    *,
+    last: bool,
+) -> list[Gradients]:
+    """The readout of consecutive segments as one batch, forward and backward -> the gradients of the features of each.
+
+    `last`: its last backward is the window's.
+    """
+    leaves = as_leaves(concatenate([a.features for a in advanced]))
+    batch = concatenate([a.segment for a in advanced])  # [C B] rows
+    nlls = []
+    bounds = [len(leaves[0]) * number // parts for number in range(parts + 1)]
+    with executor.readout_scope():
+        for part, rows in enumerate(map(slice, bounds, bounds[1:])):
+            nll = executor.readout(advanced[0].t, part, select_rows(batch, rows), select_rows(leaves, rows))
+            executor.backward(nll.sum() * loss_scale, last=last and part == parts - 1)  # lines 10-11
+            nlls.append(nll.detach())
+    nll = torch.cat(nlls)
+    lanes = nll.shape[0] // len(advanced)
+    arrived: list[Gradients] = []
+    for position, of in enumerate(advanced):
+        rows = slice(position * lanes, (position + 1) * lanes)
+        arrived.append([None if leaf.grad is None else leaf.grad[rows] for leaf in leaves])
+    for position, of in reversed(list(enumerate(advanced))):
+        observe(of.t, of.segment, nll[position * lanes : (position + 1) * lanes])
+    return arrived
+
+
+def as_leaves(tensors: Some) -> Some:
+    """The same values cut out of the graph; floating-point and complex tensors will collect a gradient."""
+    return tensors._make(x.detach().requires_grad_(differentiable(x)) for x in tensors)
+
+
+def inner_product(features: Tensors, of_features: Gradients, output: Tensors, of_output: Gradients) -> Tensor | None:
+    """A scalar whose gradient with respect to the tensors is what is given for each; None where nothing flows.
+
+    A leaf that nothing reads gets no gradient instead of zeros: 0 times an infinite derivative would be nan.
+    """
+    totals = []
+    for tensors, gradients in (features, of_features), (output, of_output):
+        terms = [
+            (x * g.conj()).real.sum() if x.is_complex() else (x * g).sum()
+            for x, g in zip(tensors, gradients)
+            if g is not None and x.requires_grad
+        ]
+        if terms:
+            totals.append(sum(terms))
+    return sum(totals) if totals else None
+
+
+def _unchanged(state: Tensors, call: Callable[[], Some]) -> Some:
+    """What `call` returns. Raises ValueError where it has written to a leaf of the state, which is stored for the replay."""
+    before = [x._version for x in state]
+    result = call()
+    changed = [name for name, x, version in zip(state._fields, state, before) if x._version != version]
+    if changed:
+        raise ValueError(
+            f"advance has written in place to its input state ({', '.join(changed)}); it must make new tensors"
+        )
+    return result
+
+
+def _detached(tensors: Some) -> Some:
+    return tensors._make(x.detach() for x in tensors)
+
+
+def _any_flows(tensors: Tensors) -> bool:
+    return any(x.requires_grad for x in tensors)
+
+
+def _wait_for(state: Tensors) -> float:
+    """The time when the device has come here; asked twice per window, so that the rollout's time is known."""
+    if state[0].is_cuda:
+        torch.cuda.synchronize(state[0].device)
+    return time.perf_counter()
+
+
+def _real_dtype(state: Tensors) -> torch.dtype:
+    """In which norms of the state's gradients are given: that of its first leaf that carries one."""
+    return next((x.real.dtype if x.is_complex() else x.dtype for x in state if differentiable(x)), torch.float32)
+
+
+def _norm_square(gradients: Gradients) -> Tensor | float:
+    """Squared norm of all of them together."""
+    return sum(torch.linalg.vector_norm(x).square() for x in gradients if x is not None)
+
+
+def _largest_difference(tensors: Tensors, others: Tensors) -> Tensor:
+    """Over all leaves that carry a gradient, 0 where there are none."""
+    pairs = [(x.detach(), y.detach()) for x, y in zip(tensors, others) if differentiable(x) and x.numel()]
+    device = tensors[0].device
+    return torch.stack([(x - y).abs().max() for x, y in pairs]).max() if pairs else torch.zeros((), device=device)

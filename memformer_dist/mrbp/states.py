@@ -9,12 +9,10 @@ one window to the next. Without a GPU it is the same code without streams.
 """
 
 import contextlib
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Store = Literal["device", "host"]
 
 
 class DeviceStates:

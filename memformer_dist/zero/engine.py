@@ -1,50 +1,44 @@
-"""The only file that imports DeepSpeed: build its engine, accumulate windows, reduce once, step.
+"""Engine: a cell under DeepSpeed, which accumulates windows, reduces the gradient once and takes a step.
 
-Everything here rests on what DeepSpeed 0.19.8 was measured to do under many backward passes per optimiser step
+Everything in this folder rests on what DeepSpeed 0.19.8 was measured to do under many backward passes per optimiser step
 (tests/test_engine.py holds the right ways, and wrong ones that look right):
 
-- Many backwards, one reduction: reduction.py. What ZeRO-3 gathers, and how often: zero3.py.
+- Many backwards, one reduction: reduction.py. What ZeRO-3 gathers, and how often: gathering.py.
 - bf16 is autocast over fp32 parameters with no module declared safe for lower precision, or bf16 parameters with the
   reduction after every backward: the other settings that look right accumulate or reduce in bf16, silently.
 - `scale_wrt_gas=False` always; DeepSpeed averages over ranks, so the loss is multiplied by the world size.
 """
 
-import contextlib
 import warnings
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.mrbp.executor import reseed
-from memformer_dist.mrbp.replay import memory_replay
-from memformer_dist.mrbp.states import DeviceStates, HostStates, Store
-from memformer_dist.segment import Segment
+from memformer_dist.mrbp.executor import Executor
+from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
+from memformer_dist.mrbp.settings import MrbpConfig
+from memformer_dist.mrbp.states import DeviceStates, HostStates
+from memformer_dist.segment import Tensors
 from memformer_dist.world import World
-from memformer_dist.zero.gathering import Gathering, Keep
-from memformer_dist.zero.reduction import Reduce, Reduction
+from memformer_dist.zero.executor import ZeroExecutor
+from memformer_dist.zero.gathering import Gathering
+from memformer_dist.zero.moments import Moments
+from memformer_dist.zero.reduction import Reduction
 
 # Of torch, at every collective that DeepSpeed 0.19.8 makes by its old name.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
-
 
 class Accumulated(NamedTuple):
-    states: list[NamedTuple]  # of this rank's lane groups after the window, detached
+    states: list[Any]  # of this rank's lane groups after the window, detached
     drift: Tensor  # largest difference between a state recomputed and rolled out, on this rank
     rollout_s: float
-    state_gradient_squares: Tensor  # [N], see mrbp.Replayed; of this rank's lanes
+    state_gradient_squares: Tensor  # [N], see mrbp.replay.Replayed; of this rank's lanes
 
 
 class StepResult(NamedTuple):
@@ -56,16 +50,14 @@ class Engine:
     """A cell whose parameters, gradients and optimiser state DeepSpeed manages.
 
     Args:
-        cell: on the CPU or the process's device, the same weights on every rank.
+        cell: on the CPU or the world's device, the same weights on every rank.
         optimizer: over the cell's parameters; torch's.
+        mrbp: how windows are replayed and gradients reduced; `window` and `readout_group` are the caller's to apply.
         settings: the section `deepspeed` of the configuration.
         precision: "fp32"; "bf16", autocast over fp32 parameters; or "bf16_parameters", whose fp32 originals and moments lie
-            with the optimiser (reduce="segment" alone, because bf16 parameters have bf16 gradients until they are reduced).
+            with the optimiser (reduce "segment" alone, because bf16 parameters have bf16 gradients until they are reduced).
         gradient_clipping: largest norm of the global gradient; 0 does not clip.
         seed: of the dropout masks.
-        reduce: "window", the gradient once, or "segment" (ZeRO 2 and 3), every backward's.
-        state_store: where a window's states are kept between rollout and replay.
-        keep_gathered: what ZeRO-3 does not gather anew for every use.
     """
 
     def __init__(
@@ -73,16 +65,14 @@ class Engine:
         cell: RecurrentCell,
         optimizer: torch.optim.Optimizer,
         world: World,
+        mrbp: MrbpConfig,
         *,
-        settings: dict,
+        settings: dict[str, Any],
         precision: str = "fp32",
         gradient_clipping: float = 0.0,
         seed: int = 0,
-        reduce: Reduce = "window",
-        state_store: Store = "device",
-        keep_gathered: Keep = "all",
     ):
-        self.world, self.seed = world, seed
+        self.world, self.mrbp, self.seed = world, mrbp, seed
         # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ours = {
@@ -91,7 +81,7 @@ class Engine:
             "gradient_clipping": gradient_clipping,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "managed_gradient_accumulation": reduce == "window",
+            "managed_gradient_accumulation": mrbp.reduce == "window",
         }
         weights: dict[nn.Parameter, Tensor] = {}
         if precision == "bf16":
@@ -104,68 +94,55 @@ class Engine:
         # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model. Where no full gradient is
         # to be anywhere, the bucket must not be one.
         numbers = sum(parameter.numel() for parameter in cell.parameters())
-        bucket = numbers if reduce == "window" else max(1, numbers // 8)
+        bucket = numbers if mrbp.reduce == "window" else max(1, numbers // 8)
         zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, bucket)}
         zero |= settings.get("zero_optimization", {})
         cell.to(world.device)
-        self.engine, *_ = deepspeed.initialize(
+        self.deepspeed, *_ = deepspeed.initialize(
             model=cell,
             optimizer=optimizer,
             config=settings | {"zero_optimization": zero} | ours,
             dist_init_required=False,
         )
-        self.zero_stage = self.engine.zero_optimization_stage()
-        self.module: RecurrentCell = self.engine.module
+        self.zero_stage: int = self.deepspeed.zero_optimization_stage()
+        self.module: RecurrentCell = self.deepspeed.module
+        self._moments = Moments(self.deepspeed, world)
         for parameter, weight in weights.items():  # DeepSpeed has made its fp32 weights of rounded ones
-            self._set_whole(parameter, weight.to(world.device))
-        self.reduction = Reduction(self.engine, reduce)
-        self.states = DeviceStates() if state_store == "device" else HostStates(world.device)
+            self._moments.set_whole(parameter, weight.to(world.device))
+        self.reduction = Reduction(self.deepspeed, mrbp.reduce)
+        self.states = DeviceStates() if mrbp.state_store == "device" else HostStates(world.device)
         self.gathering = None
         if self.zero_stage == 3:
-            self.gathering = Gathering(self.module, self.engine.optimizer.parameter_offload, keep_gathered)
+            self.gathering = Gathering(self.module, self.deepspeed.optimizer.parameter_offload, mrbp.keep_gathered)
 
     def __call__(self, part: str, *arguments):
         """The cell's forward as it is used without gradients (evaluation): the same parts in the same order on every rank."""
-        return self.engine(part, *arguments)
+        return self.deepspeed(part, *arguments)
 
     def accumulate(
         self,
-        windows: list,
-        states: list[NamedTuple],
+        windows: Sequence[Any],
+        states: Sequence[Any],
         *,
         valid_tokens: int,
         readout_group: int = 1,
-        readout_parts: int = 1,
-        observe: Callable = lambda t, segment, nll: None,
+        observe: Callable[[int, Any, Tensor], None] = lambda t, segment, nll: None,
     ) -> Accumulated:
         """The gradient of the mean loss over one window of every lane, reduced once.
 
         Args:
-            windows: this rank's lanes in groups, each a Window (same ticks, equal numbers of lanes on every rank).
+            windows: this rank's lanes in groups, each a Window on the device (same ticks, equal numbers of lanes on every rank).
             states: where each group starts.
             valid_tokens: labels in the window over the lanes of ALL ranks.
-            readout_group, readout_parts, observe: see mrbp.memory_replay; dropout differs between parts.
+            readout_group, observe: see mrbp.replay.memory_replay; dropout differs between parts.
         """
         # The average over ranks of (world size / valid tokens) * local sum is the global mean, however lanes lie on ranks.
         loss_scale = self.world.size / max(1, valid_tokens)
         results = []
-        with self.reduction.of_a_step(), self._gathered():
+        with self.reduction.of_a_step(), nullcontext() if self.gathering is None else self.gathering.window():
             for group, (window, state) in enumerate(zip(windows, states, strict=True)):
-                is_last = group == len(windows) - 1
-                replay = _Replay(self, window.start, group, is_last=is_last, readout_parts=readout_parts)
-                results.append(
-                    memory_replay(
-                        replay.call,
-                        replay.backward,
-                        window,
-                        state,
-                        loss_scale=loss_scale,
-                        readout_group=readout_group,
-                        readout_parts=readout_parts,
-                        states=self.states,
-                        observe=observe,
-                    )
-                )
+                executor = ZeroExecutor(self, start=window.start, group=group, is_last=group == len(windows) - 1)
+                results.append(self._replay(executor, window, state, loss_scale, readout_group, observe))
         return Accumulated(
             [result.state for result in results],
             torch.stack([result.drift for result in results]).max(),
@@ -173,133 +150,67 @@ class Engine:
             torch.stack([result.state_gradient_squares for result in results]).sum(0),
         )
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        if self.gathering is not None:
-            self.gathering.begin_window()
-        yield
-        if self.gathering is not None:
-            self.gathering.end_window()
+    def _replay(
+        self,
+        executor: Executor,
+        window: Sequence[Any],
+        state: Tensors,
+        loss_scale: float,
+        readout_group: int,
+        observe: Callable[[int, Any, Tensor], None],
+    ) -> Replayed:
+        batching: dict[str, Any] = {"readout_group": readout_group, "readout_parts": self.mrbp.readout_parts}
+        if not self.mrbp.replay:
+            return in_order(executor, window, state, loss_scale=loss_scale, observe=observe, **batching)
+        return memory_replay(
+            self.module,
+            window,
+            state,
+            loss_scale=loss_scale,
+            executor=executor,
+            states=self.states,
+            observe=observe,
+            **batching,
+        )
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip and apply the accumulated gradient, or drop it where its norm is not finite: on every rank alike."""
-        for group in self.engine.optimizer.param_groups:
+        for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage > 0:  # decides by the global norm itself
-            self.engine.step()
-            return StepResult(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied())
+            self.deepspeed.step()
+            return StepResult(float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied())
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
         if not torch.isfinite(norm):
-            self.engine.zero_grad()
+            self.deepspeed.zero_grad()
             return StepResult(float(norm), False)
-        self.engine.step()
+        self.deepspeed.step()
         return StepResult(float(norm), True)
 
     def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, fp32 weight, Adam moments) of every parameter, whole, one at a time. A collective call on all ranks."""
-        if any("exp_avg" not in self._optimizer().state.get(tensor, {}) for tensor in self._optimised_tensors()):
-            self._create_moments(0)  # not a step has been applied yet
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            if self.zero_stage > 0:
-                weight = safe_get_full_fp32_param(parameter)
-                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            else:
-                weight, state = parameter.detach(), self._optimizer().state[parameter]
-                moments = {key: state[key] for key in MOMENTS}
-            yield name, weight, moments
+        """(name, fp32 weight, Adam's moments) of every parameter, whole, one at a time. A collective call."""
+        return self._moments.tensors()
 
     def load_moments(self, steps: int, moment: Callable[[str, str], Tensor]) -> None:
         """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter. Weights are loaded before."""
-        self._create_moments(steps)
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            for key in MOMENTS:
-                value = moment(name, key).to(self.world.device)
-                if self.zero_stage == 0:
-                    self._optimizer().state[parameter][key].copy_(value)
-                else:
-                    self._set_whole(parameter, value, key)
+        self._moments.load(steps, moment)
 
-    def _set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Set an fp32 weight, or the moment `key` of it, from the whole tensor. ZeRO 1-3."""
-        if self.zero_stage < 3:
-            if key is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # The setters of whole tensors forget that the last partition is padded.
-        size, rank, world = parameter.ds_tensor.numel(), self.world.rank, self.world.size
-        own = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))[rank * size : (rank + 1) * size]
-        if key is None:
-            safe_set_local_fp32_param(parameter, own)
-        else:
-            safe_set_local_optimizer_state(parameter, own, key)
+    def first_step_bytes(self, state: Tensors, window: int) -> int:
+        """What training will hold on this rank's device besides activations, and an engine before its first step does not.
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """torch's own."""
-        return self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
-
-    def _create_moments(self, steps: int) -> None:
-        for tensor in self._optimised_tensors():
-            self._optimizer().state[tensor] = {
-                "step": torch.tensor(float(steps), device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
-
-    def _link_moments(self) -> None:
-        """At ZeRO 1-2, let each parameter know its piece of the flat moments.
-
-        DeepSpeed does this once, when the first of the parameter groups has taken its first step and the others have no
-        moments yet, and so leaves the others without.
+        Of an engine that has taken steps, moments are counted again: a choice made by this is then on the safe side.
         """
-        if self.zero_stage in (1, 2):
-            self.engine.optimizer._hp_optimizer_states_linked = False
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _optimised_tensors(self) -> list[Tensor]:
-        """What the torch optimiser sees: parameters at stage 0, flat partitions of this rank above."""
-        if self.zero_stage == 0:
-            return list(self.module.parameters())
-        if self.zero_stage == 3:
-            return self.engine.optimizer.fp32_partitioned_groups_flat
-        return self.engine.optimizer.single_partition_of_fp32_groups
-
-
-class _Replay:
-    """The two callables that memory replay works a lane group of a window through with; `is_last` of the step's groups."""
-
-    def __init__(self, engine: Engine, start: int, group: int, *, is_last: bool, readout_parts: int):
-        self.engine, self.start, self.group, self.is_last = engine, start, group, is_last
-        self.readout_parts = readout_parts
-        self.readouts = 0  # parts of the present readout that were begun
-        self.replayed = 0  # segments that were advanced with gradient and not yet gone backward through
-        self.part, self.t = "advance", 0  # of the last call
-
-    def call(self, part: str, t: int, segment: Segment, tensors: NamedTuple):
-        """A part of the cell on the window's segment t, with the random state that belongs to it."""
-        world, gathering = self.engine.world, self.engine.gathering
-        if part == "readout":
-            self.readouts += 1
-            if gathering is not None and self.readouts == 1:
-                gathering.begin_readout()
-        elif torch.is_grad_enabled():
-            self.replayed += 1
-            if gathering is not None:
-                gathering.begin_advance()
-        self.part, self.t = part, t
-        reseed(world.device, self.engine.seed, self.start + t, world.rank, self.group, self.readouts)
-        return self.engine(part, segment.to(world.device), tensors)
-
-    def backward(self, scalar: Tensor) -> None:
-        """Of a group's readout, then of each of its advances, last to first."""
-        of_readout, self.part = self.part == "readout", "advance"
-        self.replayed -= not of_readout
-        is_last = self.is_last and self.t == self.replayed == 0 and not of_readout
-        self.engine.reduction.backward(scalar, is_last=is_last)
-        if of_readout and self.readouts == self.readout_parts:
-            self.readouts = 0
-            if self.engine.gathering is not None:
-                self.engine.gathering.end_readout()
+        # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in self.module.parameters()]
+        numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+        sharers = 1 if self.zero_stage == 0 else self.world.size
+        moments = 2 * 4 * numbers // sharers
+        if self.mrbp.reduce == "window":
+            gradient = whole
+        else:  # a bucket on its way at a time, and this rank's share, which ZeRO-3 holds from the start
+            bucket = self.deepspeed.zero_reduce_bucket_size()
+            gradient = 4 * (bucket + (numbers // sharers if self.zero_stage == 2 else 0))
+        gathered = whole if self.gathering is not None and self.gathering.keep != "none" else 0
+        on_device = self.mrbp.state_store == "device" or self.world.device.type == "cpu"
+        stored = window * sum(x.nbytes for x in state) if on_device else 0
+        return moments + gradient + gathered + stored

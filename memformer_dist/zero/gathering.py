@@ -14,18 +14,19 @@ for the device: it takes a forward and a backward for a step, records the order 
 throws it away when the next step (here: another part of the cell) differs. That recording is switched off.
 """
 
-from typing import Iterable, Literal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
-Keep = Literal["none", "readout", "all"]
+from memformer_dist.mrbp.settings import Keep
 
 # A name among the modules that a parameter is in use by: while there is one, DeepSpeed does not let go of the parameter.
 HELD = "held for the window"
 
 
 class Gathering:
-    """What of `module` is kept while a window is worked through; nothing is, outside of begin_window ... end_window."""
+    """What of `module` is kept while a window is worked through; outside of `window` nothing is."""
 
     def __init__(self, module: nn.Module, parameter_offload, keep: Keep):
         parameter_offload.fwd_pre_hook.remove()  # the recording of steps
@@ -38,7 +39,21 @@ class Gathering:
         self._lasting: list[nn.Parameter] = []
         self._readout: list[nn.Parameter] = []
 
-    def begin_window(self) -> None:
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Around all that a window needs."""
+        self._begin_window()
+        yield
+        self._release(self.parameters)
+
+    @contextmanager
+    def readout(self) -> Iterator[None]:
+        """Around a readout's forward and backward."""
+        self._begin_readout()
+        yield
+        self._end_readout()
+
+    def _begin_window(self) -> None:
         # Small parameters are kept anyhow, as DeepSpeed means to (stage3_param_persistence_threshold).
         self._hold(p for p in self.parameters if self.keep == "all" or p.ds_persist)
         self._send_for(self._lasting)
@@ -48,23 +63,19 @@ class Gathering:
         if self.keep == "all":
             self._send_for(self._readout)
 
-    def begin_readout(self) -> None:
+    def _begin_readout(self) -> None:
         if self.keep != "none":
             readout = {id(p) for p in self._readout}
             self._lasting = [p for p in self.parameters if _is_gathered(p) and id(p) not in readout]
             self._send_for(self._readout)
             self._hold(self.parameters)
 
-    def end_readout(self) -> None:
-        """After its backward."""
+    def _end_readout(self) -> None:
         if self.keep != "none":
             lasting = {id(p) for p in self._lasting}
             others = [p for p in self.parameters if id(p) not in lasting]
             self._readout = [p for p in others if _is_gathered(p)]
             self._release(others)
-
-    def end_window(self) -> None:
-        self._release(self.parameters)
 
     def _send_for(self, parameters: list[nn.Parameter]) -> None:
         absent = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]

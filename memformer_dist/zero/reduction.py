@@ -16,12 +16,12 @@ it would keep the step's before, and where another rank has one, the ranks would
 """
 
 import contextlib
-from typing import Iterator, Literal
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-Reduce = Literal["window", "segment"]
+from memformer_dist.mrbp.settings import Reduce
 
 
 class Reduction:

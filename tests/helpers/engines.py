@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.mrbp.executor import TorchExecutor
+from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig, adamw
 from memformer_dist.segment import Segment, select_rows
 from tests.helpers.memformer import memformer
-from tests.helpers.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window, seeded_call
+from tests.helpers.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 
@@ -57,6 +59,22 @@ def make_optimizer(kind: str, cell: RecurrentCell, learning_rate: float) -> torc
     return adamw(cell, OptimizerConfig(learning_rate=learning_rate, weight_decay=0.1))
 
 
+def make_engine(cell, optimizer, world, *, settings, precision="fp32", gradient_clipping=0.0, seed=0, **mrbp):
+    """An Engine whose section `mrbp` is given by its fields. It is imported here because deepspeed wants to know the device."""
+    from memformer_dist.zero.engine import Engine
+
+    return Engine(
+        cell,
+        optimizer,
+        world,
+        MrbpConfig(window=1, **mrbp),
+        settings=settings,
+        precision=precision,
+        gradient_clipping=gradient_clipping,
+        seed=seed,
+    )
+
+
 def reference_run(name, kind, learning_rate, steps, clipping=0.0):
     """Plain torch, one process, full BPTT: losses, gradient norms and the parameters at the end."""
     cell = new_cell(name)
@@ -64,7 +82,7 @@ def reference_run(name, kind, learning_rate, steps, clipping=0.0):
     state, losses, norms = cell.empty_state(LANES), [], []
     for window in windows(steps):
         optimizer.zero_grad()
-        state, loss = full_bptt(seeded_call(cell), window, state, loss_scale=1 / labels_in(window))
+        state, loss = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1 / labels_in(window))
         norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), clipping or float("inf"))
         optimizer.step()
         losses.append(float(loss))
@@ -90,14 +108,13 @@ def engine_run(
 ):
     """`reference_run` through the engine, with `groups` lane groups per rank. Steps in `skip` see a window whose loss is not finite;
     `between(engine)` is called after each."""
-    from memformer_dist.zero.engine import Engine
-
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}
-        engine = Engine(
+        engine = make_engine(
             cell, make_optimizer(kind, cell, learning_rate), world, settings=settings, gradient_clipping=clipping
         )
+    engine.mrbp = engine.mrbp.model_copy(update={"readout_parts": readout_parts})
     share = LANES // world.size // groups
     states = [engine.module.empty_state(share) for _ in range(groups)]
     losses, norms = [], []
@@ -126,7 +143,6 @@ def engine_run(
             states,
             valid_tokens=labels_in(window),
             readout_group=readout_group,
-            readout_parts=readout_parts,
             observe=observe,
         )
         states = accumulated.states

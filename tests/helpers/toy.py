@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.mrbp.executor import reseed
 from memformer_dist.segment import IGNORE, Segment, concatenate, select_rows
 
 VOCABULARY = 11
@@ -28,6 +27,7 @@ class ToyFeatures(NamedTuple):
 
 
 class ToyCell(RecurrentCell):
+    memory_leaves = ("memory",)
     dtype = torch.float32  # of the state
 
     def __init__(self, width: int = 7, dropout: float = 0.0):
@@ -98,22 +98,12 @@ def labels_in(window: list[Segment]) -> int:
     return sum(int((segment.labels != IGNORE).sum()) for segment in window)
 
 
-def seeded_call(cell: RecurrentCell, seed: int = 0):
-    """Run a part of the cell with the random state that belongs to (part, t)."""
-
-    def call(part, t, segment, tensors):
-        reseed(segment.tokens.device, seed, t, part == "readout")
-        return cell(part, segment, tensors)
-
-    return call
-
-
-def full_bptt(call, window, state, *, loss_scale, readout_group=1, readout_parts=1, detach_memory=False):
+def full_bptt(executor, window, state, *, loss_scale, readout_group=1, readout_parts=1, detach_memory=False):
     """One graph over the whole window, back-propagated once. The readout is batched as the replay batches it, because dropout
     masks depend on the batch. `detach_memory` cuts the gradient between segments: the negative control."""
     outputs, loss = [], 0.0
     for t, segment in enumerate(window):
-        features, state = call("advance", t, segment, state)
+        features, state = executor.advance(t, segment, state)
         outputs.append(features)
         if detach_memory:
             state = state._make(x.detach() for x in state)
@@ -122,8 +112,8 @@ def full_bptt(call, window, state, *, loss_scale, readout_group=1, readout_parts
         features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group)))
         batch = concatenate([window[t] for t in group])
         bounds = [len(features[0]) * number // readout_parts for number in range(readout_parts + 1)]
-        for rows in map(slice, bounds, bounds[1:]):
-            nll = call("readout", group.start, select_rows(batch, rows), select_rows(features, rows))
+        for part, rows in enumerate(map(slice, bounds, bounds[1:])):
+            nll = executor.readout(group.start, part, select_rows(batch, rows), select_rows(features, rows))
             loss = loss + nll.sum() * loss_scale
     loss.backward()
     return state._make(x.detach() for x in state), loss.detach()

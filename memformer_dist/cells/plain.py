@@ -1,0 +1,57 @@
+"""A Transformer without memory: every segment is read on its own. What a memory must beat to be worth its price.
+
+    segment s_t --> causal layers --> head, loss of s_t
+
+The state carries nothing that is read: `segments` counts those read since the document began. All of the model is readout, so
+that a readout group runs C segments as one batch.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.layers import LayersConfig, Linear, Stack, TokenEmbedding
+from memformer_dist.segment import Segment
+
+
+class PlainConfig(LayersConfig):
+    cell: Literal["plain"] = Field("plain", description="which cell")
+    layers: PositiveInt = Field(12, description="causal layers")
+
+    def build(self, *, vocab_size: int, bos_id: int, segment_length: int) -> "Plain":
+        return Plain(self, vocab_size=vocab_size, segment_length=segment_length)
+
+
+class PlainState(NamedTuple):
+    segments: Tensor  # int64 [B], read since the document began
+
+
+class PlainFeatures(NamedTuple):
+    segments: Tensor  # int64 [B]
+
+
+class Plain(RecurrentCell[PlainState, PlainFeatures]):
+    carries_gradient = False
+
+    def __init__(self, config: PlainConfig, *, vocab_size: int, segment_length: int):
+        super().__init__()
+        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
+        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = Stack(config.layers, config, causal=True, has_source=False)
+        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
+
+    def empty_state(self, lanes: int, device: torch.device | None = None) -> PlainState:
+        device = device or next(self.parameters()).device
+        return PlainState(torch.zeros(lanes, dtype=torch.int64, device=device))
+
+    def advance(self, segment: Segment, state: PlainState) -> tuple[PlainFeatures, PlainState]:
+        segments = torch.where(segment.reset, 0, state.segments)
+        return PlainFeatures(segments), PlainState(segments + 1)
+
+    def logits(self, segment: Segment, features: PlainFeatures) -> Tensor:
+        hidden = self.layers(self.dropout(self.embedding(segment.tokens)))
+        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
