@@ -129,6 +129,7 @@ def counter_rank(process):
     traffic_rank(process)
 
 
+@pytest.mark.slow
 def test_collectives_are_counted():
     run_ranks(WORLD, counter_rank)
 
@@ -180,6 +181,7 @@ print(peak(step, torch.device("cpu"))[0])
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_was_alive():
     """40 MiB, of which every other one goes before 10 MiB in other pieces come."""
     command = [sys.executable, "-c", PEAK]
@@ -196,7 +198,7 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("options", [["--quick"], ["--repeats", "2", "--long"]])
+@pytest.mark.parametrize("options", [["--quick"], pytest.param(["--repeats", "2", "--long"], marks=pytest.mark.slow)])
 def test_whole_benchmark(monkeypatch, tmp_path, capsys, options):
     """On tiny models, its measurements in this process: rows, table and JSON of what was measured."""
     measured = []

@@ -1,5 +1,6 @@
 """What crosses the network in a window, counted inside torch.distributed on two ranks, and what ZeRO-3 keeps gathered."""
 
+import pytest
 import torch
 
 from benchmarks.collectives import Collectives
@@ -64,6 +65,7 @@ def one_reduction_rank(world):
             assert seen.calls() == 1 + gathers and (stage == 3 or gathers == 0), case
 
 
+@pytest.mark.slow
 def test_one_reduction_a_step_whatever_the_window():
     run_ranks(2, one_reduction_rank)
 
@@ -144,6 +146,7 @@ def gathers_rank(world):
             assert all(p.ds_status.name == "NOT_AVAILABLE" for p in engine.module.parameters()), "kept after the window"
 
 
+@pytest.mark.slow
 def test_gathers_at_zero_3():
     """N / C of the readout's parameters and one of the advance's where everything is kept; more where less is."""
     run_ranks(2, gathers_rank)
@@ -189,6 +192,7 @@ def use(engine):
     engine.module.train()
 
 
+@pytest.mark.slow
 def test_kept_parameters_are_never_stale():
     """Three SGD steps at ZeRO-3 equal full BPTT whatever is kept and wherever states lie, with evaluations in between."""
     run_ranks(2, kept_sgd_rank)

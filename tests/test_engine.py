@@ -39,7 +39,12 @@ def sgd_rank(world, name, batchings):
 
 
 @pytest.mark.parametrize(
-    "name, batchings", [("toy", ((1, 1), (2, 2), (1, 4))), ("encoder_decoder", ((1, 2),)), ("decoder", ((2, 1),))]
+    "name, batchings",
+    [
+        pytest.param("toy", ((1, 1), (2, 2), (1, 4)), marks=pytest.mark.slow),
+        pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
+        ("decoder", ((2, 1),)),
+    ],
 )
 def test_parameters_after_sgd_steps_equal_full_bptt(name, batchings):
     """batchings: (lane groups of a rank, readout group)."""
@@ -58,6 +63,7 @@ def adamw_rank(world):
         assert max(abs(x - y) for x, y in zip(losses, expected)) <= 1e-5, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_losses_under_adamw_equal_full_bptt():
     run_ranks(WORLD, adamw_rank)
 
@@ -75,6 +81,7 @@ def skipped_step_rank(world):
         assert largest_difference(weights_of(other), weights_of(engine)) == 0, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_leaves_no_trace():
     """The step is dropped on every rank, and training goes on bit by bit as if the window had not been."""
     run_ranks(WORLD, skipped_step_rank)
@@ -123,6 +130,7 @@ def moments_rank(world):
         assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
 
 
+@pytest.mark.slow
 def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
 
@@ -146,6 +154,7 @@ def no_update_rank(world):
         assert losses == expected, f"ZeRO {stage}: asking for the moments changed the training"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_update():
     run_ranks(WORLD, no_update_rank)
 
@@ -196,6 +205,7 @@ def accumulation_rank(world):
     assert found == 1.125, "DeepSpeed has changed: under autocast it reduces in fp32"
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
     """And two settings that look right do not: bf16 with grad_accum_dtype fp32, and autocast with its default modules."""
     run_ranks(WORLD, accumulation_rank)
@@ -217,6 +227,7 @@ def many_backwards_rank(world):
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_backwards_outside_one_reduction_are_wrong():
     """The control of test_parameters_after_sgd_steps: many backwards before one step, as DeepSpeed takes them by default.
 
@@ -254,6 +265,7 @@ def other_reductions_rank(world, name, cases):
         assert found_norms == pytest.approx(norms, rel=1e-4), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "encoder_decoder"])
 def test_overlapped_and_sharded_reductions_equal_full_bptt(name):
     """The last backward reduced as it goes (overlap_comm), and every backward reduced where its owner adds it up."""
