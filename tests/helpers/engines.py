@@ -17,8 +17,6 @@ from tests.helpers.memformer import memformer
 from tests.helpers.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
-
-
 STAGES = (0, 1, 2, 3)
 
 
@@ -60,7 +58,7 @@ def make_optimizer(kind: str, cell: RecurrentCell, learning_rate: float) -> torc
 
 
 def make_engine(cell, optimizer, world, *, settings, precision="fp32", gradient_clipping=0.0, seed=0, **mrbp):
-    """An Engine whose section `mrbp` is given by its fields. It is imported here because deepspeed wants to know the device."""
+    """An Engine; its section `mrbp` by fields. Imported here because deepspeed wants to know the device first."""
     from memformer_dist.zero.engine import Engine
 
     return Engine(
