@@ -42,10 +42,12 @@ sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.figures import print_figures  # noqa: E402
 from memformer_dist.data.corpus import Corpus  # noqa: E402
+from memformer_dist.data.dataset import Spans  # noqa: E402
 from memformer_dist.data.format import Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
 from memformer_dist.data.lanes import LaneSchedule  # noqa: E402
 from memformer_dist.data.open_data import lane_schedule  # noqa: E402
-from memformer_dist.data.windows import CHUNK_TICKS, CHUNKS_HELD, WindowReader  # noqa: E402
+from memformer_dist.data.segments import CHUNK_TICKS, CHUNKS_HELD  # noqa: E402
+from memformer_dist.data.windows import WindowReader  # noqa: E402
 from memformer_dist.vocabulary import Vocabulary  # noqa: E402
 
 LANES, LENGTH, DOCUMENT_TOKENS = 64, 512, 10_000
@@ -76,7 +78,7 @@ def read_text(files: list[str], characters: int) -> str:
 
 def train_model(folder: Path, text: str) -> Path:
     """A SentencePiece model of 4,096 pieces."""
-    from tokenizer.train import train_tokenizer
+    from memformer_dist.prepare.tokenizer import train_tokenizer
 
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(text[:1_000_000].splitlines(), vocab_size=4096))
@@ -191,7 +193,7 @@ def reading(folder: Path, tokens: np.ndarray, quick: bool) -> dict[str, list[flo
     split = write_documents(folder / "long", tokens, DOCUMENT_TOKENS, documents)
     corpus = Corpus.open(split)
     everything = np.arange(documents)
-    corpus.check(everything, everything * 0, everything)  # once a run; not what is measured
+    corpus.check(Spans(everything, everything * 0, everything))  # once per run; not what is measured
     readers = {
         "windows": windows_reader(corpus, ticks),
         "memmap": memmap_reader(corpus, ticks, folder, labels=True),
@@ -222,10 +224,10 @@ split, tick, lanes, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), in
 began = time.perf_counter()
 corpus = Corpus.open(split)
 schedule = lane_schedule(corpus, seed=0, lanes=lanes, segment_length=length)
-schedule._cache = None if sys.argv[5] == "cold" else schedule._cache
+schedule._store = None if sys.argv[5] == "cold" else schedule._store
 reader = WindowReader(corpus, schedule, lanes=range(lanes))
-reader.valid_tokens(tick, tick + 8)
-reader.damage(tick, tick + 8)
+reader.counts(tick, tick + 8)
+reader.prepare(tick, 8)
 reader.window(tick, 8)[0]
 print(time.perf_counter() - began)
 """
@@ -285,7 +287,7 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, l
     """Characters a second of processor time in each round: ours from files to shards, bare SentencePiece from memory."""
     import sentencepiece
 
-    from tokenizer.shard import shard
+    from memformer_dist.prepare.build import shard
 
     texts = [text[start : start + 40_000] for start in range(0, len(text), 40_000)]
     source = folder / "texts.jsonl"

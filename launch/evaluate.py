@@ -16,8 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from memformer_dist.checkpoint import Checkpoint, open_one
-from memformer_dist.data.mixture import open_mixture
-from memformer_dist.data.open_data import as_read
+from memformer_dist.data.open_data import as_read, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import AGES, Losses, evaluate, summary
 from memformer_dist.world import World
@@ -36,10 +35,11 @@ def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int
     splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
     corpus = as_read(splits[split == "valid"], data.mode, lanes)
     expected = saved.contents.vocabulary.tokenizer_sha256
-    if corpus.tokenizer_sha256 != expected:
+    found = corpus.vocabulary.tokenizer_sha256
+    if found != expected:
         raise UserError(
             f"--corpus: {corpus.path} was made with another tokenizer than the run: found sha256"
-            f" {corpus.tokenizer_sha256[:16]}, expected {expected[:16]}"
+            f" {found[:16]}, expected {expected[:16]}"
         )
     return corpus
 

@@ -32,10 +32,8 @@ def main() -> None:
 
     def program() -> None:
         config = RunConfig.load(arguments.config, arguments.set, world_size())
-        data = config.data
         world = World.start()
-        cache = {"cache": data.cache, "cache_gib": data.cache_gib}
-        corpora = world.on_all_or_raise(lambda: open_data(data.corpora, mode=data.mode, lanes=data.lanes, **cache))
+        corpora = world.on_all_or_raise(lambda: open_data(config.data))
         from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
         train(config, run_dir, corpora, world)

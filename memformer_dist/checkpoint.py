@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from memformer_dist.cells.memformer import Memformer
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
-from memformer_dist.data.windows import TokenDataset
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError
 from memformer_dist.progress import Interval, Position
 from memformer_dist.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ class Checkpoint:
 
         Raises UserError where a run that goes on from here may not change them, or has another corpus or tokenizer.
         """
-        there, here = self.contents.vocabulary.tokenizer_sha256, corpus.tokenizer_sha256
+        there, here = self.contents.vocabulary.tokenizer_sha256, corpus.vocabulary.tokenizer_sha256
         if there != here:
             raise UserError(
                 f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]}, the"

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable
 
 from pydantic import ValidationError
 
@@ -18,29 +18,42 @@ class UserError(ValueError):
 
 
 class CorpusError(UserError):
-    """A corpus is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
+    """A corpus, or text for one, is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
+
+
+def sentences(
+    error: ValidationError,
+    prefix: str = "",
+    *,
+    unknown: Callable[[str], str] = lambda field: "",
+    missing: Callable[[str], str] = lambda field: "",
+) -> list[str]:
+    """What pydantic found, one sentence per problem: the field, what was found, what was expected.
+
+    Args:
+        prefix: the name of what was validated, put before the fields' own; "" for none.
+        unknown, missing: given the whole name of a field that is unknown or missing, how the sentence about it ends.
+    """
+    return [_sentence(problem, prefix, unknown, missing) for problem in error.errors()]
+
+
+def _sentence(problem: Any, prefix: str, unknown: Callable[[str], str], missing: Callable[[str], str]) -> str:
+    # Names in angle brackets are those of the members of a union: where the error lies in pydantic's eyes, not in the file.
+    location = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("<")]
+    field = ".".join(filter(None, [prefix, *location]))
+    start = f"{field}: " if field else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{start}unknown key{unknown(field)}"
+    if problem["type"] == "missing":
+        return f"{start}missing{missing(field)}"
+    if problem["type"] == "value_error":  # of a validator of ours, in its own words
+        return f"{start}{problem['ctx']['error']}"
+    return f"{start}found {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's findings as "field: what is wrong, found VALUE"."""
-    problem = error.errors()[0]
-    field = field_name(problem["loc"])
-    found = (
-        "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", found {problem['input']!r}"
-    )
-    return ": ".join(filter(None, [field, message(problem)])) + found
-
-
-def field_name(location: Iterable[Any]) -> str:
-    """pydantic's location of a problem as a user writes it: ("training", "tokens") -> training.tokens."""
-    return ".".join(map(str, location))
-
-
-def message(problem: Any) -> str:
-    """What pydantic says of one problem, as the middle of a sentence; a validator of ours in its own words."""
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return problem["msg"][0].lower() + problem["msg"][1:]
+    """The first of the `sentences`."""
+    return sentences(error)[0]
 
 
 def run_program(program: Callable[[], None], error_log: Path | None = None) -> None:

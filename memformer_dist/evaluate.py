@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.windows import CHUNK_TICKS, TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.data.segments import CHUNK_TICKS
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError
 from memformer_dist.segment import IGNORE, Segment, concatenate
 from memformer_dist.world import World
@@ -69,16 +71,10 @@ def evaluation_lanes(corpus: TokenDataset, lanes: int, world_size: int) -> int:
     return math.ceil(min(lanes, len(corpus.lengths)) / world_size) * world_size
 
 
-def _damage(reader: WindowReader, ticks: int) -> str | None:
-    """As WindowReader.damage, a little at a time: of a remote corpus the cache holds no more than that at once, perhaps."""
-    for tick in range(0, ticks, CHUNK_TICKS):
-        if message := _damage_from(reader, tick, ticks):
-            return message
-    return None
-
-
-def _damage_from(reader: WindowReader, tick: int, ticks: int) -> str | None:
-    return reader.damage(tick, min(tick + CHUNK_TICKS, ticks), ahead=min(tick + TICKS_AHEAD, ticks))
+def _prepare_all(reader: WindowReader, ticks: int) -> str | None:
+    """Check everything that will be read, chunk by chunk: the cache of a remote corpus may not hold all shards at once."""
+    problems = (reader.prepare(tick, CHUNK_TICKS) for tick in range(0, ticks, CHUNK_TICKS))
+    return next(filter(None, problems), None)
 
 
 @torch.no_grad()
@@ -109,17 +105,17 @@ def evaluate(
     lanes = evaluation_lanes(corpus, lanes, world.size)
     schedule = LaneSchedule(corpus.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1)
     block = world.lanes_of_rank(lanes)
-    reader = WindowReader(corpus, schedule, lanes=block)
     ticks = min(schedule.ticks, ticks or schedule.ticks)
-    if message := world.broadcast_first(_damage(reader, ticks)):
+    reader = WindowReader(corpus, schedule, lanes=block, stop=ticks)
+    if message := world.broadcast_first(_prepare_all(reader, ticks)):
         raise CorpusError(message)
     share = lanes_per_group or len(block)
     groups = [slice(first, min(first + share, len(block))) for first in range(0, len(block), share)]
     losses = {mode: LossByAge(world.device) for mode in MODES}
     states = {mode: empty_state(len(block), device=world.device) for mode in MODES}
     for tick in show(range(ticks)):
-        if tick % CHUNK_TICKS == 0 and (message := world.broadcast_first(_damage_from(reader, tick, ticks))):
-            raise CorpusError(message)  # of a shard that has come and gone since, or did not come again
+        if tick % CHUNK_TICKS == 0 and (message := world.broadcast_first(reader.prepare(tick, CHUNK_TICKS))):
+            raise CorpusError(message)  # a shard that has left the cache since could not be fetched again
         read = reader.segment(tick)
         strangers = _next_lane(states["shuffled"].memory, world)
         for group in groups:

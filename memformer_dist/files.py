@@ -1,5 +1,6 @@
 """How every file is written and locked: beside, flushed to the disk, renamed. A file that has its name is whole."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import IO, Callable, Iterator
 
 PARTIAL = ".partial"  # what a file is called until it is whole
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno where a file does not fit
 READ_BYTES = 2**20  # at once, where a file is hashed
 
 

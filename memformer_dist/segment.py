@@ -47,6 +47,10 @@ class Segment(NamedTuple):
     def to(self, device: torch.device) -> "Segment":
         return Segment(*(column.to(device, non_blocking=True) for column in self))
 
+    def pin_memory(self) -> "Segment":
+        """A copy in page-locked memory, from which `to` does not block."""
+        return Segment(*(column.pin_memory() for column in self))
+
 
 def concatenate(parts: Sequence[Some]) -> Some:
     """The lanes of several NamedTuples of one kind in one, in order; segments must have equal S."""

@@ -22,8 +22,9 @@ from memformer_dist import checkpoint, evaluate, monitor
 from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
-from memformer_dist.data.open_data import first_epoch, lane_schedule
-from memformer_dist.data.windows import TICKS_AHEAD, TokenDataset, WindowReader
+from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.open_data import first_epoch, training_schedule
+from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.evaluate import AGES, LossByAge, Losses
 from memformer_dist.mrbp.executor import reseed
@@ -32,7 +33,6 @@ from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Segment
-from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
 
@@ -64,9 +64,11 @@ class Trainer:
         self.stop = StopRequest(run_dir, world)
 
         data = config.data
-        self.schedule = lane_schedule(self.train_corpus, **data.schedule)
+        self.schedule = training_schedule(data, self.train_corpus)
         self.lanes = world.lanes_of_rank(data.lanes)
-        self.reader = WindowReader(self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch)
+        self.reader = WindowReader(
+            self.train_corpus, self.schedule, lanes=self.lanes, prefetch=data.prefetch, device=world.device
+        )
         share = config.lanes_per_group(world.size)
         self.groups = [range(first, first + share) for first in range(self.lanes.start, self.lanes.stop, share)]
 
@@ -83,13 +85,7 @@ class Trainer:
         )
         auto = config.mrbp.readout_group == "auto"
         self.chosen_group = self.resumed.contents.readout_group if self.resumed and auto else None
-        corpus = self.train_corpus
-        self.vocabulary = Vocabulary(
-            size=corpus.vocab_size,
-            bos_id=corpus.bos_id,
-            eos_id=corpus.eos_id,
-            tokenizer_sha256=corpus.tokenizer_sha256,
-        )
+        self.vocabulary = self.train_corpus.vocabulary
         reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU: the same on every rank
         cell = build_cell(config, self.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
@@ -156,13 +152,10 @@ class Trainer:
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks where one of them would meet a damaged document; what was trained is saved first."""
-        tick, window = self.position.tick, self.curriculum.window
-        ahead = tick + max(4 * window, TICKS_AHEAD)
-        damage = self.world.broadcast_first(self.reader.damage(tick, tick + window, ahead=ahead))
-        self.reader.look_ahead(tick + window, tick + 2 * window)
-        if damage is not None:
+        problem = self.world.broadcast_first(self.reader.prepare(self.position.tick, self.curriculum.window))
+        if problem is not None:
             self._save()
-            raise CorpusError(damage)
+            raise CorpusError(problem)
 
     def _readout_group(self) -> int:
         """mrbp.readout_group. "auto" is chosen once, by measuring a segment, and kept in the checkpoint.
@@ -192,27 +185,24 @@ class Trainer:
             )
         return self.chosen_group.segments
 
-    def _labels_of_window(self) -> int:
-        """Over the lanes of all ranks: the schedule tells. Where loss masks do, every rank looks at those of its own lanes."""
-        ticks = self.position.tick, self.position.tick + self.curriculum.window
-        if not self.train_corpus.has_mask:
-            return self.reader.valid_tokens(*ticks)
-        return int(self.world.all_reduce_sum([self.reader.valid_tokens(*ticks, self.lanes)])[0])
+    def _labels(self, counts: Counts) -> int:
+        """Labels of the next window, over the lanes of all ranks. Where there are loss masks, each rank reads those of its lanes."""
+        if counts.labels is not None:
+            return counts.labels
+        tick, window = self.position.tick, self.curriculum.window
+        return int(self.world.all_reduce_sum([self.reader.labels(tick, tick + window, self.lanes)])[0])
 
     def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
         began, waited = time.perf_counter(), self.reader.wait_s
         config, position, interval = self.config, self.position, self.interval
         segments = self.curriculum.window
-        valid_tokens = self._labels_of_window()
+        counts = self.reader.counts(position.tick, position.tick + segments)
+        valid_tokens = self._labels(counts)
         losses = LossByAge(self.world.device, LOGGED_AGES)
-        tokens = documents = 0
 
         def observe(t: int, segment: Segment, nll: Tensor) -> None:
-            nonlocal tokens, documents  # of a segment on the CPU
             losses.add(segment, nll)
-            tokens += int(segment.length.sum())
-            documents += int(segment.reset.sum())
 
         window = self.engine.accumulate(
             [self.reader.window(position.tick, segments, group) for group in self.groups],
@@ -225,9 +215,7 @@ class Trainer:
             learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
         )
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
-        tokens, documents, drift, *sums = self.world.all_reduce_sum(
-            [tokens, documents, float(window.drift), *losses.sums.flatten().tolist()]
-        )
+        drift, *sums = self.world.all_reduce_sum([float(window.drift), *losses.sums.flatten().tolist()])
 
         position.step += 1
         position.tick += segments
@@ -236,8 +224,8 @@ class Trainer:
         interval.steps += 1
         interval.ticks += segments
         interval.tokens += valid_tokens
-        interval.input_tokens += int(tokens)
-        interval.documents += int(documents)
+        interval.input_tokens += counts.input_tokens
+        interval.documents += counts.documents
         interval.skipped += not result.applied
         if result.applied:
             interval.losses = [x + y for x, y in zip(interval.losses or [0.0] * len(sums), sums)]

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum, Progress, Window
-from memformer_dist.data.corpus import open_corpora
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.optimizer import learning_rate
 from tests.helpers.ranks import run_ranks
@@ -301,7 +301,7 @@ def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     for step, tokens, rate, pad, window, states in records(
         folder / name / "whole", "optim/lr", "data/pad_fraction", "mrbp/window", "mrbp/state_bytes"
     ):
-        assert tokens == reader.valid_tokens(0, starts[step])
+        assert tokens == reader.labels(0, starts[step])
         assert rate == learning_rate(config.optimizer, tokens, config.training.tokens)
         ticks = range(starts[before], starts[step])
         real = sum(int(reader.segment(tick).length.sum()) for tick in ticks)

@@ -1,4 +1,4 @@
-"""A run may stop at any tick and go on with any number of ranks: the batches are those of the run that was left alone."""
+"""A run may stop at any tick and resume on any number of ranks: the batches are those of the run that was left alone."""
 
 import random
 from fractions import Fraction
@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from memformer_dist.data import windows
+from memformer_dist.data import segments
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.open_data import lane_schedule
 from memformer_dist.data.stream import Stream
@@ -38,7 +38,10 @@ def read(corpus, schedule, world_size, tick):
     """What ranks that have just started read, one after the other."""
     share = LANES // world_size
     readers = [WindowReader(corpus, schedule, lanes=range(first, first + share)) for first in range(0, LANES, share)]
-    return concatenate([reader.segment(tick) for reader in readers]), readers[-1].valid_tokens(tick, tick + 3)
+    return concatenate([reader.segment(tick) for reader in readers]), (
+        readers[-1].labels(tick, tick + 3),
+        readers[-1].counts(tick, tick + 3),
+    )
 
 
 def same(one, other):
@@ -49,10 +52,12 @@ def same(one, other):
 def test_any_number_of_ranks_reads_the_same_from_any_tick_on(tmp_path, monkeypatch, seed):
     corpus, settings = random_corpus(tmp_path, seed)
     alone = WindowReader(corpus, lane_schedule(corpus, **settings), lanes=range(LANES))
-    expected = [(alone.segment(tick), alone.valid_tokens(tick, tick + 3)) for tick in range(TICKS)]
+    expected = [
+        (alone.segment(tick), (alone.labels(tick, tick + 3), alone.counts(tick, tick + 3))) for tick in range(TICKS)
+    ]
     epochs = int(alone.schedule.at(TICKS - 1).epoch.max())
     assert epochs >= 2 and len({row[1] for row in expected}) > 1, "a test of several epochs"
-    monkeypatch.setattr(windows, "CHUNK_TICKS", 1)
+    monkeypatch.setattr(segments, "CHUNK_TICKS", 1)
     for tick in random.Random(seed).sample(range(TICKS), -(-OFFSETS // 8)):
         schedule = lane_schedule(corpus, **settings)  # of a process that has just started
         for world_size in WORLD_SIZES:

@@ -38,17 +38,37 @@ def sgd_rank(world, name, batchings):
             assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
 
 
-@pytest.mark.parametrize(
-    "name, batchings",
-    [
-        pytest.param("toy", ((1, 1), (2, 2), (1, 4)), marks=pytest.mark.slow),
-        pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
-        ("decoder", ((2, 1),)),
-    ],
-)
+# (cell, (lane groups of a rank, readout group) ...)
+ENGINE_CELLS = [
+    pytest.param("toy", ((1, 1), (2, 2), (1, 4)), marks=pytest.mark.slow),
+    pytest.param("auxiliary loss", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
+    ("decoder", ((2, 1),)),
+    pytest.param("plain", ((1, 1), (2, 2)), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name, batchings", ENGINE_CELLS)
 def test_parameters_after_sgd_steps_equal_full_bptt(name, batchings):
-    """batchings: (lane groups of a rank, readout group)."""
     run_ranks(WORLD, sgd_rank, name, batchings)
+
+
+def in_order_rank(world):
+    _, norms, expected = reference_run("toy", "sgd", 0.2, steps=4, detach_memory=True)
+    _, _, whole = reference_run("toy", "sgd", 0.2, steps=4)
+    assert largest_difference(expected, whole) > 1e-3
+    for stage in STAGES:
+        cell = new_cell("toy")
+        settings = {"zero_optimization": {"stage": stage, "overlap_comm": stage == 2}}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, replay=False)
+        _, found_norms, _ = engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, groups=2, engine=engine)
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, f"ZeRO {stage}"
+        assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
+
+
+def test_without_replay_no_gradient_flows_between_segments():
+    """mrbp.replay false: the parameters of BPTT with the state detached between segments, at every stage."""
+    run_ranks(WORLD, in_order_rank)
 
 
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------
@@ -266,7 +286,7 @@ def other_reductions_rank(world, name, cases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["toy", "encoder_decoder"])
+@pytest.mark.parametrize("name", ["toy", "encoder_decoder", "plain"])
 def test_overlapped_and_sharded_reductions_equal_full_bptt(name):
     """The last backward reduced as it goes (overlap_comm), and every backward reduced where its owner adds it up."""
     cases = [(1, "window", True, 1, 2), (2, "window", True, 2, 1), (3, "window", True, 1, 2)]

@@ -9,11 +9,11 @@ import pytest
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.prepare.build import shard
 from tests.helpers.corpora import make_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import SEGMENT_LENGTH
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path,
     message = message_of(train(config, copy_of_run), copy_of_run)
     was = Corpus.open(corpus_dir / "train")
     if what == "tokenizer":
-        found, expected = (x.tokenizer_sha256[:12] for x in (Corpus.open(other / "train"), was))
+        found, expected = (x.vocabulary.tokenizer_sha256[:12] for x in (Corpus.open(other / "train"), was))
         expected = f"data.corpus: {other} was made with another tokenizer than this run's (sha256 {found}, the run has {expected})"
     elif what == "documents":
         expected = (

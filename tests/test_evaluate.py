@@ -334,7 +334,7 @@ def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):
     other = make_corpus(tmp_path, seed=1)
     done = run_script("launch/evaluate.py", "--run-dir", trained_run, "--corpus", other)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    found, expected = (Corpus.open(folder / "valid").tokenizer_sha256[:16] for folder in (other, corpus_dir))
+    found, expected = (Corpus.open(folder / "valid").vocabulary.tokenizer_sha256[:16] for folder in (other, corpus_dir))
     assert (
         f"{other / 'valid'} was made with another tokenizer than the run: found sha256 {found}, expected {expected}"
         in done.stderr

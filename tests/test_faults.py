@@ -17,12 +17,12 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.corpora import VOCABULARY, documents
 from tests.helpers.files import flip
 from tests.helpers.http import ALWAYS, FileServer
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 LANES, LENGTH = 4, 8
 SHARDS, PER_SHARD, TOKENS = 6, 5, 100
@@ -58,7 +58,6 @@ def reader_of(split):
 
 def read(reader, ticks):
     for tick in ticks:
-        reader.expect(tick, reader.schedule.ticks)
         yield reader.segment(tick)
 
 
@@ -125,7 +124,7 @@ def test_before_the_corpus_is_opened(split, other, fault, message):
     if seen:
         harmed = [HARMED] if fault is flip_tokens else np.arange(3 * PER_SHARD, 4 * PER_SHARD)
         assert len(seen) == first_tick_of(reader, harmed) and all(map(equal, seen, whole))
-        assert re.search(message, reader.damage(0, TICKS)) and reader.damage(0, len(seen)) is None
+        assert re.search(message, reader.prepare(0, TICKS)) and reader.prepare(0, len(seen)) is None
 
 
 @pytest.mark.parametrize(
@@ -152,18 +151,18 @@ def test_while_the_corpus_is_read(split, other, fault, mapped, message):
     seen, ticks = [], iter(range(TICKS))
     if mapped:
         seen += read(reader, [next(ticks) for _ in range(met + 1)])
-        assert reader.damage(0, met + 1) is None
+        assert reader.prepare(0, met + 1) is None
     fault(split, other)
-    reader._chunks.clear()  # what was copied out of the shards before is right in any case
+    reader._segments._chunks.clear()  # what was copied out of the shards before is right in any case
     if message is None:
         seen += read(reader, ticks)
-        assert len(seen) == TICKS and all(map(equal, seen, whole)) and reader.damage(0, TICKS) is None
+        assert len(seen) == TICKS and all(map(equal, seen, whole)) and reader.prepare(0, TICKS) is None
         return
     with pytest.raises(CorpusError, match=f"^{split}/{NAME}{message}"):
         for segment in read(reader, ticks):
             seen.append(segment)
     assert len(seen) < TICKS and all(map(equal, seen, whole))
-    assert re.match(f"{split}/{NAME}{message}", reader.damage(0, TICKS))
+    assert re.match(f"{split}/{NAME}{message}", reader.prepare(0, TICKS))
 
 
 def test_chunks_read_before_a_change_stay_right(split, other):
@@ -191,7 +190,7 @@ def test_a_run_over_http(config, tmp_path):
         (texts / f"{number:02d}.txt").write_text(text)
     (tmp_path / "model").write_bytes(train_tokenizer(written, vocab_size=300))
     corpus = tmp_path / "corpus"
-    shard(corpus, tmp_path / "model", [str(texts)], valid_fraction=0.25, unit_mib=0.0005)
+    shard(corpus, tmp_path / "model", [str(texts)], valid_fraction=0.25, partition_mib=0.0005)
     train = Corpus.open(corpus / "train")
     schedule = LaneSchedule(train.lengths, seed=0, lanes=4, segment_length=16)
     met = {}  # the tick at which each shard is met first

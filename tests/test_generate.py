@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling, TextStream
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
-from tokenizer.train import train_tokenizer
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}

@@ -23,7 +23,7 @@ sizes = dict(lengths=corpora, seed=st.integers(0, 5), lane_count=st.integers(1, 
 def small_blocks(monkeypatch):
     """So that a few documents are more than are held and dealt at once."""
     monkeypatch.setattr(lanes, "DEALS_AT_ONCE", 5)
-    monkeypatch.setattr(lanes, "deals_of_a_block", lambda lanes: 2)
+    monkeypatch.setattr(lanes, "deals_per_block", lambda lanes: 2)
 
 
 def permutation(seed, epoch, documents):
@@ -173,11 +173,11 @@ def umask() -> int:
     return mask
 
 
-def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
+def test_dealt_epochs_are_stored_under_what_they_depend_on(tmp_path, monkeypatch):
     """The second schedule deals nothing itself; another seed, length, order or lane number does not find the first one's."""
-    monkeypatch.setattr(lanes, "CACHE_FROM", 10)
+    monkeypatch.setattr(lanes, "STORED_FROM", 10)
     lengths = np.random.default_rng(0).integers(1, 30, 50)
-    facts = dict(seed=0, lanes=4, segment_length=4, cache=tmp_path / "schedules", key="a")
+    facts = dict(seed=0, lanes=4, segment_length=4, store=tmp_path / "schedules", order_key="a")
 
     def read(lengths=lengths, start=0, stop=300, **other):
         schedule = LaneSchedule(lengths, **(facts | other))
@@ -185,19 +185,19 @@ def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
 
     dealt, deal = [], LaneSchedule._deal
     monkeypatch.setattr(LaneSchedule, "_deal", lambda self, epoch: (dealt.append(epoch), deal(self, epoch))[1])
-    expected = read(cache=None)
+    expected = read(store=None)
     epochs, dealt[:] = len(dealt), []
     assert read() == expected and dealt == [*range(epochs)] and epochs > 5
     *kept, starts = sorted((tmp_path / "schedules").iterdir())
     assert [path.stem[-6:] for path in kept] == [f"{epoch:06d}" for epoch in range(epochs)][-lanes.EPOCHS_HELD :]
     assert starts.name.endswith("-starts.safetensors")
     dealt.clear()
-    assert read(start=280) == expected[40:] and not dealt, "where a run goes on"
+    assert read(start=280) == expected[40:] and not dealt, "where a run resumes"
     assert read(start=7, stop=8) == expected[1:2] and dealt == [0], "one epoch is dealt, and none of those before it"
-    for other in dict(seed=1), dict(lanes=5), dict(segment_length=3), dict(key="b"), dict(lengths=lengths + 4):
+    for other in dict(seed=1), dict(lanes=5), dict(segment_length=3), dict(order_key="b"), dict(lengths=lengths + 4):
         dealt.clear()
         found = read(**other)
-        assert dealt and found == read(**other, cache=None) and (found != expected or "key" in other)
+        assert dealt and found == read(**other, store=None) and (found != expected or "order_key" in other)
     raw = bytearray(kept[-1].read_bytes())
     raw[-5] ^= 1
     kept[-1].write_bytes(raw)
@@ -209,11 +209,11 @@ def test_dealt_epochs_are_kept_under_what_they_depend_on(tmp_path, monkeypatch):
     assert {path.stat().st_mode & 0o777 for path in kept} == {0o666 & ~umask()}, "others may read them"
     left = starts.with_name(f"{kept[-1].name}.host-1")  # of a process that was killed
     left.write_bytes(b"")
-    os.utime(left, (0, 0))
+    os.utime(left, (0, 0))  # longer ago than schedule_store.ABANDONED_S
     save_file({"free": np.zeros((1, 4), np.int64), "reading": np.zeros((1, 3, 4), np.int64)}, starts)
     assert read(start=280) == expected[40:] and starts.exists() and not left.exists(), "without a sum it does not count"
     starts.write_bytes(starts.read_bytes()[:-3])
     assert read(start=280) == expected[40:] and starts.exists(), "without the starts, from the first epoch on"
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert read(cache=blocked / "schedules") == expected, "a folder that cannot be made"
+    assert read(store=blocked / "schedules") == expected, "a folder that cannot be made"

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memformer_dist.data.dataset import Spans
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.open_data import lane_schedule
-from memformer_dist.data.sampler import EpochSampler, Source
+from memformer_dist.data.sampler import EpochSampler, WeightedDocuments
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
@@ -29,10 +30,14 @@ weights = st.sampled_from([Fraction(n) for n in ("1", "2", "1/2", "5/2", "1/3", 
 @settings(max_examples=60, deadline=None)
 @given(sources=st.lists(st.tuples(st.integers(1, 9), weights), min_size=1, max_size=3), seed=st.integers(0, 3))
 def test_proportions_are_exact(sources, seed):
-    """After every epoch: floor(epochs x weight x documents) of each source, no document more than once oftener."""
+    """After every epoch: floor(epochs x weight x documents) of each source, the counts of any two documents at most 1 apart."""
     bounds = np.cumsum([0] + [size for size, _ in sources])
     order = EpochSampler(
-        [Source(np.arange(a, b), weight) for (a, b), (_, weight) in zip(itertools.pairwise(bounds), sources)], seed=seed
+        [
+            WeightedDocuments(np.arange(a, b), weight)
+            for (a, b), (_, weight) in zip(itertools.pairwise(bounds), sources)
+        ],
+        seed=seed,
     )
     dealt = Counter()
     for epoch in range(7):
@@ -45,13 +50,17 @@ def test_proportions_are_exact(sources, seed):
 
 
 def test_one_source_is_a_permutation_by_seed_and_epoch():
-    orders = [tuple(EpochSampler([Source(np.arange(50))], seed=seed)(epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [
+        tuple(EpochSampler([WeightedDocuments(np.arange(50))], seed=seed)(epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    ]
     assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_shards_are_read_in_groups():
     ends = np.array([30, 60, 70, 100, 130, 160])
-    order = EpochSampler([Source(np.arange(160))], seed=0, shard_ends=ends, shuffle_shards=2)(epoch=1)
+    order = EpochSampler([WeightedDocuments(np.arange(160))], seed=0, shard_ends=ends, shuffle_shards=2)(epoch=1)
     assert sorted(order) == list(range(160)) and list(order) != list(range(160))
     shards = np.searchsorted(ends, order, side="right")
     sizes = np.diff([0, *ends])
@@ -63,7 +72,7 @@ def test_shards_are_read_in_groups():
         groups.append(group)
         start += count
     assert sorted(itertools.chain(*groups)) == list(range(6))
-    plain = np.searchsorted(ends, EpochSampler([Source(np.arange(160))], seed=0)(epoch=1), side="right")
+    plain = np.searchsorted(ends, EpochSampler([WeightedDocuments(np.arange(160))], seed=0)(epoch=1), side="right")
     assert len(set(plain[:60])) > 2, "the control"
 
 
@@ -105,7 +114,7 @@ def test_a_mixture_reads_each_corpus_by_its_weight(tmp_path, masked):
         assert all(time == expected for time in labels[number])
         assert all(time == document.tolist() for time in texts[number])
     count = sum(label != IGNORE for times in labels.values() for time in times for label in time)
-    assert reader.valid_tokens(0, schedule.ticks) == count
+    assert reader.labels(0, schedule.ticks) == count
     assert mixture.total_tokens == sum(map(len, documents))
     assert mixture.shard_ends.tolist() == [3, 4, 5, 6, 7]
 
@@ -149,13 +158,13 @@ def test_a_stream_is_all_documents_joined(tmp_path_factory, lengths, lanes, segm
     assert stream.total_tokens == len(text) and max(stream.lengths) - min(stream.lengths) <= 1
     schedule = LaneSchedule(stream.lengths, lanes=lanes, segment_length=segment_length, epochs=1)
     reader = WindowReader(stream, schedule, lanes=range(lanes))
-    reader.expect(0, schedule.ticks)
-    assert reader.damage(0, schedule.ticks) is None
+    stream.prefetch(Spans(*np.array([[0], [0], [stream.lengths[0]]])))
+    assert reader.prepare(0, schedule.ticks) is None
     labels, texts = read_epoch(reader, 1)
     assert sorted(labels) == list(range(lanes)) and all(len(times) == 1 for times in texts.values())
     assert [token for part in range(lanes) for token in texts[part][0]] == text.tolist()
     assert [label for part in range(lanes) for label in labels[part][0]] == [*text[1:].tolist(), EOS]
-    assert reader.valid_tokens(0, schedule.ticks) == len(text)
+    assert reader.labels(0, schedule.ticks) == len(text)
 
 
 def test_a_stream_checks_what_it_reads(tmp_path):
@@ -166,7 +175,7 @@ def test_a_stream_checks_what_it_reads(tmp_path):
     for part, start, stop, expected in ((0, 0, 5, {0}), (0, 30, 52, {0, 1, 2}), (1, 0, 40, {2}), (2, 0, 10, {4})):
         corpus._checked[:] = False
         seen.clear()
-        stream.check(np.array([part]), np.array([start]), np.array([stop]))
+        stream.check(Spans(np.array([part]), np.array([start]), np.array([stop])))
         assert set(seen) == expected, (part, start, stop, seen, stream.lengths)
 
 

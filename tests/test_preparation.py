@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from memformer_dist.errors import UserError
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
-from memformer_dist.prepare.documents import Reader, cut_partitions, discover, look, zstd
+from memformer_dist.prepare.documents import Reader, look, zstd
+from memformer_dist.prepare.partitions import cut_partitions, discover
 from tests.helpers import ROOT
 from tests.helpers.corpora import documents, encode, mib, read_back
 from tests.helpers.files import tree
@@ -333,7 +334,7 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n')
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
-    with pytest.raises(UserError, match="--strict: 1 documents could not be read when it was made"):
+    with pytest.raises(UserError, match="--strict: 1 documents could not be read when the corpus was made"):
         shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0, strict=True)
 
 
@@ -343,8 +344,12 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
         (dict(seed=-1), "--seed -1: expected 0 or more"),
         (dict(partition_mib=float("nan")), "--partition-mib nan: expected more than 0"),
         (dict(partition_mib=float("inf")), "--partition-mib inf"),
-        (dict(output=Path("setup.py")), "setup.py is there and is no corpus"),
-        (dict(output=Path(".")), "is there and is no corpus"),
+        (
+            dict(seed=-1, valid_fraction=1, partition_mib=0),
+            "(?s)--valid-fraction 1: .*--seed -1: .*--partition-mib 0: ",
+        ),
+        (dict(output=Path("setup.py")), "setup.py exists and is not a corpus"),
+        (dict(output=Path(".")), "exists and is not a corpus"),
         (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
     ],
 )
@@ -403,6 +408,8 @@ def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch
 # ----------------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_import_neither_torch_nor_the_reader():
-    code = "import sys, tokenizer.shard; sys.exit(bool({'torch', 'memformer_dist.data.corpus'} & set(sys.modules)))"
-    assert run_command(sys.executable, "-c", code).returncode == 0
+@pytest.mark.parametrize("module", ["prepare.encode", "prepare.build", "commands.prepare"])
+def test_workers_import_neither_torch_nor_the_reader(module):
+    heavy = "{'torch', 'memformer_dist.data.corpus'} & set(sys.modules)"
+    done = run_command(sys.executable, "-c", f"import sys, memformer_dist.{module}; sys.exit(bool({heavy}))")
+    assert done.returncode == 0, done.stderr

@@ -38,8 +38,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
 
     def start(path) -> None:
-        monkeypatch.setattr(sys, "argv", ["quickstart.py", str(path), "--runs", str(tmp_path / "runs")])
-        quickstart.main()
+        quickstart.main([str(path), "--runs", str(tmp_path / "runs")])
 
     return start
 
@@ -91,7 +90,7 @@ def test_folders_of_one_name_and_texts_that_have_changed(tiny, start, tmp_path, 
             start(path)
         assert ended.value.code == code
     shown = capfd.readouterr()
-    assert "there already" in shown.out and "one usable document" in shown.err and "rm -r" not in shown.err
+    assert "exists already" in shown.out and "one usable document" in shown.err and "rm -r" not in shown.err
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
     (other / "new.txt").write_text("something new\n")

@@ -16,20 +16,18 @@ import torch
 
 from memformer_dist.checkpoint import build_cell
 from memformer_dist.config import RunConfig
-from memformer_dist.data.corpus import CorpusError, open_corpora
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.open_data import open_data
+from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.errors import UserError
+from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
+from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
-from memformer_dist.vocabulary import Vocabulary
 from tests.helpers import ROOT
 from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
 from tests.helpers.waiting import wait_until
-from tokenizer.shard import shard
 
 
 def interrupted_rank(world, cases) -> None:
@@ -101,7 +99,7 @@ def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, ca
         assert losses[folder.name] == records(folder / "parts", "loss/train", "data/documents_started")
     assert len({losses[name][0][2] for name in losses}) == 3, "each reads something else"
     said = capfd.readouterr().out
-    train, _ = open_data({str(corpus_dir): 1.0}, mode="documents", lanes=8)
+    train, _ = open_corpora(corpus_dir)
     positions = int((-(-train.lengths // 16) * 16).sum())
     padding = 1 - train.total_tokens / positions
     assert f"{len(train.lengths)} documents, {train.total_tokens:,} tokens, {padding:.1%} of the positions" in said
@@ -206,7 +204,7 @@ def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
     schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
     reader = WindowReader(train, schedule, lanes=range(8))
     assert [tokens for _, tokens, _ in rows] == [
-        reader.valid_tokens(0, sum(windows[: n + 1])) for n in range(len(rows))
+        reader.labels(0, sum(windows[: n + 1])) for n in range(len(rows))
     ]
     said = "".join(capfd.readouterr())
     for window in (1, 4, 3, 2):
@@ -296,7 +294,7 @@ def test_gradient_norms_at_the_boundaries_equal_full_bptt(corpus_dir, tmp_path):
     reader = WindowReader(train, schedule, lanes=range(8))
     config = RunConfig.check(raw)
     reseed(torch.device("cpu"), config.training.seed)
-    cell = build_cell(config, Vocabulary.of(train)).double()
+    cell = build_cell(config, train.vocabulary).double()
 
     def norms(segments: int, mean: float) -> list[float]:
         """By one graph over the first `segments` segments, the loss divided by `mean`."""

@@ -4,8 +4,9 @@ import gc
 import itertools
 import re
 import threading
-import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_dist.data import windows as module
+from memformer_dist.data import segments as segments_module
+from memformer_dist.data import windows
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError
-from memformer_dist.segment import IGNORE, concatenate, select_rows
+from memformer_dist.segment import IGNORE, Segment, concatenate, select_rows
 from tests.helpers.corpora import EOS, random_split
 
 
@@ -51,7 +54,7 @@ def test_one_document_by_hand(tmp_path):
     assert (first.document.tolist(), first.offset.tolist()) == ([0, -1], [0, 0])
     assert (second.length.tolist(), second.reset.tolist(), second.offset.tolist()) == ([2, 0], [False, False], [5, 0])
     types = {name: column.dtype for name, column in first._asdict().items()}
-    assert types.pop("reset") == types.pop("forget") == torch.bool and set(types.values()) == {torch.int64}
+    assert types.pop("reset") == types.pop("reset_memory") == torch.bool and set(types.values()) == {torch.int64}
 
 
 cases = dict(
@@ -86,14 +89,44 @@ def test_every_token_is_read_once_and_predicted_once(tmp_path_factory, lengths, 
         assert labels[number].tolist() == np.where(masks[number], [*document[1:], EOS], IGNORE).tolist()
 
 
-@settings(max_examples=40, deadline=None)
-@given(**cases, epochs=st.sampled_from([None, 1]), start=st.integers(0, 20), ticks=st.integers(0, 12))
-def test_valid_tokens_equal_a_count(tmp_path_factory, lengths, lanes, segment_length, masked, epochs, start, ticks):
-    corpus, *_ = random_split(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
-    everything = make_reader(corpus, lanes, segment_length, epochs=epochs)
-    count = sum(int((everything.segment(tick).labels != IGNORE).sum()) for tick in range(start, start + ticks))
-    first_lane = make_reader(corpus, lanes, segment_length, epochs=epochs, block=range(1))
-    assert first_lane.valid_tokens(start, start + ticks) == count  # of all lanes, whichever are read
+ticks = dict(epochs=st.sampled_from([None, 1]), start=st.integers(0, 20), count=st.integers(0, 12))
+
+
+def summed(reader, ticks):
+    """(labels, tokens read, documents begun) of the reader's lanes, from the segments themselves."""
+    segments = [reader.segment(tick) for tick in ticks]
+    columns = (
+        (segment.labels != IGNORE for segment in segments),
+        (s.length for s in segments),
+        (s.reset for s in segments),
+    )
+    return tuple(sum(int(column.sum()) for column in columns) for columns in columns)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**cases, **ticks, streamed=st.booleans())
+def test_counts_equal_sums_over_segments(
+    tmp_path_factory, lengths, lanes, segment_length, masked, epochs, start, count, streamed
+):
+    """Padding, several documents in a lane, lanes that have run dry, parts of a stream: all from the schedule alone."""
+    dataset, *_ = random_split(tmp_path_factory.mktemp("corpus") / "a", lengths, masked)
+    if streamed and not masked and dataset.total_tokens >= lanes:
+        dataset = Stream(dataset, lanes)
+    everything = make_reader(dataset, lanes, segment_length, epochs=epochs)
+    labels, tokens, documents = summed(everything, range(start, start + count))
+    first_lane = make_reader(dataset, lanes, segment_length, epochs=epochs, block=range(1))
+    found = first_lane.counts(start, start + count)  # of all lanes, whichever are read
+    assert found == (None if masked else labels, tokens, documents)
+    assert first_lane.labels(start, start + count) == labels
+    assert first_lane.labels(start, start + count, range(1)) == summed(first_lane, range(start, start + count))[0]
+
+
+def test_counts_touch_no_token(corpus, monkeypatch):
+    reader = make_reader(corpus)
+    expected = summed(make_reader(corpus), range(3, 40))
+    for name in ("tokens", "mask", "check"):
+        monkeypatch.delattr(type(corpus), name)
+    assert reader.counts(3, 40) == expected
 
 
 def blocks(lanes, world_size):
@@ -148,6 +181,7 @@ def test_a_window_gives_the_same_in_any_order(corpus, order, segments, prefetch)
 def test_a_window_is_a_sequence(corpus):
     window = make_reader(corpus).window(0, 3)
     assert len(list(window)) == 3 and same(window[-1], window[2])
+    assert all(map(same, window[1:], (window[1], window[2])))
     with pytest.raises(IndexError):
         window[3]
 
@@ -157,81 +191,223 @@ def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
     for tick in [*range(70), 3, 200, 64]:
         segments = []
         for reader, limit in zip(readers, (0, 200, 10**9)):
-            monkeypatch.setattr(module, "CHUNK_BYTES", limit)
+            monkeypatch.setattr(segments_module, "CHUNK_BYTES", limit)
             segments.append(reader.segment(tick))
-            sizes.add(len(reader.chunk_of(tick, reader.lanes)[0].rest))
-            assert len(reader._chunks) <= module.CHUNKS_HELD
+            chunks = reader._segments._chunks
+            sizes.add(len(list(chunks.values())[-1].columns))
+            assert len(chunks) <= segments_module.CHUNKS_HELD
         assert same(segments[0], segments[1]) and same(segments[0], segments[2])
     assert sizes == {1, 5, 64}
 
 
+def on_main_thread():
+    return threading.current_thread() is threading.main_thread()
+
+
+def finish_reading(reader):
+    """Wait until the reader's threads have done all that they were given."""
+    for thread in (reader._thread._thread, reader._checker):
+        thread.submit(lambda: None).result()
+
+
 def test_replay_order_is_prepared_in_the_background(corpus, monkeypatch):
     reader = make_reader(corpus)
-    read = reader.segment
+    read = reader._segments.read
     here, ticks_read = [], []
 
-    def spy(tick, lanes=None):
+    def spy(tick, lanes):
         ticks_read.append(tick)
-        if threading.current_thread() is threading.main_thread():
+        if on_main_thread():
             here.append(tick)
         return read(tick, lanes)
 
-    monkeypatch.setattr(reader, "segment", spy)
+    monkeypatch.setattr(reader._segments, "read", spy)
     window = reader.window(10, 5)
     for t in ORDERS["replay"](5):
         window[t]
-        assert len(window._prepared) <= 2
+        assert len(window._begun) <= 2
     assert not here and ticks_read == [10 + t for t in ORDERS["replay"](5)]
     window[3]  # out of order: read at once
     assert here == [13]
 
 
 def test_wait_is_counted(corpus, monkeypatch):
+    """By a clock that stands still except for the 5 s that reading the first segment takes, and the 7 s of a check."""
+    now, asked = [0.0], threading.Event()
+
+    def clock():
+        before = now[0]
+        asked.set()
+        return before
+
+    monkeypatch.setattr(windows, "time", SimpleNamespace(perf_counter=clock))
     reader = make_reader(corpus)
-    read = reader.segment
-    monkeypatch.setattr(reader, "segment", lambda *arguments: (time.sleep(0.1), read(*arguments))[1])
+    read = reader._segments.read
+
+    def slow(tick, lanes):
+        if tick == 0:
+            assert asked.wait(60), "the consumer waits"
+            now[0] += 5
+        return read(tick, lanes)
+
+    monkeypatch.setattr(reader._segments, "read", slow)
     window = reader.window(0, 4)
     window[0]
-    assert 0.09 < reader.wait_s < 1
-    before = reader.wait_s
-    time.sleep(0.5)  # long enough to prepare the next two
+    assert reader.wait_s == 5
+    finish_reading(reader)  # the next two are prepared
     window[1], window[2]
-    assert reader.wait_s - before < 0.09
+    assert reader.prepare(0, 4) is None and reader.wait_s == 5
+    monkeypatch.setattr(corpus, "check", lambda spans: now.__setitem__(0, now[0] + 7))
+    assert reader.prepare(20, 4) is None and reader.wait_s == 12
 
 
-def test_slow_disks_are_read_ahead(corpus, monkeypatch):
-    """Documents of the next window are checked, and chunks behind the next segments read, while this one is worked on."""
-    compare, tokens = corpus._compare, corpus.tokens
-    monkeypatch.setattr(corpus, "_compare", lambda document: (time.sleep(0.05), compare(document)))
-    reader, direct = make_reader(corpus), make_reader(corpus)
-    reader.look_ahead(8, 40)
-    time.sleep(0.05 * len(corpus.lengths) + 0.3)  # the step
-    assert reader.damage(8, 40) is None and reader.wait_s < 0.05
-    control = make_reader(make_again(corpus))
-    monkeypatch.setattr(control.corpus, "_compare", lambda document: time.sleep(0.05))
-    assert control.damage(8, 40) is None and control.wait_s > 0.2, "the control"
+def test_the_next_window_is_checked_in_the_background(corpus, monkeypatch):
+    """Its documents are compared while this window is worked on; `prepare` then finds them compared, or waits for them."""
+    compare, compared, here = corpus._compare, [], []
 
-    def slow(document, start, stop):
-        time.sleep(0.004)
-        return tokens(document, start, stop)
+    def spy(document):
+        compared.append(document)
+        if on_main_thread():
+            here.append(document)
+        compare(document)
 
-    expected = [direct.segment(t) for t in range(24)]
-    monkeypatch.setattr(corpus, "tokens", slow)
-    monkeypatch.setattr(module, "CHUNK_TICKS", 8)
-    waits = []
-    for prefetch in (2, 0):
-        reader = make_reader(corpus, prefetch=prefetch)
-        window = reader.window(0, 24)
-        time.sleep(0.3)
-        for t in range(24):
-            assert same(window[t], expected[t])
-            time.sleep(0.03)
-        waits.append(reader.wait_s)
-    assert waits[0] < 0.25 * waits[1]
+    monkeypatch.setattr(corpus, "_compare", spy)
+    reader = make_reader(corpus)
+    documents = [set(reader.schedule.spans(start, start + 4).document.tolist()) for start in (0, 4, 8)]
+    assert reader.prepare(0, 4) is None and set(here) == documents[0]
+    finish_reading(reader)
+    assert set(compared) == documents[0] | documents[1] and documents[1] - documents[0], "a test of something"
+    here.clear()
+    for start in (4, 8):  # with no pause for the thread
+        assert reader.prepare(start, 4) is None
+        assert not here, "what the thread checks is not checked a second time"
+    finish_reading(reader)
+    assert len(compared) == len(set(compared))
+    control = make_reader(Corpus.open(corpus.path))
+    monkeypatch.setattr(control.dataset, "_compare", spy)
+    assert control.prepare(4, 4) is None and set(here) == documents[1], "the control: nobody has checked before"
 
 
-def make_again(corpus):
-    return Corpus.open(corpus.path)
+def test_chunks_are_read_ahead(corpus, monkeypatch):
+    """A chunk is read by the thread, while the segments of the one before are worked on."""
+    monkeypatch.setattr(segments_module, "CHUNK_TICKS", 8)
+    direct, reader = make_reader(corpus), make_reader(corpus)
+    read, chunks, here = reader._segments._read, [], []
+
+    def spy(start, stop, lanes):
+        chunks.append(start)
+        if on_main_thread():
+            here.append(start)
+        return read(start, stop, lanes)
+
+    monkeypatch.setattr(reader._segments, "_read", spy)
+    window = reader.window(0, 24)
+    for t in range(24):
+        finish_reading(reader)
+        assert max(chunks) >= min(t + 7, 23) // 8 * 8, "ready before its first segment is"
+        assert same(window[t], direct.segment(t))
+    assert not here and sorted(set(chunks)) == [0, 8, 16]
+    control = make_reader(corpus, prefetch=0)
+    monkeypatch.setattr(control._segments, "_read", spy)
+    for segment in control.window(0, 24):
+        assert segment is not None
+    assert here == [0, 8, 16], "the control"
+
+
+class Remote:
+    """A dataset that claims to be remote, and what is prefetched from it."""
+
+    is_remote = True
+
+    def __init__(self, dataset):
+        self.dataset, self.prefetched = dataset, []
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def prefetch(self, spans):
+        self.prefetched.append(spans)
+
+
+@pytest.mark.parametrize(
+    "segments, epochs, stop, expected",
+    [
+        (4, None, None, 3 + 50),  # as far as TICKS_AHEAD
+        (20, None, None, 3 + 80),  # as far as four windows
+        (4, None, 30, 30),  # no further than what is read
+        (4, 1, None, 10**6),  # no further than the schedule
+    ],
+)
+def test_remote_shards_are_fetched_far_ahead(corpus, monkeypatch, segments, epochs, stop, expected):
+    monkeypatch.setattr(windows, "TICKS_AHEAD", 50)
+    remote = Remote(corpus)
+    schedule = make_reader(corpus, epochs=epochs).schedule
+    lanes = range(1, 3)
+    reader = WindowReader(remote, schedule, lanes=lanes, stop=stop)
+    assert reader.prepare(3, segments) is None
+    (found,) = remote.prefetched
+    assert all(map(np.array_equal, found, reader._segments.spans(3, expected, lanes))), "in the order of need"
+    local = Remote(corpus)
+    local.is_remote = False
+    assert WindowReader(local, schedule, lanes=lanes).prepare(3, segments) is None and not local.prefetched
+
+
+def test_nothing_behind_the_last_tick_is_checked(corpus, monkeypatch):
+    compared = []
+    monkeypatch.setattr(corpus, "_compare", compared.append)
+    schedule = make_reader(corpus).schedule
+    reader = WindowReader(corpus, schedule, lanes=range(4), stop=6)
+    assert reader.prepare(4, 4) is None
+    finish_reading(reader)
+    assert set(compared) == set(schedule.spans(4, 6).document.tolist()) != set(schedule.spans(4, 8).document.tolist())
+
+
+# ---- the device ----------------------------------------------------------------------------------------------------------
+
+
+def test_segments_are_pinned_by_the_reading_thread_and_copied_by_the_consumer(corpus, monkeypatch):
+    calls = []
+
+    def spy(what):
+        def call(segment, *device):
+            calls.append((what, *device, on_main_thread()))
+            return segment
+
+        return call
+
+    monkeypatch.setattr(Segment, "pin_memory", spy("pin"))
+    monkeypatch.setattr(Segment, "to", spy("copy"))
+    gpu = torch.device("cuda", 1)
+    schedule = make_reader(corpus).schedule
+    reader = WindowReader(corpus, schedule, lanes=range(4), device=gpu)
+    window, visits = reader.window(0, 5), ORDERS["replay"](5)
+    for t in visits:
+        window[t]
+    assert Counter(calls) == {("pin", False): len(visits), ("copy", gpu, True): len(visits)}
+    calls.clear()
+    reader.segment(0)
+    assert not calls, "a single segment stays on the CPU"
+    for t in visits:
+        WindowReader(corpus, schedule, lanes=range(4)).window(0, 5)[t]
+    assert Counter(calls) == {("copy", torch.device("cpu"), True): len(visits)}, "without a GPU: the same, not pinned"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_segments_arrive_on_a_gpu(corpus, prefetch):
+    direct = make_reader(corpus)
+    schedule, gpu = direct.schedule, torch.device("cuda", torch.cuda.current_device())
+    reader = WindowReader(corpus, schedule, lanes=range(4), device=gpu, prefetch=prefetch)
+    for start in range(0, 200, 5):  # memory is recycled and pinned memory reused on the way
+        window = reader.window(start, 5)
+        found = [window[t] for t in range(5)]
+        for t, segment in enumerate(found):
+            assert all(column.device == gpu for column in segment)
+            assert same(segment.to(torch.device("cpu")), direct.segment(start + t))
+    assert all(column.is_pinned() for column in direct.segment(0).pin_memory())
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------------
 
 
 def flip_a_token(corpus, document):
@@ -254,8 +430,8 @@ def test_damage_surfaces_where_the_segment_is_asked_for(corpus):
         window[tick]
     with pytest.raises(CorpusError, match="document 4 at byte"):  # resumed in the middle of the document
         make_reader(corpus).segment(tick + 2)
-    assert "document 4 at byte" in make_reader(corpus).damage(tick + 1, tick + 2)
-    assert make_reader(corpus).damage(0, tick) is None
+    assert "document 4 at byte" in make_reader(corpus).prepare(tick + 1, 1)
+    assert make_reader(corpus).prepare(0, tick) is None
 
 
 @pytest.mark.parametrize("what", ["written to", "cut short", "replaced"])
@@ -269,12 +445,15 @@ def test_a_shard_that_changes_while_it_is_read(corpus, what):
         shard.unlink()
         shard.write_bytes(raw[::-1])
         fresh = make_reader(corpus)
-        assert reader.damage(0, 40) is None and same(reader.segment(39), fresh.segment(39))
+        assert reader.prepare(0, 40) is None and same(reader.segment(39), fresh.segment(39))
         return
     with shard.open("r+b") as file:
-        file.truncate(100) if what == "cut short" else file.write(b"other")
+        if what == "cut short":
+            file.truncate(100)
+        else:
+            file.write(b"other")
     expected = f"{shard}: was changed while it was read"
-    assert reader.damage(0, 40).startswith(expected)
+    assert reader.prepare(0, 40).startswith(expected)
     with pytest.raises(CorpusError, match=re.escape(expected)):
         make_reader(corpus).segment(39)
 

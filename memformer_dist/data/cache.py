@@ -1,16 +1,17 @@
-"""The folder in which the shards of a remote split are kept, shared by the processes of a node.
+"""ShardCache: the folder in which the shards of a remote split are kept, shared by the processes of a node.
 
     <cache>/<fingerprint[:16]>/
-        corpus.json index.safetensors tokenizer.model   as they came
+        corpus.json index.safetensors tokenizer.model   as they were fetched
         shard-000042.tar                                whole and verified
-        shard-000043.tar.partial                        being fetched; locked by the process that does
-        reader-x1y2z3.json                              what a process reads now and next; locked as long as it lives
-        lock                                            held for a moment by who makes room, starts or finishes a file
+        shard-000043.tar.partial                        being fetched; locked by the process that fetches it
+        reader-x1y2z3.json                              what a process reads now and next; locked while it lives
+        lock                                            held for a moment whenever the folder is changed
 
-All locks are flock: they end with their process, however it ends, so what a killed process left is told from what is in
-use, and removed. The bytes of shards, those being fetched included, never exceed the bound. Whoever needs room removes
-first what no reader expects, the least recently expected first, then what is needed last. A file that is removed while
-somebody has it mapped stays readable, and keeps its space on the disk until it is unmapped.
+All locks are flock: they end with their process, however it ends. That is how what a killed process left behind is
+recognised and removed. The bytes of all shards, including those being fetched, never exceed the bound. To make room,
+the shards that no process has announced are removed first, beginning with the one announced longest ago, then those
+that are needed last. A file that is removed while a process has it mapped stays readable, and takes its space on the
+disk until it is unmapped.
 """
 
 import fcntl
@@ -19,21 +20,22 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO
 
 from memformer_dist.errors import UserError
+from memformer_dist.files import PARTIAL, try_lock
 
 CACHE_FOLDER = "~/.cache/memformer_dist"
 CACHE_GIB = 32.0
-PARTIAL = ".partial"
 
 
 class Reservation:
-    """A file that this process alone may fetch, until it is kept or dropped. `path`: where to write it."""
+    """The right to fetch a file, which no other process has until `keep` or `drop`. `path`: where to write it."""
 
-    def __init__(self, cache: "Cache", name: str):
+    def __init__(self, cache: "ShardCache", name: str):
         self.path = cache.folder / (name + PARTIAL)
         self._cache, self._target = cache, cache.folder / name
         self._file = self.path.open("wb")
@@ -48,25 +50,25 @@ class Reservation:
             self.path.unlink(missing_ok=True)
 
 
-class Cache:
+class ShardCache:
     """The folder of one split.
 
-    sizes   bytes of its shards, by name
+    sizes   bytes of the shards, by name
     bound   bytes that the shards in the folder may take together
     """
 
     def __init__(self, folder: Path, sizes: dict[str, int], bound: int):
-        """Raises UserError where the folder cannot be written to or has no locks."""
+        """Raises UserError where files in the folder cannot be written or locked."""
         self.folder, self.bound, self._sizes = folder, bound, sizes
-        self._wanted: list[str] = []  # the shards that this reader reads now and next, in the order of need
+        self._announced: list[str] = []  # what this process reads now and next, in the order of need
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self.locked():
                 number, _ = tempfile.mkstemp(prefix="reader-", suffix=".json", dir=folder)
-                self._reader: IO = os.fdopen(number, "w")
+                self._reader: IO[str] = os.fdopen(number, "w")
                 fcntl.flock(self._reader, fcntl.LOCK_EX)
-                self._publish([])
-                self._remove_what_the_dead_left()
+                self._announce([])
+                self._remove_abandoned()
                 for name, entry in self._present().items():
                     if entry.stat().st_size != sizes[name]:
                         os.unlink(entry)
@@ -76,27 +78,31 @@ class Cache:
                 " and locked"
             ) from None
 
-    def want(self, names: list[str]) -> None:
-        """Say what this reader reads now and next, in the order of need."""
-        if names == self._wanted:
-            return
-        with self.locked():
-            self._publish(names)
-            now = time.time_ns()
-            present = self._present()
-            for entry in filter(None, map(present.get, names)):
-                # When it was last expected. The time of the last change is left as it is: it tells whether a file changed.
-                os.utime(entry, ns=(now, entry.stat().st_mtime_ns))
+    def prefetch(self, names: list[str]) -> list[str]:
+        """Announce the shards that this process reads now and next, in the order of need: other processes spare them.
+
+        Returns those that are not in the folder, which are to be fetched. All of `names` must fit within the bound.
+        """
+        if names != self._announced:
+            with self.locked():
+                self._announce(names)
+                now = time.time_ns()
+                present = self._present()
+                for entry in filter(None, map(present.get, names)):
+                    # The access time says when a shard was last announced. The time of the last change stays as it is:
+                    # it shows whether a file was changed.
+                    os.utime(entry, ns=(now, entry.stat().st_mtime_ns))
+        return [name for name in names if not (self.folder / name).exists()]
 
     def reserve(self, name: str, *, needed: bool) -> Reservation | None:
-        """The right to fetch a file that is not there.
+        """The right to fetch a file that is not in the folder.
 
-        None where it cannot be had at the moment: the file is there, somebody else fetches it, or there is no room. Room for
-        a file that is merely expected is not made at the cost of any that is needed sooner; for one that is `needed` now it
-        is made at the cost of all that this reader does not expect as well.
+        None where it cannot be had at the moment: the file is there, another process or thread fetches it, or there is
+        no room. Room for a file that is only announced is made by removing what is needed later. Room for one that is
+        `needed` now is also made by removing what other processes have announced, but not what this one has.
         """
         with self.locked():
-            fetching = self._remove_what_the_dead_left()
+            fetching = self._remove_abandoned()
             if name in fetching or (self.folder / name).exists():
                 return None
             if name in self._sizes and not self._make_room(name, fetching, needed):
@@ -105,65 +111,75 @@ class Cache:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone in the folder. A few milliseconds at most: nothing is fetched or hashed meanwhile."""
-        with (self.folder / "lock").open(
-            "a"
-        ) as file:  # opened anew, because threads of a process exclude each other too
+        """Alone in the folder. Takes a few milliseconds at most: nothing is fetched or hashed meanwhile."""
+        with (self.folder / "lock").open("a") as file:  # opened each time: threads must exclude each other, too
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _present(self) -> dict[str, os.DirEntry]:
+    def _present(self) -> dict[str, os.DirEntry[str]]:
         with os.scandir(self.folder) as entries:
             return {entry.name: entry for entry in entries if entry.name in self._sizes}
 
-    def _publish(self, names: list[str]) -> None:
-        self._wanted = names
+    def _announce(self, names: list[str]) -> None:
+        self._announced = names
         self._reader.seek(0)
         self._reader.truncate()
         self._reader.write(json.dumps(names))
         self._reader.flush()
 
-    def _remove_what_the_dead_left(self) -> set[str]:
-        """-> the names of the files that somebody is fetching."""
+    def _remove_abandoned(self) -> set[str]:
+        """Remove what processes left behind that are gone. Returns the names of the files that are being fetched."""
         fetching = set()
         for path in (*self.folder.glob("*" + PARTIAL), *self.folder.glob("reader-*.json")):
-            if not _alive(path):
+            if _is_abandoned(path):
                 path.unlink()
             elif path.name.endswith(PARTIAL):
                 fetching.add(path.name.removesuffix(PARTIAL))
         return fetching
 
     def _make_room(self, name: str, fetching: set[str], needed: bool) -> bool:
+        """Remove shards until `name` fits within the bound. False, and nothing is removed, where that cannot be."""
         present = self._present()
-        room = self.bound - sum(self._sizes.get(other, 0) for other in {name, *present, *fetching})
-        if room >= 0:
+        taken = {name, *present, *fetching}  # `fetching` has files that are not shards, which do not count
+        excess = sum(self._sizes.get(other, 0) for other in taken) - self.bound
+        if excess <= 0:
             return True
-        turn: dict[str, float] = {}  # how soon somebody needs a shard
-        for path in self.folder.glob("reader-*.json"):
-            for place, other in enumerate(json.loads(path.read_text())):
-                turn[other] = min(place, turn.get(other, math.inf))
-        spared = set(self._wanted) if needed and name in self._wanted else set()
-        sooner_than = -1 if needed else turn.get(name, math.inf)
-        candidates = [other for other in present if other not in spared and turn.get(other, math.inf) > sooner_than]
-        candidates.sort(key=lambda other: (-turn.get(other, math.inf), present[other].stat().st_atime_ns))
-        evicted = []
-        for other in candidates:
-            if room >= 0:
+        removed = []
+        for other in self._removable(name, present, needed):
+            if excess <= 0:
                 break
-            evicted.append(other)
-            room += self._sizes[other]
-        if room < 0:
+            removed.append(other)
+            excess -= self._sizes[other]
+        if excess > 0:
             return False
-        for other in evicted:
+        for other in removed:
             os.unlink(present[other])
         return True
 
+    def _removable(self, name: str, present: dict[str, os.DirEntry[str]], needed: bool) -> list[str]:
+        """The shards that may be removed in favour of `name`, the first one first."""
+        turns = self._turns()
 
-def _alive(path: Path) -> bool:
-    """Whether the process that made the file still has it locked. Asked under the lock of the folder."""
+        def turn(shard: str) -> float:
+            return turns.get(shard, math.inf)
+
+        if needed:
+            spared = set(self._announced) if name in self._announced else set()
+            candidates = [other for other in present if other not in spared]
+        else:
+            candidates = [other for other in present if turn(other) > turn(name)]
+        return sorted(candidates, key=lambda other: (-turn(other), present[other].stat().st_atime_ns))
+
+    def _turns(self) -> dict[str, int]:
+        """How soon some process needs a shard, for each that was announced: its place in the announcement."""
+        turns: dict[str, int] = {}
+        for path in self.folder.glob("reader-*.json"):
+            for place, name in enumerate(json.loads(path.read_text())):
+                turns[name] = min(place, turns.get(name, place))
+        return turns
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that made the file is gone, and its lock with it. To be called while the folder is locked."""
     with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+        return try_lock(file)

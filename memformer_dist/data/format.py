@@ -1,46 +1,52 @@
-"""The corpus on disk: documents as rows of token ids in webdataset tar shards, with an index for random access.
+"""The format of a corpus on disk: token ids in webdataset tar shards, with an index for random access.
 
-tokenizer/shard.py writes a corpus, a folder of two splits:
+A corpus is a folder of two splits, written by tokenizer/shard.py:
 
     CORPUS/tokenizer.model
     CORPUS/train/
         corpus.json         what the split holds; its hash identifies the split in a checkpoint
         index.safetensors   for every document: length, place in its shard, crc32 (12 bytes; 16 with loss masks)
-        shard-000000.tar    one sample a document: 000000-00000042.u16 (token ids) and, with a loss mask, .mask
+        shard-000000.tar    one sample per document: 000000-00000042.u16 (token ids) and, with a loss mask, .mask
     CORPUS/valid/           the same
 
-A shard is an ordinary uncompressed webdataset tar, so other tools can read it. Here it is memory-mapped and read through
-the index, because lanes take documents in any order and resume in their middle. Payloads start at multiples of 512
-bytes, as in any tar. Token ids are little-endian, uint16 where the vocabulary allows. Neither BOS nor EOS is stored.
+A shard is an ordinary uncompressed webdataset tar, so other tools can read it. Here it is memory-mapped and read
+through the index, because lanes read documents in any order and resume in the middle of one. Payloads start at
+multiples of 512 bytes, as in any tar. Token ids are little-endian, uint16 where the vocabulary allows. Neither BOS nor
+EOS is stored.
 
-The mask is one byte per token: mask[i] = 1 if label i, the prediction of token i + 1 (of EOS for the last token), counts
-in the loss. Its member follows that of the tokens, so that its place needs no column.
+A loss mask is one byte per token: mask[i] = 1 if label i, which is token i + 1 (EOS for the last token), counts in the
+loss. Its tar member follows that of the tokens, so the index needs no column for its place.
+
+SplitWriter writes a split in one process; preparation writes shards in several, with ShardWriter and `write_manifest`.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 import zlib
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, first_problem
+from memformer_dist.files import PARTIAL, flush, write_bytes, write_text
 from memformer_dist.vocabulary import Vocabulary
 
-MANIFEST, INDEX = "corpus.json", "index.safetensors"
-BLOCK = tarfile.BLOCKSIZE  # 512 bytes: of a header, and what payloads are padded to
-SHARD_TOKENS = 100_000_000  # tokens of a SplitWriter's shard, unless a single document is longer
+MANIFEST, INDEX, TOKENIZER = "corpus.json", "index.safetensors", "tokenizer.model"
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes: the size of a header; payloads are padded to multiples of it
+SHARD_TOKENS = 100_000_000  # tokens in a shard of SplitWriter, unless a single document is longer
 
 
 class Shard(BaseModel):
+    """A shard's record in corpus.json."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
@@ -52,13 +58,14 @@ class Shard(BaseModel):
     @field_validator("name")
     @classmethod
     def _in_this_folder(cls, name: str) -> str:
-        if name in ("", "..") or "\0" in name or Path(name).name != name:  # a corpus from elsewhere reads nothing else
+        # A corpus from a stranger must not make us read other files.
+        if name in ("", "..") or "\0" in name or Path(name).name != name:
             raise ValueError("expected the plain name of a file in the split's folder")
         return name
 
 
 class Manifest(BaseModel):
-    """corpus.json"""
+    """corpus.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,26 +81,32 @@ class Manifest(BaseModel):
     shards: list[Shard]
     index_sha256: str
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            size=self.vocab_size, bos_id=self.bos_id, eos_id=self.eos_id, tokenizer_sha256=self.tokenizer_sha256
+        )
+
 
 class Index(NamedTuple):
-    """A row for every document, in the order of the shards."""
+    """One row per document, in the order of the shards."""
 
     length: np.ndarray  # uint32 [documents], tokens
     block: np.ndarray  # uint32 [documents], where the tokens start in their shard, in blocks of 512 bytes
     crc32: np.ndarray  # uint32 [documents], of the tokens
-    mask_crc32: np.ndarray | None = None  # uint32 [documents], of the masks, where there are some
+    mask_crc32: np.ndarray | None = None  # uint32 [documents], of the masks; None where there are none
 
 
 class Split(NamedTuple):
     manifest: Manifest
     fingerprint: str  # sha256 of corpus.json, which holds the hashes of everything else
-    index: Index
+    index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 def read_split(folder: Path, name: str | None = None) -> Split:
-    """corpus.json and the index of a split. `name`: what messages call the folder, where it is a copy.
+    """Read corpus.json and the index of a split. `name`: what messages call the folder, where it is a copy.
 
-    Raises UserError naming the file if one is missing or is not the one that was written.
+    Raises UserError naming a file that is missing or is not the one that was written.
     """
     name = name or str(folder)
     try:
@@ -102,12 +115,11 @@ def read_split(folder: Path, name: str | None = None) -> Split:
         index = (folder / INDEX).read_bytes()
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise UserError(f"{name}/{missing}: not found; a corpus split (CORPUS/train, CORPUS/valid) holds it") from None
+        raise UserError(f"{name}/{missing}: not found; expected it in a split (CORPUS/train, CORPUS/valid)") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        hint = "; prepare the corpus again with tokenizer/shard.py" if field == "version" else ""
-        raise UserError(f"{name}/{MANIFEST}: {field}: {problem['msg']}, found {problem['input']!r}{hint}") from None
+        problem = first_problem(error)
+        hint = "; prepare the corpus again with tokenizer/shard.py" if problem.startswith("version: ") else ""
+        raise UserError(f"{name}/{MANIFEST}: {problem}{hint}") from None
     found = hashlib.sha256(index).hexdigest()
     if found != manifest.index_sha256:
         raise UserError(f"{name}/{INDEX}: sha256 is {found}, {MANIFEST} says {manifest.index_sha256}")
@@ -115,7 +127,7 @@ def read_split(folder: Path, name: str | None = None) -> Split:
 
 
 def wrong_size(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard as far as its size tells."""
+    """What is wrong with the size of a shard's file; None if nothing is."""
     file = folder / shard.name
     size = file.stat().st_size if file.exists() else None
     if size == shard.bytes:
@@ -123,15 +135,15 @@ def wrong_size(folder: Path, shard: Shard) -> str | None:
     return f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes"
 
 
-def blocks(size: int | np.ndarray) -> int | np.ndarray:
-    """Blocks of a tar that `size` bytes fill."""
+def blocks(size: int) -> int:
+    """The number of blocks that `size` bytes take in a tar."""
     return -(-size // BLOCK)
 
 
 def _header(name: bytes, size: int) -> bytes:
-    """TarInfo(name).tobuf(USTAR_FORMAT) with that size, in a twentieth of the time: short documents need no longer.
+    """TarInfo(name).tobuf(USTAR_FORMAT) with this size, 20 times as fast, because documents may be short.
 
-    No time, no owner: the bytes depend on the documents alone.
+    Time and owner are left empty: the bytes depend on the documents alone.
     """
     if size >= 8**11:
         raise ValueError(f"{name.decode()}: {size} bytes, a tar holds less than {8**11}")
@@ -146,31 +158,31 @@ _EMPTY_SUM = sum(_EMPTY[:124] + _EMPTY[135:148] + b" " * 8 + _EMPTY[156:])  # wi
 
 class WrittenShard(NamedTuple):
     shard: Shard
-    index: Index
+    index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 class ShardWriter:
-    """Writes one shard under `<path>.partial`, which `close` renames: a shard that exists is whole.
+    """Writes one shard as `<path>.partial`, which `close` renames: a shard under its own name is whole.
 
-    The bytes depend on the number of the shard and its documents alone. Leaving a `with` block without having closed it
-    removes what was written. Raises OSError where the disk is full.
+    The bytes depend only on the number of the shard and its documents. Leaving a `with` block before `close` removes
+    what was written. Raises OSError where the disk is full.
     """
 
     def __init__(self, path: Path, number: int, token_dtype: np.dtype, has_mask: bool = False):
         self.path, self.number = path, number
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
-        self._partial = path.with_name(path.name + ".partial")
-        self._file = open(self._partial, "wb")
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._file = self._partial.open("wb")
         self._hash = hashlib.sha256()
         self._blocks = 0
-        self._columns = {name: array("I") for name in ("length", "block", "crc32")}  # 4 bytes a number, lists take 36
+        self._columns = {name: array("I") for name in ("length", "block", "crc32")}  # 4 bytes per number, lists take 36
         if has_mask:
             self._columns["mask_crc32"] = array("I")
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     @property
@@ -178,13 +190,14 @@ class ShardWriter:
         return len(self._columns["length"])
 
     def add(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append a document of at least one token; without a mask every label counts.
+        """Append a document of at least one token. Without a mask every label counts.
 
         tokens  integers [n], without BOS and EOS
-        mask    0 or 1 [n], by label (see the top of this file); only where the writer was made with `has_mask`
+        mask    0 or 1 [n], see the top of this file; only where the writer was made with `has_mask`
         """
         has_mask = "mask_crc32" in self._columns
-        assert 0 < len(tokens) < 2**32 and (mask is None or (has_mask and len(mask) == len(tokens)))
+        assert 0 < len(tokens) < 2**32
+        assert mask is None or (has_mask and len(mask) == len(tokens))
         key = f"{self.number:06d}-{self.documents:08d}"
         self._columns["block"].append(self._blocks + 1)  # behind the member's header
         self._columns["crc32"].append(
@@ -196,11 +209,11 @@ class ShardWriter:
         self._columns["length"].append(len(tokens))
 
     def close(self) -> WrittenShard:
-        ending = 2 * BLOCK  # of a tar: two empty blocks, then to the end of the record
+        """Finish the file and give it its name."""
+        ending = 2 * BLOCK  # a tar ends with two empty blocks, padded to a whole record
         self._write(bytes(ending + -(self._blocks * BLOCK + ending) % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        flush(self._partial)
         self._partial.rename(self.path)
         shard = Shard(
             name=self.path.name,
@@ -212,9 +225,9 @@ class ShardWriter:
         return WrittenShard(shard, Index(**{name: np.array(x, np.uint32) for name, x in self._columns.items()}))
 
     def discard(self) -> None:
-        """Nothing to do once it is closed."""
+        """Remove what was written; does nothing after `close`."""
         try:
-            self._file.close()  # may find the disk full once more
+            self._file.close()  # may find the disk full again
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -232,7 +245,7 @@ class ShardWriter:
 def write_manifest(
     folder: Path, vocabulary: Vocabulary, written: Iterable[WrittenShard], *, has_mask: bool = False
 ) -> Manifest:
-    """Index and corpus.json of the shards in `folder`; corpus.json last: a split that has one is whole."""
+    """Write index and corpus.json of the shards in `folder`. corpus.json comes last: a split that has one is whole."""
     shards, indices = zip(*written)
     columns = {
         name: np.concatenate([getattr(index, name) for index in indices])
@@ -252,31 +265,27 @@ def write_manifest(
         tokenizer_sha256=vocabulary.tokenizer_sha256,
         has_mask=has_mask,
     )
-    (folder / INDEX).write_bytes(index)
-    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+    write_bytes(folder / INDEX, index)
+    write_text(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
     return manifest
 
 
 class SplitWriter:
-    """Writes one split in one process, a shard after `shard_tokens` tokens. Same documents, same bytes.
+    """Writes one split in one process, in shards of up to `shard_tokens` tokens. Same documents, same bytes.
 
-    Everything goes to `<split>.partial`, which `close` renames: a split that exists is whole. Leaving a `with` block by
-    an exception removes it.
+    Everything goes to `<split>.partial`, which `close` renames: a split under its own name is whole. Leaving a `with`
+    block closes the split; leaving it by an exception removes what was written.
     """
 
     def __init__(
         self, split: str | Path, vocabulary: Vocabulary, *, has_mask: bool = False, shard_tokens: int = SHARD_TOKENS
     ):
-        self.path, self._vocabulary, self._has_mask, self._shard_tokens = (
-            Path(split),
-            vocabulary,
-            has_mask,
-            shard_tokens,
-        )
+        self.path, self._vocabulary = Path(split), vocabulary
+        self._has_mask, self._shard_tokens = has_mask, shard_tokens
         if self.path.exists():
             raise UserError(f"{self.path} exists already")
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # of an interrupted run
+        self._partial = self.path.with_name(self.path.name + PARTIAL)
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by an interrupted process
         self._partial.mkdir(parents=True)
         self._shard: ShardWriter | None = None
         self._tokens_in_shard = 0
@@ -285,14 +294,14 @@ class SplitWriter:
     def __enter__(self) -> "SplitWriter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
             self.discard()
 
     def add(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append a document, as ShardWriter.add does."""
+        """Append a document (see ShardWriter.add)."""
         if self._shard and self._tokens_in_shard + len(tokens) > self._shard_tokens:
             self._finish_shard()
         if not self._shard:
@@ -303,7 +312,7 @@ class SplitWriter:
         self._tokens_in_shard += len(tokens)
 
     def close(self) -> None:
-        """Raises UserError if there is no document."""
+        """Finish the split and give it its name. Raises UserError if there is no document."""
         if not self._shard:
             self.discard()
             raise UserError(f"{self.path}: no document to write")
@@ -317,5 +326,6 @@ class SplitWriter:
         shutil.rmtree(self._partial)
 
     def _finish_shard(self) -> None:
+        assert self._shard is not None
         self._written.append(self._shard.close())
         self._shard, self._tokens_in_shard = None, 0

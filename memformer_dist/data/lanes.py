@@ -1,9 +1,9 @@
-"""The lane schedule: which segment of which document every lane reads at every tick.
+"""LaneSchedule: which segment of which document each lane reads at each tick.
 
-G lanes, fixed by the configuration and independent of the number of processes, each read one document after the other,
-a segment of S tokens a tick. Every epoch is a seeded permutation of the documents (order.py), dealt like cards: the next
-document goes to the lane that is free first, of several to the lowest. No lane waits at the end of an epoch, so lanes may
-be in different epochs.
+B global lanes, fixed by the configuration and independent of the number of processes, each read one document after the
+other, one segment of S tokens per tick. Each epoch is a seeded permutation of the documents (sampler.py), dealt like
+cards: the next document goes to the lane that is free first; of several, to the lowest. No lane waits at the end of an
+epoch, so lanes may be in different epochs.
 
     tick        0    1    2    3    4    5    6
     lane 0     [document 7  ][2  ][document 5   ...
@@ -13,51 +13,48 @@ The schedule is a pure function of its arguments. Each process computes all of i
 batches are the same on any number of processes, the position of the data is one number (the tick), and the tokens of a
 window can be counted without communication.
 
-An epoch is dealt when a tick in it is asked for, about 0.3 s for a million documents, and a few epochs are held. What is
-kept for good is where each epoch found the lanes, so any epoch can be dealt again. Within an epoch the first ticks of its
-deals only grow, which makes a tick a matter of bisection. Of a large corpus both are on disk, too: where all epochs found
-the lanes, and the last epochs themselves.
+An epoch is dealt when a tick in it is asked for first, about 0.3 s for a million documents, and a few epochs stay in
+memory. Where each epoch found the lanes is kept for good, so that any epoch can be dealt again on its own. Within an
+epoch the first ticks of the deals never fall, so a tick is found by bisection. For large corpora schedule_store.py
+keeps both on disk: where all epochs found the lanes, and the last epochs themselves.
 """
 
 import hashlib
-import os
-import time
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Callable
 from heapq import heapreplace
 from pathlib import Path
 from threading import RLock
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from memformer_dist.data.sampler import EpochSampler, Source
+from memformer_dist.data.sampler import EpochSampler, WeightedDocuments
+from memformer_dist.data.schedule_store import ScheduleStore
 
 DEALS_AT_ONCE = 1_000_000
 EPOCHS_HELD = 3
-CACHE_FROM = 100_000  # deals of an epoch; fewer are dealt in no time
+STORED_FROM = 100_000  # deals in an epoch: dealing fewer is faster than reading them from a disk
 
 
-def deals_of_a_block(lanes: int) -> int:
-    """Deals between two notes of what the lanes read: so many that the notes take no more room than the deals."""
+def deals_per_block(lanes: int) -> int:
+    """Deals between two records of what the lanes read; so many that the records take no more room than the deals."""
     return max(512, 4 * lanes)
 
 
 class LaneTick(NamedTuple):
-    """What the G lanes read at one tick."""
+    """What the B lanes read at one tick."""
 
-    document: np.ndarray  # int64 [G], -1 on a lane that has run dry (finite schedules)
-    segment: np.ndarray  # int64 [G], counted from the document's start; 0 on a dry lane
-    epoch: np.ndarray  # int64 [G], -1 on a dry lane
-    reset: np.ndarray  # bool [G], the document's first segment
+    document: np.ndarray  # int64 [B], -1 on a lane that has run dry (finite schedules)
+    segment: np.ndarray  # int64 [B], counted from the document's start; 0 on a dry lane
+    epoch: np.ndarray  # int64 [B], -1 on a dry lane
+    reset: np.ndarray  # bool [B], the document's first segment
 
 
 class LaneSpans(NamedTuple):
-    """Consecutive segments of one document on one lane. Several stretches, int64 [stretches] each."""
+    """Runs of consecutive segments of one document on one lane, int64 [spans] each."""
 
     lane: np.ndarray
     document: np.ndarray
@@ -67,30 +64,31 @@ class LaneSpans(NamedTuple):
 
 
 class Deals(NamedTuple):
-    """An epoch, dealt."""
+    """An epoch, dealt. The names are those of the columns on disk."""
 
     document: np.ndarray  # uint32 [deals]
     lane: np.ndarray  # uint32 [deals]
-    start: np.ndarray  # int64 [deals], first ticks; they do not fall
-    before: np.ndarray  # int64 [blocks, 3, G], before each block of deals: document, epoch and first tick of the lanes
-    free: np.ndarray  # int64 [G], the heap behind the last deal
-    reading: np.ndarray  # int64 [3, G] behind the last deal
+    start: np.ndarray  # int64 [deals], first ticks, in ascending order
+    before: np.ndarray  # int64 [blocks, 3, B], before each block of deals: document, epoch and first tick of the lanes
+    free: np.ndarray  # int64 [B], the heap after the last deal
+    reading: np.ndarray  # int64 [3, B] after the last deal
 
 
-class Found(NamedTuple):
-    """How an epoch finds the lanes."""
+class EpochStart(NamedTuple):
+    """Which lanes are free, and when, as an epoch starts. The names are those of the columns on disk."""
 
-    free: np.ndarray  # int64 [G], a heap of tick * G + lane, when and which lane is free: ties go to the lowest lane
-    reading: np.ndarray  # int64 [3, G]: document, epoch and first tick of each lane's last deal
+    free: np.ndarray  # int64 [B], a heap of tick * B + lane, when and which lane is free: ties go to the lowest lane
+    reading: np.ndarray  # int64 [3, B]: document, epoch and first tick of each lane's last deal
 
 
 class LaneSchedule:
-    """The schedule of documents of `lengths` tokens on `lanes` lanes, endless or of some `epochs`.
+    """The schedule of documents of `lengths` tokens on `lanes` lanes, endless unless `epochs` is given.
 
-    order   documents that an epoch deals; a permutation of all of them, unless given
-    cache   a folder in which large epochs are kept, under a hash of what they depend on; `key` then names the order
+    order      the documents that an epoch deals, int64 [deals]; by default a permutation of all of them
+    store      folder in which large epochs are stored, under a hash of all that they depend on (schedule_store.py)
+    order_key  stands for `order` in that hash
 
-    What `at` and `stretches` answer does not depend on what was asked before. Safe to use from several threads.
+    Queries do not depend on those before them. Safe to use from several threads.
     """
 
     def __init__(
@@ -102,30 +100,33 @@ class LaneSchedule:
         segment_length: int,
         epochs: int | None = None,
         order: Callable[[int], np.ndarray] | None = None,
-        cache: Path | None = None,
-        key: str = "",
+        store: Path | None = None,
+        order_key: str = "",
     ):
-        assert len(lengths) > 0 and np.min(lengths) > 0 and lanes > 0 and segment_length > 0
+        assert min(lanes, segment_length, len(lengths), np.min(lengths, initial=1)) > 0
         self.lanes = lanes
         self.segment_length = segment_length
         self.segments = -(-np.asarray(lengths, np.int64) // segment_length)  # [documents], segments of each
-        self._order = order or EpochSampler([Source(np.arange(len(lengths)))], seed=seed)
+        self._order = order or EpochSampler([WeightedDocuments(np.arange(len(lengths)))], seed=seed)
         self._epochs = epochs
-        self._block = deals_of_a_block(lanes)
-        self._cache = cache
-        facts = f"1 {lanes} {segment_length} {seed} {key} {zlib.crc32(self.segments)} {len(lengths)}"
-        self._key = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        self._block = deals_per_block(lanes)
+        facts = f"1 {lanes} {segment_length} {seed} {order_key} {zlib.crc32(self.segments.data)} {len(lengths)}"
+        key = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        self._store = None if store is None else ScheduleStore(store, key)
         reading = np.tile(np.array([[-1], [-1], [0]]), lanes)
-        self._found = [Found(np.arange(lanes), reading)]  # by epoch
-        self._first_ticks = [0]  # of each epoch of _found
+        self._starts = [
+            EpochStart(np.arange(lanes), reading)
+        ]  # by epoch, as far as epochs were dealt, and the next one
+        self._first_ticks = [0]  # of each epoch of _starts
         self._held: OrderedDict[int, Deals] = OrderedDict()
         self._deals_held = 0
         self._lock = RLock()
-        if kept := self._load("starts", Found._fields):
-            for start in map(Found, *kept.values()):
-                self._add(start)
+        if stored := self._load("starts", EpochStart._fields):
+            for start in map(EpochStart, *stored.values()):
+                self._add_start(start)
 
     def at(self, tick: int) -> LaneTick:
+        """What every lane reads at a tick."""
         document, epoch, start = self._reading(tick)
         segment = tick - start
         dry = (document < 0) | (segment >= self.segments[document])
@@ -134,10 +135,10 @@ class LaneSchedule:
         return LaneTick(document, segment, epoch, (segment == 0) & ~dry)
 
     def spans(self, start: int, stop: int, lanes: range | None = None) -> LaneSpans:
-        """What some lanes (all unless given) read in start <= tick < stop, in the order in which it begins."""
+        """What `lanes` (by default all) read in start <= tick < stop, in the order in which they begin to."""
         lanes = range(self.lanes) if lanes is None else lanes
         document, _, tick = self._reading(start)[:, lanes.start : lanes.stop]
-        columns = [(np.arange(lanes.start, lanes.stop), document, tick)]
+        columns: list[tuple[np.ndarray, ...]] = [(np.arange(lanes.start, lanes.stop), document, tick)]
         for epoch in range(self._epoch_at(start), self._epoch_at(stop - 1) + 1):
             deals = self._deals(epoch)
             within = slice(*np.searchsorted(deals.start, [start + 1, stop]))
@@ -152,15 +153,15 @@ class LaneSchedule:
         return LaneSpans(*(column[live] for column in spans))
 
     def documents(self, epoch: int) -> np.ndarray:
-        """uint32 [deals]: what an epoch deals, in its order."""
+        """uint32 [deals]: the documents of an epoch in the order of dealing."""
         with self._lock:
-            for earlier in range(len(self._found) - 1, epoch):
+            for earlier in range(len(self._starts) - 1, epoch):
                 self._deals(earlier)
             return self._deals(epoch).document
 
     @property
     def ticks(self) -> int:
-        """Ticks until every lane has run dry. Raises ValueError if the schedule is endless."""
+        """Ticks until every lane has run dry. Raises ValueError where the schedule is endless."""
         if self._epochs is None:
             raise ValueError("an endless schedule has no number of ticks")
         for epoch in range(self._epochs):
@@ -168,27 +169,27 @@ class LaneSchedule:
         return int(free.max()) // self.lanes
 
     def concurrent_copies(self) -> int:
-        """How many lanes at most read the same document at once, in the first epochs.
+        """The largest number of lanes that read one document at the same tick, in the first epochs.
 
-        More than 1 means that there are many lanes for so few documents, or one very long document.
+        More than 1 means too many lanes for the number of documents, or one very long document.
         """
-        # Those that the lanes hold at first, and the next one.
+        # The epochs that it takes to give each lane a document, and the one after them.
         epochs = min(self.lanes // len(self.segments) + 2, self._epochs or 2**62)
         dealt = [self._deals(epoch) for epoch in range(epochs)]
-        if not sum(len(deals.lane) for deals in dealt):  # little weight on few documents: epochs may deal none
+        if not sum(len(deals.lane) for deals in dealt):  # small weights on few documents: an epoch may deal none
             return 0
         document = np.concatenate([deals.document for deals in dealt]).astype(np.int64)
         start = np.concatenate([deals.start for deals in dealt])
         end = start + self.segments[document]
         span = int(end.max()) + 1
         starts, ends = np.sort(document * span + start), np.sort(document * span + end)
-        # At each start: so many copies of this and all smaller documents have begun, less those that have ended.
+        # At each start: the copies of this and all smaller documents that have begun, less those that have ended.
         return int((np.arange(1, len(starts) + 1) - np.searchsorted(ends, starts, side="right")).max())
 
     def _epoch_at(self, tick: int) -> int:
-        """The last epoch with a deal that starts at `tick` or before."""
+        """The last epoch with a deal that starts at or before `tick`."""
         with self._lock:
-            known = len(self._first_ticks) - 1  # the epochs that were dealt once
+            known = len(self._first_ticks) - 1  # epochs that have been dealt
             while self._first_ticks[known] <= tick and known != self._epochs:
                 self._deals(known)
                 known += 1
@@ -196,7 +197,7 @@ class LaneSchedule:
         return epoch if self._epochs is None else min(epoch, self._epochs - 1)
 
     def _reading(self, tick: int) -> np.ndarray:
-        """int64 [3, G]: document, epoch and first tick of the last deal of each lane that starts at `tick` or before."""
+        """int64 [3, B]: document, epoch and first tick of each lane's last deal that starts at or before `tick`."""
         epoch = self._epoch_at(tick)
         deals = self._deals(epoch)
         number = int(np.searchsorted(deals.start, tick, side="right"))
@@ -208,37 +209,37 @@ class LaneSchedule:
 
     @staticmethod
     def _apply(reading: np.ndarray, epoch: int, document: np.ndarray, lane: np.ndarray, start: np.ndarray) -> None:
-        reading[0, lane] = document  # of a lane's deals the last one stays
+        reading[0, lane] = document  # where a lane occurs several times, its last deal stays
         reading[1, lane] = epoch
         reading[2, lane] = start
 
     def _deals(self, epoch: int) -> Deals:
-        """Of an epoch whose predecessor was dealt once."""
+        """The deals of an epoch whose start is known: from memory, from the disk, or dealt."""
         with self._lock:
             deals = self._held.pop(epoch, None)
             if deals is None:
-                kept = self._load(f"{epoch:06d}", Deals._fields)
-                deals = Deals(**kept) if kept else self._deal(epoch)
+                stored = self._load(_name(epoch), Deals._fields)
+                deals = Deals(**stored) if stored else self._deal(epoch)
                 self._deals_held += len(deals.lane)
             self._held[epoch] = deals
             while len(self._held) > EPOCHS_HELD and self._deals_held > DEALS_AT_ONCE:
-                _, gone = self._held.popitem(last=False)
-                self._deals_held -= len(gone.lane)
-            if epoch + 1 == len(self._found):
-                self._add(Found(deals.free, deals.reading))
-                if len(deals.lane) >= CACHE_FROM:
-                    columns = (np.stack(column) for column in zip(*self._found[1:]))
-                    self._store("starts", dict(zip(Found._fields, columns)))
+                _, dropped = self._held.popitem(last=False)
+                self._deals_held -= len(dropped.lane)
+            if epoch + 1 == len(self._starts):
+                self._add_start(EpochStart(deals.free, deals.reading))
+                if self._store and len(deals.lane) >= STORED_FROM:
+                    columns = (np.stack(column) for column in zip(*self._starts[1:]))
+                    self._store.save("starts", dict(zip(EpochStart._fields, columns)))
             return deals
 
-    def _add(self, found: Found) -> None:
-        self._found.append(found)
-        self._first_ticks.append(int(found.free.min()) // self.lanes)
+    def _add_start(self, start: EpochStart) -> None:
+        self._starts.append(start)
+        self._first_ticks.append(int(start.free.min()) // self.lanes)
 
     def _deal(self, epoch: int) -> Deals:
         order = self._order(epoch)
         keys = np.empty(len(order), np.int64)
-        free, reading = self._found[epoch].free.tolist(), self._found[epoch].reading.copy()
+        free, reading = self._starts[epoch].free.tolist(), self._starts[epoch].reading.copy()
         for first in range(0, len(order), DEALS_AT_ONCE):
             steps = self.segments[order[first : first + DEALS_AT_ONCE]] * self.lanes
             # The lane that is free first takes the document and is free again when it has read it.
@@ -251,57 +252,15 @@ class LaneSchedule:
             self._apply(reading, epoch, order[some], lane[some], start[some])
         document, lane = order.astype(np.uint32), lane.astype(np.uint32)
         deals = Deals(document, lane, start, np.stack(before), np.array(free), reading)
-        if len(order) >= CACHE_FROM:
-            self._store(f"{epoch:06d}", deals._asdict())
-            self._remove_old(epoch)
+        if self._store and len(order) >= STORED_FROM:
+            self._store.save(_name(epoch), deals._asdict())
+            self._store.remove_epochs_before(epoch + 1 - EPOCHS_HELD)  # a run resumes in one of the last epochs
         return deals
 
-    # ---- what is kept on disk: <key>-000003.safetensors, an epoch; <key>-starts.safetensors, what the epochs found ------
-
-    def _file(self, name: str) -> Path:
-        return self._cache / f"{self._key}-{name}.safetensors"
-
-    def _load(self, name: str, columns: Sequence[str]) -> dict[str, np.ndarray] | None:
-        """What is damaged is as good as not there."""
-        if self._cache is None:
-            return None
-        try:
-            with safe_open(self._file(name), "numpy") as file:
-                found = {column: file.get_tensor(column) for column in columns}
-                whole = file.metadata()["crc32"] == _crc32(found)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-        return found if whole else None
-
-    def _store(self, name: str, columns: dict[str, np.ndarray]) -> None:
-        """A folder that cannot be written to has no cache; nothing is lost but time."""
-        if self._cache is None:
-            return
-        file = self._file(name)
-        partial = file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}")
-        try:
-            file.parent.mkdir(exist_ok=True)
-            partial.write_bytes(save(columns, metadata={"crc32": _crc32(columns)}))  # save_file keeps it from others
-            partial.rename(file)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                partial.unlink()
-
-    def _remove_old(self, epoch: int) -> None:
-        """Of the epochs, the last ones stay: where a run goes on. What an hour ago was not finished never will be."""
-        if self._cache is None:
-            return
-        with suppress(OSError):
-            for file in self._cache.glob(f"{self._key}-[0-9]*.safetensors"):
-                if int(file.stem.rpartition("-")[2]) <= epoch - EPOCHS_HELD:
-                    file.unlink(missing_ok=True)
-            for partial in self._cache.glob(f"{self._key}-*.safetensors.*"):
-                if partial.stat().st_mtime < time.time() - 3600:
-                    partial.unlink(missing_ok=True)
+    def _load(self, name: str, columns: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+        return self._store.load(name, columns) if self._store else None
 
 
-def _crc32(columns: dict[str, np.ndarray]) -> str:
-    value = 0
-    for column in columns.values():
-        value = zlib.crc32(np.ascontiguousarray(column).view(np.uint8).reshape(-1), value)
-    return f"{value:08x}"
+def _name(epoch: int) -> str:
+    """What the store calls an epoch."""
+    return f"{epoch:06d}"

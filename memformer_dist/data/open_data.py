@@ -1,35 +1,141 @@
-"""What a run reads, made of its `data` section: the documents and their lane schedule.
+"""What a run reads: the `data` section of its configuration, and the datasets and the lane schedule made of it.
 
-train, valid = open_data({"corpora/books": 1, "corpora/code": 0.5}, mode="documents", lanes=16)
-schedule = lane_schedule(train, seed=0, lanes=16, segment_length=64)
+train, valid = open_data(config.data)
+schedule = training_schedule(config.data, train)
+
+split = open_split("https://host/corpora/books/train")
+schedule = lane_schedule(split, seed=0, lanes=16, segment_length=64)
 """
 
-from typing import Literal, NamedTuple
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from memformer_dist.data.corpus import Corpus
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+
+from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
+from memformer_dist.data.corpus import Corpus, Maps
+from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.mixture import Mixture, open_mixture
+from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream
 from memformer_dist.errors import UserError
+from memformer_dist.section import Section
 
 Mode = Literal["documents", "stream"]
 
 
-def open_data(corpora: dict[str, float], *, mode: Mode, lanes: int, **cache) -> tuple:
-    """The training and the validation documents of corpora by folder or URL; of a stream as many parts as lanes.
+def _folder_or_weights(value: Any) -> str | None:
+    return "<folder>" if isinstance(value, str) else "<weights>" if isinstance(value, dict) and value else None
 
-    `cache` as open_corpora takes it. Raises UserError as it does.
+
+class DataConfig(Section):
+    """The section `data`."""
+
+    corpus: Annotated[
+        Annotated[str, Tag("<folder>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
+        Discriminator(
+            _folder_or_weights,
+            custom_error_type="corpus",
+            custom_error_message="expected a folder, a URL, or an object of weights by folder or URL",
+        ),
+    ] = Field(
+        description="folder or URL of a corpus written by tokenizer/shard.py; or an object of several, each with its"
+        " weight: how often its documents are dealt per epoch (2 is twice, 0.5 every second epoch)"
+    )
+    mode: Mode = Field(
+        "documents",
+        description="documents: lanes read whole documents in a shuffled order, each from an empty memory; stream: all"
+        " documents are joined by EOS and cut evenly among the lanes, as papers on WikiText-103 do",
+    )
+    min_tokens: PositiveInt = Field(1, description="documents of fewer tokens are left out of training")
+    shuffle_shards: PositiveInt | None = Field(
+        None,
+        description="shuffle within groups of this many shards, for a remote corpus that the cache cannot hold; null:"
+        " shuffle through the whole epoch",
+    )
+    lanes: PositiveInt = Field(
+        description="B, documents read side by side by all ranks together, the rows of the global batch; a multiple of"
+        " the number of ranks"
+    )
+    segment_length: PositiveInt = Field(description="S, tokens per segment")
+    seed: int = Field(0, ge=0, description="seed of the order of the documents")
+    prefetch: int = Field(2, ge=0, description="segments that a thread prepares ahead of need; 0: none")
+    cache: str = Field(
+        CACHE_FOLDER, description="folder on this machine in which the shards of remote corpora are kept"
+    )
+    cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that the shards of one split may take in the cache")
+
+    @property
+    def corpora(self) -> dict[str, float]:
+        """Weights by folder or URL."""
+        return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus
+
+
+def is_url(corpus: str | Path) -> bool:
+    return "://" in str(corpus)
+
+
+def open_split(split: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB) -> Corpus:
+    """Open a split in a folder or at a URL.
+
+    The shards of a URL are fetched when they are needed (remote.py); up to `cache_gib` GiB of them are kept in `cache`.
+
+    Raises UserError, for a URL mostly CorpusError, naming a file that is missing, cannot be fetched or is not the one
+    that was written.
     """
-    return tuple(as_read(split, mode, lanes) for split in open_mixture(corpora, **cache))
+    if not is_url(split):
+        return Corpus.open(split)
+    from memformer_dist.data.remote import RemoteShards, fetch_split  # imports fsspec, which is optional and slow
+
+    found, remote, kept = fetch_split(str(split), Path(cache), int(cache_gib * 2**30))
+    maps = Maps()
+    return Corpus(split, found, RemoteShards(remote, kept, found.manifest, on_evict=maps.unmap), maps)
 
 
-def as_read(corpus: Corpus | Mixture, mode: Mode, lanes: int) -> Corpus | Mixture | Stream:
-    return Stream(corpus, lanes) if mode == "stream" else corpus
+def open_corpora(
+    corpus: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB
+) -> tuple[Corpus, Corpus]:
+    """The training and the validation split of a corpus in a folder or at a URL (see open_split).
+
+    Raises UserError where a split was made with another tokenizer than the corpus holds.
+    """
+    folder = str(corpus).rstrip("/")
+    train, valid = (open_split(f"{folder}/{name}", cache=cache, cache_gib=cache_gib) for name in ("train", "valid"))
+    for split in (train, valid):
+        split.tokenizer()
+    return train, valid
+
+
+def open_mixture(
+    weights: dict[str, float], *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB
+) -> tuple[Corpus | Mixture, Corpus | Mixture]:
+    """The training and the validation split of several corpora, by folder or URL (see open_corpora).
+
+    Raises UserError where they were made with different tokenizers.
+    """
+    opened = [open_corpora(corpus, cache=cache, cache_gib=cache_gib) for corpus in weights]
+    train, valid = [train for train, _ in opened], [valid for _, valid in opened]
+    exact = [Fraction(str(weight)) for weight in weights.values()]
+    if exact == [1]:
+        return train[0], valid[0]
+    return Mixture(train, exact), valid[0] if len(valid) == 1 else Mixture(valid, [Fraction(1)] * len(valid))
+
+
+def as_read(dataset: TokenDataset, mode: Mode, lanes: int) -> TokenDataset:
+    """The dataset as `mode` reads it: itself, or a stream of as many parts as lanes."""
+    return Stream(dataset, lanes) if mode == "stream" else dataset
+
+
+def open_data(data: DataConfig) -> tuple[TokenDataset, TokenDataset]:
+    """The training and the validation dataset of a run. Raises UserError naming the field or file."""
+    train, valid = open_mixture(data.corpora, cache=data.cache, cache_gib=data.cache_gib)
+    return as_read(train, data.mode, data.lanes), as_read(valid, data.mode, data.lanes)
 
 
 def lane_schedule(
-    corpus: Corpus | Mixture | Stream,
+    dataset: TokenDataset,
     *,
     seed: int,
     lanes: int,
@@ -37,38 +143,51 @@ def lane_schedule(
     min_tokens: int = 1,
     shuffle_shards: int | None = None,
 ) -> LaneSchedule:
-    """The endless schedule of training. Epochs of many documents are kept beside the index.
+    """The endless schedule of training. Large epochs are stored next to the dataset's index.
 
-    Raises UserError if no document has `min_tokens`, or the weights leave less than one to an epoch.
+    Raises UserError if no document has `min_tokens`, or the weights leave less than one document to an epoch.
     """
-    sources = corpus.sources(min_tokens)
+    sources = dataset.sources(min_tokens)
     dealt = sum(source.weight * len(source.documents) for source in sources)
     if dealt < 1:
         raise UserError(
             f"data.corpus: an epoch deals {float(dealt):.2g} documents; expected weights that make at least 1"
         )
-    order = EpochSampler(sources, seed=seed, shard_ends=corpus.shard_ends, shuffle_shards=shuffle_shards)
+    order = EpochSampler(sources, seed=seed, shard_ends=dataset.shard_ends, shuffle_shards=shuffle_shards)
     return LaneSchedule(
-        corpus.lengths,
+        dataset.lengths,
         seed=seed,
         lanes=lanes,
         segment_length=segment_length,
         order=order,
-        cache=corpus.folder / "schedules",
-        key=f"{corpus.fingerprint} {min_tokens} {shuffle_shards}",
+        store=dataset.folder / "schedules",
+        order_key=f"{dataset.fingerprint} {min_tokens} {shuffle_shards}",
+    )
+
+
+def training_schedule(data: DataConfig, dataset: TokenDataset) -> LaneSchedule:
+    """The schedule of a run's training dataset (see lane_schedule)."""
+    return lane_schedule(
+        dataset,
+        seed=data.seed,
+        lanes=data.lanes,
+        segment_length=data.segment_length,
+        min_tokens=data.min_tokens,
+        shuffle_shards=data.shuffle_shards,
     )
 
 
 class Epoch(NamedTuple):
-    """The first epoch of a schedule."""
+    """The size of an epoch."""
 
     documents: int
     tokens: int
-    padding: float  # share of the positions
+    padding: float  # share of the positions of all segments
 
 
-def first_epoch(corpus: Corpus | Mixture | Stream, schedule: LaneSchedule) -> Epoch:
+def first_epoch(dataset: TokenDataset, schedule: LaneSchedule) -> Epoch:
+    """The size of a schedule's first epoch."""
     documents = schedule.documents(0)
-    tokens = int(corpus.lengths[documents].sum())
+    tokens = int(dataset.lengths[documents].sum())
     positions = int(schedule.segments[documents].sum()) * schedule.segment_length
     return Epoch(len(documents), tokens, 1 - tokens / positions if positions else 0.0)

@@ -1,14 +1,14 @@
-"""The shards of a split behind a URL: fetched whole into a cache folder, ahead of need, and read from there.
+"""RemoteShards: the shards of a split behind a URL, fetched whole into a cache folder ahead of need.
 
-    Corpus.open("https://host/corpora/books/train", cache=Path("/scratch/cache"), cache_gib=100)
+    open_split("https://host/corpora/books/train", cache="/scratch/cache", cache_gib=100)  # in open_data.py
 
-Opening fetches corpus.json and the index, and leaves the shards where they are. `expect` then says which shards are read
-next; a few threads fetch as many of these as the cache may hold, in the order of need. `path` hands out a shard that is
-there, or fetches it at once while the caller waits. download.py retries and verifies, cache.py shares the folder among
-the processes of a node.
+Opening fetches corpus.json and the index; the shards stay where they are. `prefetch` announces which shards are read
+next. A few threads fetch as many of them as the cache may hold, in the order of need. `map` returns a shard that is
+there, and fetches any other at once while the caller waits. transfer.py retries and verifies downloads; cache.py shares
+the folder among the processes of a node.
 
-A download that fails for good is told to whoever waits for the shard, and for a minute to whoever asks for it: readers ask
-often. Later it is tried again, because the network may be back by then.
+A download that fails for good raises its error in whoever waits for the shard, and for the next minute in whoever asks
+for it, because readers ask often. After that it is tried again: the network may have recovered.
 """
 
 import hashlib
@@ -17,52 +17,121 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 from pydantic import ValidationError
 
-from memformer_dist.data.cache import PARTIAL, Cache
-from memformer_dist.data.format import INDEX, MANIFEST, Manifest, Split, read_split
+from memformer_dist.data.cache import ShardCache
+from memformer_dist.data.format import INDEX, MANIFEST, TOKENIZER, Manifest, Shard, Split, read_split
 from memformer_dist.data.transfer import Remote
-from memformer_dist.errors import CorpusError, UserError
-from memformer_dist.files import sha256_of
+from memformer_dist.errors import CorpusError, UserError, first_problem
+from memformer_dist.files import sha256_of, write_bytes
 
 FETCHERS = 4  # threads
-REST_S = 60.0  # after a shard could not be had, until it is asked for again
+REST_S = 60.0  # after a shard could not be fetched, until it is tried again
 POLL_S = 0.05  # while another process fetches what this one needs
-TOKENIZER = "tokenizer.model"
 
 
 class RemoteShards:
-    """The shards of the split at a URL. `wait_s`: seconds that callers have waited for shards, in all.
+    """The shards of the split at a URL.
 
-    forget   called with shards that left the cache although this process may have them mapped
+    on_evict  called with the numbers of shards that were removed from the cache while this process may have them mapped
+    wait_s    seconds that callers have waited for shards, in total
     """
 
+    is_remote = True
     advice = "; remove the cached file, and it is fetched again"
 
-    def __init__(self, remote: Remote, cache: Cache, manifest: Manifest):
+    def __init__(
+        self, remote: Remote, cache: ShardCache, manifest: Manifest, *, on_evict: Callable[[set[int]], object]
+    ):
         self.folder, self.wait_s = cache.folder, 0.0
-        self.on_evict: Callable[[set[int]], object] = lambda numbers: None
-        self._remote, self._cache, self._manifest = remote, cache, manifest
+        self._remote, self._cache, self._manifest, self._on_evict = remote, cache, manifest, on_evict
         self._mapped: set[int] = set()
         self._changed = threading.Condition()  # guards what follows
-        self._expected: list[int] = []
-        self._held: set[int] = set()  # the expected shards that the cache can hold together: the first ones
-        self._ahead: deque[int] = deque()  # of these, what no thread has begun with
+        self._upcoming: list[int] = []  # what is read next, in the order of need
+        self._held: set[int] = set()  # the first of these, as many as the cache can hold together
+        self._queue: deque[int] = deque()  # of the held ones, those that no thread has begun to fetch
         self._fetching: set[int] = set()
         self._failed: dict[int, Exception] = {}
         self._failed_at: dict[int, float] = {}  # by the monotonic clock
         self._threads = 0
 
-    def path(self, number: int) -> Path:
-        """The shard on this machine, verified. Waits until it is there; other processes may remove it again.
+    def map(self, number: int) -> np.ndarray:
+        """The bytes of a shard, uint8. Waits until it is fetched.
+
+        Raises CorpusError where it cannot be fetched, the cache is too small, or the cached file was changed.
+        """
+        while True:
+            try:
+                file = self._fetched(number)
+                size, expected = file.stat().st_size, self._shard(number).bytes
+                if size != expected:  # somebody has changed it in the cache
+                    raise CorpusError(f"{self.name(number)}: {size} bytes, expected {expected}{self.advice}")
+                # A plain array: slicing np.memmap, a subclass, takes several times as long.
+                found = np.memmap(file, np.uint8, "r").view(np.ndarray)
+            except FileNotFoundError:  # another process has removed it meanwhile
+                continue
+            self._mapped.add(number)
+            return found
+
+    def name(self, number: int) -> str:
+        """What messages call the shard."""
+        return f"{self._remote.url}/{self._shard(number).name} (cached as {self._file(number)})"
+
+    def prefetch(self, numbers: list[int]) -> set[int]:
+        """Start fetching the shards that are read next, in this order; returns those whose maps may stay open.
+
+        Raises CorpusError where the cache folder cannot be used.
+        """
+        held = self._as_many_as_fit(numbers)
+        try:
+            absent = set(self._cache.prefetch([self._shard(number).name for number in held]))
+        except OSError as error:
+            raise CorpusError(f"data.cache: {self.folder}: {error.strerror}") from None
+        with self._changed:
+            self._upcoming, self._held = list(numbers), set(held)
+            self._queue = deque(
+                number for number in held if self._shard(number).name in absent and not self._is_resting(number)
+            )
+            while self._threads < min(FETCHERS, len(self._queue)):
+                self._threads += 1
+                threading.Thread(target=self._fetch_queue, name="shard-fetcher", daemon=True).start()
+        return set(held)
+
+    def tokenizer(self) -> Path:
+        """The tokenizer of the corpus, on this machine. Raises CorpusError if it is not the one of the shards."""
+        corpus = Remote(self._remote.url.rpartition("/")[0])
+        _fetch_verified(corpus, self._cache, TOKENIZER, self._manifest.tokenizer_sha256)
+        return self.folder / TOKENIZER
+
+    def _shard(self, number: int) -> Shard:
+        return self._manifest.shards[number]
+
+    def _file(self, number: int) -> Path:
+        return self.folder / self._shard(number).name
+
+    def _as_many_as_fit(self, numbers: list[int]) -> list[int]:
+        """The first of these shards, as many as the cache can hold together."""
+        room = self._cache.bound
+        for count, number in enumerate(numbers):
+            room -= self._shard(number).bytes
+            if room < 0:
+                return numbers[:count]
+        return numbers
+
+    def _is_resting(self, number: int) -> bool:
+        """Whether a shard failed so recently that it is not tried again yet."""
+        return number in self._failed and time.monotonic() < self._failed_at[number] + REST_S
+
+    def _fetched(self, number: int) -> Path:
+        """A shard's file in the cache, verified. Waits until it is there; other processes may remove it again.
 
         Raises CorpusError where it cannot be fetched or the cache is too small.
         """
-        file = self.folder / self._manifest.shards[number].name
+        file = self._file(number)
         if file.exists():
             return file
         began = time.perf_counter()
@@ -74,71 +143,25 @@ class RemoteShards:
             self.wait_s += time.perf_counter() - began
         return file
 
-    def map(self, number: int) -> np.ndarray:
-        """The bytes of the shard, uint8."""
-        while True:
-            try:
-                file = self.path(number)
-                size, expected = file.stat().st_size, self._manifest.shards[number].bytes
-                if size != expected:  # somebody has changed it in the cache
-                    raise CorpusError(f"{self.name(number)}: {size} bytes, expected {expected}{self.advice}")
-                # A plain array: slicing np.memmap, a subclass, takes several times as long.
-                found = np.memmap(file, np.uint8, "r").view(np.ndarray)
-            except FileNotFoundError:  # removed between the two
-                continue
-            self._mapped.add(number)
-            return found
-
-    def name(self, number: int) -> str:
-        """What messages call the shard."""
-        shard = self._manifest.shards[number].name
-        return f"{self._remote.url}/{shard} (cached as {self.folder / shard})"
-
-    def expect(self, numbers: list[int]) -> set[int]:
-        """The shards that are read next, in the order of need -> those whose maps may stay open."""
-        held, room = [], self._cache.bound
-        for number in numbers:
-            room -= self._manifest.shards[number].bytes
-            if room < 0:
-                break
-            held.append(number)
-        try:
-            self._cache.want([self._manifest.shards[number].name for number in held])
-        except OSError as error:
-            raise CorpusError(f"data.cache: {self.folder}: {error.strerror}") from None
-        with self._changed:
-            self._expected, self._held = list(numbers), set(held)
-            absent = (n for n in held if not (self.folder / self._manifest.shards[n].name).exists())
-            self._ahead = deque(number for number in absent if not self._rests(number))
-            while self._threads < min(FETCHERS, len(self._ahead)):
-                self._threads += 1
-                threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True).start()
-        return set(held)
-
-    def _rests(self, number: int) -> bool:
-        return number in self._failed and time.monotonic() < self._failed_at[number] + REST_S
-
-    def tokenizer(self) -> Path:
-        """The tokenizer of the corpus, on this machine. Raises CorpusError if it is not the one of the shards."""
-        corpus = Remote(self._remote.url.rpartition("/")[0])
-        _obtain_whole(corpus, self._cache, TOKENIZER, self._manifest.tokenizer_sha256)
-        return self.folder / TOKENIZER
-
     def _check_bound(self, number: int) -> None:
-        """What is asked for before anything else is expected is needed together with all that comes before it."""
+        """Raises CorpusError where a shard and all those that are read before it take more than the cache may hold.
+
+        A shard that was not announced needs room for itself alone.
+        """
         with self._changed:
             if number in self._held:
                 return
-            expected = number in self._expected
-            at_once = self._expected[: self._expected.index(number) + 1] if expected else [number]
-        needed = sum(self._manifest.shards[other].bytes for other in at_once)
+            announced = number in self._upcoming
+            together = self._upcoming[: self._upcoming.index(number) + 1] if announced else [number]
+        needed = sum(self._shard(other).bytes for other in together)
         if needed > self._cache.bound:
             raise CorpusError(
-                f"data.cache_gib: found {self._cache.bound / 2**30:.4g}, expected at least {needed / 2**30:.4g}: so much"
-                f" space take the {len(at_once)} shards of {self._remote.url} that are read at once"
+                f"data.cache_gib: found {self._cache.bound / 2**30:.4g}, expected at least {needed / 2**30:.4g} for the"
+                f" shards of {self._remote.url} that are read at once ({len(together)})"
             )
 
     def _wait_or_fetch(self, number: int) -> None:
+        """Wait for the thread that fetches a shard, or fetch it. Raises the error of whoever fetched it."""
         with self._changed:
             if number in self._fetching:
                 while number in self._fetching:
@@ -146,7 +169,7 @@ class RemoteShards:
                 if number in self._failed:
                     raise self._failed[number]
                 return
-            if self._rests(number):
+            if self._is_resting(number):
                 raise self._failed[number]
             self._begin(number)
         self._fetch(number, needed=True)
@@ -156,10 +179,10 @@ class RemoteShards:
         self._failed.pop(number, None)
 
     def _fetch(self, number: int, *, needed: bool) -> None:
-        """Of a shard that was begun with. One that is not needed yet is left for later where it cannot be had at once."""
-        shard = self._manifest.shards[number]
+        """Fetch a shard after `_begin`. One that is not needed yet is skipped where it cannot be had at once."""
+        shard = self._shard(number)
         try:
-            while not _obtain(self._remote, self._cache, shard.name, shard.sha256, shard.bytes, needed=needed):
+            while not _try_fetch(self._remote, self._cache, shard.name, shard.sha256, shard.bytes, needed=needed):
                 if not needed:
                     return
                 time.sleep(POLL_S)
@@ -170,58 +193,62 @@ class RemoteShards:
             with self._changed:
                 self._fetching.discard(number)
                 self._changed.notify_all()
-        self._forget_what_is_gone()
+        self._evict()
 
-    def _forget_what_is_gone(self) -> None:
-        """Maps of removed shards, so that the disk gets its space back; of those that are expected they serve on."""
+    def _evict(self) -> None:
+        """Report the shards that were removed, so that their maps are closed. Those that are read next stay mapped."""
         passed = self._mapped.copy() - self._held
-        gone = {number for number in passed if not (self.folder / self._manifest.shards[number].name).exists()}
-        self._mapped -= gone
-        self.on_evict(gone)
+        removed = {number for number in passed if not self._file(number).exists()}
+        self._mapped -= removed
+        self._on_evict(removed)
 
-    def _fetch_ahead(self) -> None:
+    def _fetch_queue(self) -> None:
+        """A thread: fetch what is queued, and end."""
         while True:
             with self._changed:
-                while self._ahead and self._ahead[0] in self._fetching:
-                    self._ahead.popleft()
-                if not self._ahead:
+                while self._queue and self._queue[0] in self._fetching:
+                    self._queue.popleft()
+                if not self._queue:
                     self._threads -= 1
+                    self._changed.notify_all()
                     return
-                number = self._ahead.popleft()
+                number = self._queue.popleft()
                 self._begin(number)
             try:
                 self._fetch(number, needed=False)
             except Exception as error:
                 if threading.main_thread().is_alive():
                     print(
-                        f"{error}; it is tried again when it is needed, in a minute at the earliest",
+                        f"{error}; not needed yet; it is tried again when it is, after {REST_S:.0f} s at the earliest",
                         file=sys.stderr,
                         flush=True,
                     )
 
 
-def open_remote(url: str, cache: Path, cache_bytes: int) -> tuple[Split, RemoteShards]:
-    """A split and its shards. Raises CorpusError or UserError, naming the URL, where that cannot be."""
+def fetch_split(url: str, cache: Path, bound: int) -> tuple[Split, Remote, ShardCache]:
+    """Fetch corpus.json and the index of a split: the split, where its shards are, and where they are kept.
+
+    cache  folder of the caches of all splits
+    bound  bytes that the shards of this one may take in it
+
+    Raises CorpusError or UserError naming the URL or the cache folder.
+    """
     remote = Remote(url)
     raw = remote.read(MANIFEST, _checked_json)
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{remote.url}/{MANIFEST}: {field}: {problem['msg']}, found {problem['input']!r}") from None
+        raise UserError(f"{remote.url}/{MANIFEST}: {first_problem(error)}") from None
     folder = cache.expanduser() / hashlib.sha256(raw).hexdigest()[:16]
-    kept = Cache(folder, {shard.name: shard.bytes for shard in manifest.shards}, cache_bytes)
+    kept = ShardCache(folder, {shard.name: shard.bytes for shard in manifest.shards}, bound)
     try:
         if not (folder / MANIFEST).exists() or (folder / MANIFEST).read_bytes() != raw:
             with kept.locked():
-                partial = folder / (MANIFEST + PARTIAL)
-                partial.write_bytes(raw)
-                partial.rename(folder / MANIFEST)
+                write_bytes(folder / MANIFEST, raw)
     except OSError as error:
-        raise CorpusError(f"data.cache: {error.filename or folder}: {error.strerror}, fetching {MANIFEST}") from None
-    _obtain_whole(remote, kept, INDEX, manifest.index_sha256)
-    return read_split(folder, remote.url), RemoteShards(remote, kept, manifest)
+        raise CorpusError(f"data.cache: {error.filename or folder}: {error.strerror}, writing {MANIFEST}") from None
+    _fetch_verified(remote, kept, INDEX, manifest.index_sha256)
+    return read_split(folder, remote.url), remote, kept
 
 
 def _checked_json(raw: bytes) -> bytes:
@@ -229,8 +256,11 @@ def _checked_json(raw: bytes) -> bytes:
     return raw
 
 
-def _obtain(remote: Remote, cache: Cache, name: str, sha256: str, size: int | None = None, *, needed: bool) -> bool:
-    """Whether the file is there, fetched if nobody else is at it and there is room."""
+def _try_fetch(remote: Remote, cache: ShardCache, name: str, sha256: str, size: int | None, *, needed: bool) -> bool:
+    """Fetch a file that is not in the cache, unless another process does or there is no room.
+
+    Returns whether it is there.
+    """
     try:
         reservation = cache.reserve(name, needed=needed)
         if reservation is None:
@@ -246,14 +276,14 @@ def _obtain(remote: Remote, cache: Cache, name: str, sha256: str, size: int | No
     return True
 
 
-def _obtain_whole(remote: Remote, cache: Cache, name: str, sha256: str) -> None:
-    """A file that is not a shard, compared with its hash also where it is there already."""
+def _fetch_verified(remote: Remote, cache: ShardCache, name: str, sha256: str) -> None:
+    """Fetch a file that is not a shard; one that is in the cache already is compared with its hash, too."""
     file = cache.folder / name
     if file.exists():
         before = file.stat().st_ino
         if sha256_of(file) != sha256:
             with cache.locked():
-                if file.exists() and file.stat().st_ino == before:  # nobody else has found the same meanwhile
+                if file.exists() and file.stat().st_ino == before:  # else another process has replaced it meanwhile
                     file.unlink()
-    while not _obtain(remote, cache, name, sha256, needed=True):
+    while not _try_fetch(remote, cache, name, sha256, None, needed=True):
         time.sleep(POLL_S)

@@ -1,39 +1,43 @@
-"""Which documents an epoch deals, and in which order: a pure function of the seed and the epoch's number.
+"""EpochSampler: which documents each epoch deals and in which order, a pure function of seed and epoch.
 
-    order = EpochOrder([Source(np.arange(0, 900)), Source(np.arange(900, 1000), weight=Fraction(1, 2))], seed=0)
-    order(epoch=3)  # 950 numbers of documents
+    sampler = EpochSampler(
+        [WeightedDocuments(np.arange(0, 900)), WeightedDocuments(np.arange(900, 1000), weight=Fraction(1, 2))], seed=0
+    )
+    sampler(epoch=3)  # the numbers of 950 documents
 
-A source of weight w has its documents dealt w times an epoch. Where w is no whole number the rest is a share that moves
-on from epoch to epoch through a permutation of its own: with 1/2 each document is dealt in every second epoch, with 5/2
-twice or three times in turn. After e epochs a source of n documents was dealt floor(e w n) times, none of its documents
-more than once oftener than another.
+Documents of weight w are dealt w times per epoch. Where w is not a whole number, some of them are dealt once more than
+the others; which ones moves on from epoch to epoch through a permutation of its own. With 1/2 each document is dealt in
+every second epoch, with 5/2 twice or three times in turn. After e epochs, n documents of weight w have been dealt
+floor(e w n) times, and the counts of any two of them differ by at most 1.
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
-class Source(NamedTuple):
+class WeightedDocuments(NamedTuple):
     """Documents that are mixed in with one weight."""
 
     documents: np.ndarray  # int64 [n], their numbers
-    weight: Fraction = Fraction(1)
+    weight: Fraction = Fraction(1)  # how often each of them is dealt per epoch
 
 
 class EpochSampler:
-    """The order of all epochs.
+    """The documents of every epoch in the order of dealing.
 
-    shard_ends, shuffle_shards: shuffle within groups of so many shards, in a random order of the shards, instead of
-    through the whole epoch, so that shards that are far away are fetched once an epoch. `shard_ends` int64 [shards]: the
-    number of documents up to the end of each.
+    sources         at least one of them has documents and a weight above 0
+    shuffle_shards  shuffle within groups of this many shards instead of through the whole epoch, so that remote shards
+                    are fetched once per epoch; each epoch forms other groups and reads them in another order
+    shard_ends      int64 [shards], documents up to the end of each shard; needed with `shuffle_shards`
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[WeightedDocuments],
         *,
         seed: int,
         shard_ends: np.ndarray | None = None,
@@ -48,6 +52,7 @@ class EpochSampler:
         drawn = np.concatenate([self._draw(number, epoch) for number in range(len(self._sources))])
         order = self._generator(epoch).permutation(len(drawn))
         if self._shuffle_shards is not None:
+            assert self._shard_ends is not None
             shards = len(self._shard_ends)
             place = self._generator(epoch, len(self._sources), 0).permutation(shards)  # of each shard in the epoch
             group = place[np.searchsorted(self._shard_ends, drawn, side="right")] // self._shuffle_shards
@@ -55,7 +60,7 @@ class EpochSampler:
         return drawn[order]
 
     def _draw(self, number: int, epoch: int) -> np.ndarray:
-        """The documents of a source that belong to an epoch; those of its own whole rounds in their own order."""
+        """int64 [documents dealt]: those of one source in an epoch, not shuffled yet."""
         documents, weight = self._sources[number]
         size = len(documents)
         start, stop = (math.floor(e * weight * size) for e in (epoch, epoch + 1))

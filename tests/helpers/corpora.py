@@ -9,10 +9,11 @@ import numpy as np
 import sentencepiece
 
 from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.dataset import Spans
 from memformer_dist.data.format import SplitWriter
 from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.vocabulary import Vocabulary
-from tokenizer.train import train_tokenizer
 
 EOS = 2
 VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)
@@ -62,8 +63,8 @@ def random_split(path: Path, lengths, masked=False, seed=0, *, vocabulary=VOCABU
 
 
 def check(corpus: Corpus, document: int) -> None:
-    """Compare the first token's document with its checksum; raises CorpusError where it is damaged."""
-    corpus.check(*np.array([[document], [0], [1]]))
+    """Compare a document with its checksum; raises CorpusError where it is damaged."""
+    corpus.check(Spans(*np.array([[document], [0], [1]])))
 
 
 # ---- preparation -----------------------------------------------------------------------------------------------------

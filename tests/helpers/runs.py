@@ -43,7 +43,7 @@ def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> 
 
     config = RunConfig.check(raw, world.size)
     run_dir.mkdir(parents=True, exist_ok=True)
-    corpora = open_data(config.data.corpora, mode=config.data.mode, lanes=config.data.lanes)
+    corpora = open_data(config.data)
     trainer = Trainer(config, run_dir, corpora, world)
     agreed = trainer._agreed_stop
     trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
