@@ -13,6 +13,9 @@ from typing import Any, Callable
 from pydantic import ValidationError
 
 
+LONGEST_SHOWN = 120  # characters of a value in a message
+
+
 class UserError(ValueError):
     """A mistake of the user's. The message names the field or file, what was found and what was expected."""
 
@@ -48,7 +51,13 @@ def _sentence(problem: Any, prefix: str, unknown: Callable[[str], str], missing:
         return f"{start}missing{missing(field)}"
     if problem["type"] == "value_error":  # of a validator of ours, in its own words
         return f"{start}{problem['ctx']['error']}"
-    return f"{start}found {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{start}found {_shown(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """What was found, cut where it is long: it may be a whole document."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
 def first_problem(error: ValidationError) -> str:

@@ -7,23 +7,27 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from memformer_dist.data import remote, transfer
-from memformer_dist.data.corpus import Corpus, CorpusError, open_corpora
+from memformer_dist.data import remote, transfer, windows
+from memformer_dist.data.cache import ShardCache
+from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.dataset import Spans
 from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.open_data import open_corpora, open_split
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.errors import UserError
+from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.files import PARTIAL
 from tests.helpers import ROOT
 from tests.helpers.corpora import VOCABULARY, check
 from tests.helpers.http import ALWAYS, FileServer
+from tests.helpers.waiting import PATIENCE_S, wait_until
 
 SHARDS, PER_SHARD = 8, 3  # shards, and documents of each
 
@@ -47,10 +51,22 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    """Five tries without pauses. A shard that failed rests until the test ends its rest (see `rested`)."""
     monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr(transfer, "STALL_S", 0.5)
     monkeypatch.setattr(transfer, "TRIES", 5)
-    monkeypatch.setattr(remote, "REST_S", 0.5)
+    monkeypatch.setattr(remote, "REST_S", 10**6)
+
+
+@pytest.fixture
+def rested(monkeypatch):
+    """Called, it ends the rest of shards that failed."""
+    return lambda: monkeypatch.setattr(remote, "REST_S", 0.0)
+
+
+@pytest.fixture
+def stalls(monkeypatch):
+    """A connection counts as stalled after a second: long enough for a busy machine, short enough for a test."""
+    monkeypatch.setattr(transfer, "STALL_S", 1.0)
 
 
 def shard(number):
@@ -60,13 +76,13 @@ def shard(number):
 def opened(server, cache, shards_held=SHARDS):
     """The corpus through a cache for so many shards."""
     size = json.loads((server.folder / "train" / "corpus.json").read_text())["shards"][0]["bytes"]
-    return Corpus.open(f"{server.url}/train", cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
+    return open_split(f"{server.url}/train", cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
 
 
-def expect(corpus, documents):
+def prefetch(corpus, documents):
     """All of the documents, in the order of need."""
     documents = np.array(list(documents), np.int64)
-    corpus.expect(documents, np.zeros_like(documents), corpus.lengths[documents])
+    corpus.prefetch(Spans(documents, np.zeros_like(documents), corpus.lengths[documents]))
 
 
 def assert_reads_all(corpus, folder, documents=range(SHARDS * PER_SHARD)):
@@ -79,6 +95,37 @@ def assert_reads_all(corpus, folder, documents=range(SHARDS * PER_SHARD)):
 
 def cached(cache):
     return sorted(path.name for path in cache.glob("*/*.tar"))
+
+
+def finish_fetching(corpus):
+    """Wait until all that was to be fetched ahead is there, or was given up."""
+    with corpus._shards._changed:
+        assert corpus._shards._changed.wait_for(lambda: not corpus._shards._threads, timeout=60)
+
+
+def recording(taken):
+    """ShardCache.locked, which appends to `taken` the bytes of the folder's shards, those being fetched at their full size.
+
+    All changes are made under the lock, so no state is missed, and none is seen half changed.
+    """
+    locked = ShardCache.locked
+
+    @contextmanager
+    def recorded(cache):
+        with locked(cache):
+            yield
+            names = {path.name.removesuffix(PARTIAL) for path in cache.folder.iterdir()}
+            taken.append(sum(size for name, size in cache._sizes.items() if name in names))
+
+    return recorded
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What the shards in cache folders take after each change (see `recording`)."""
+    taken = []
+    monkeypatch.setattr(ShardCache, "locked", recording(taken))
+    return taken
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -98,15 +145,15 @@ FAULTS = ["drop", "truncate", 500, 503, "flip", "short", "long", "stall"]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, ahead):
-    """Every file meets faults of its own; what is read is right all the same, and each retry is told."""
+def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, stalls, ahead):
+    """Every file meets faults of its own; what is read is right all the same, and each retry is reported."""
     server.faults["train/corpus.json"] = ["truncate", "short"]
     server.faults["train/index.safetensors"] = ["flip", "drop", 503]
     for number, fault in enumerate(FAULTS):
         server.faults[shard(number)] = [fault] * (1 if fault in ("flip", "long", "stall") else 3)
     corpus = opened(server, tmp_path)
     if ahead:
-        expect(corpus, range(SHARDS * PER_SHARD))
+        prefetch(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder)
     told = capfd.readouterr().err.splitlines()
     for number, fault in enumerate(FAULTS):
@@ -135,11 +182,11 @@ def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, ahead):
     ],
 )
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, fault, reason, ahead):
+def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, rested, fault, reason, ahead):
     server.faults[shard(1)] = [fault] * ALWAYS
     corpus = opened(server, tmp_path)
     if ahead:
-        expect(corpus, range(SHARDS * PER_SHARD))
+        prefetch(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder, range(PER_SHARD))
     asked = []
     for _ in range(2):  # the same when it is asked for again, without another try
@@ -150,34 +197,39 @@ def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, fault, rea
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 3 * PER_SHARD))
     assert not list(tmp_path.glob("*/shard-000001.tar*"))
     server.faults.clear()
-    time.sleep(remote.REST_S)
-    assert_reads_all(corpus, folder)  # once the server is well again
+    rested()
+    assert_reads_all(corpus, folder)  # once the server has recovered
 
 
-def test_a_stalled_connection_does_not_hang(server, folder, tmp_path):
+def test_a_stalled_connection_does_not_hang(server, folder, tmp_path, monkeypatch, stalls):
+    monkeypatch.setattr(transfer, "TRIES", 3)
     server.faults[shard(0)] = ["stall"] * ALWAYS
     corpus = opened(server, tmp_path)
-    began = time.monotonic()
-    with pytest.raises(CorpusError, match="given up after 5 tries: .*[Tt]imeout"):
+    with pytest.raises(CorpusError, match="given up after 3 tries: .*[Tt]imeout"):
         check(corpus, 0)
-    assert 2 < time.monotonic() - began < 20
+    assert server.count(shard(0)) == 3
 
 
 def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     """The shard is being fetched when it is needed: one series of tries, and its error, at once."""
-    monkeypatch.setattr(transfer, "FIRST_PAUSE_S", 0.1)
-    server.faults[shard(0)] = [500] * ALWAYS
+    server.faults[shard(0)] = ["stall"] + [500] * ALWAYS
     corpus = opened(server, tmp_path)
-    expect(corpus, [0])
+    changed = corpus._shards._changed
+    wait = changed.wait
+    # The first try ends when it is waited for.
+    monkeypatch.setattr(changed, "wait", lambda: (server.released.set(), wait()))
+    prefetch(corpus, [0])
+    wait_until(server.shards)  # the thread has begun
     with pytest.raises(CorpusError, match="given up after 5 tries"):
         check(corpus, 0)
+    assert server.released.is_set()
     assert server.count(shard(0)) == 5
-    expect(corpus, [0, 3])  # it is not fetched ahead over and over
+    prefetch(corpus, [0, 3])  # it is not fetched ahead over and over
     check(corpus, 3)
     assert server.count(shard(0)) == 5
 
 
-def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd):
+def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd, rested):
     corpus = opened(server, tmp_path)
 
     def full(*_, **__):
@@ -191,7 +243,7 @@ def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd):
         with pytest.raises(CorpusError, match=re.escape(message)):
             check(corpus, 0)
     assert capfd.readouterr().err == "" and not list(tmp_path.glob("*/*.tar*"))
-    time.sleep(remote.REST_S)
+    rested()
     assert_reads_all(corpus, folder)
 
 
@@ -212,9 +264,9 @@ def test_opening_what_cannot_be_fetched(server, tmp_path, name, fault, message):
 
 def test_a_server_that_is_not_there(tmp_path):
     with pytest.raises(CorpusError, match="given up after 5 tries: ClientConnectorError"):
-        Corpus.open("http://127.0.0.1:9/train", cache=tmp_path)
+        open_split("http://127.0.0.1:9/train", cache=tmp_path)
     with pytest.raises(UserError, match="^nonsense://a/train: Protocol not known: nonsense"):
-        Corpus.open("nonsense://a/train", cache=tmp_path)
+        open_split("nonsense://a/train", cache=tmp_path)
 
 
 def test_a_cache_that_cannot_be(server, tmp_path):
@@ -248,36 +300,31 @@ def test_a_damaged_cache_is_found_out(server, folder, tmp_path):
 # ---- ahead of need, within the bound ---------------------------------------------------------------------------------
 
 
-def until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_fetched_ahead_in_the_order_of_need(server, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "FETCHERS", 1)
     corpus = opened(server, tmp_path, shards_held=4)
     order = [5, 2, 7, 1, 0, 3]
-    expect(corpus, [number * PER_SHARD + document for number in order for document in range(PER_SHARD)])
-    until(lambda: len(cached(tmp_path)) == 4)
-    assert server.shards() == [shard(number) for number in order[:4]]  # as many as there is room for
+    prefetch(corpus, [number * PER_SHARD + document for number in order for document in range(PER_SHARD)])
+    finish_fetching(corpus)
+    assert len(cached(tmp_path)) == 4 and server.shards() == [
+        shard(number) for number in order[:4]
+    ]  # as many as there is room for
     waited = corpus._shards.wait_s
     assert_reads_all(corpus, folder, [15, 6, 21, 3])
     assert len(server.shards()) == 4 and corpus._shards.wait_s == waited
-    expect(corpus, [number * PER_SHARD for number in order[2:]])  # two were passed
-    until(lambda: len(server.shards()) == 6 and len(cached(tmp_path)) == 4)
+    prefetch(corpus, [number * PER_SHARD for number in order[2:]])  # two were passed
+    finish_fetching(corpus)
     assert server.shards()[4:] == [shard(0), shard(3)]
     assert cached(tmp_path) == [f"shard-{number:06d}.tar" for number in (0, 1, 3, 7)]
 
 
-def test_what_is_needed_now_does_not_wait_for_what_is_expected(server, folder, tmp_path):
-    """Threads hang at other shards; one that nobody expected is fetched at once."""
+def test_what_is_needed_now_does_not_wait_for_what_is_fetched_ahead(server, folder, tmp_path):
+    """Threads hang at other shards; one that was not announced is fetched at once."""
     for number in range(4):
         server.faults[shard(number)] = ["hold"]
     corpus = opened(server, tmp_path)
-    expect(corpus, range(SHARDS * PER_SHARD))
-    until(lambda: len(server.shards()) == remote.FETCHERS)
+    prefetch(corpus, range(SHARDS * PER_SHARD))
+    wait_until(lambda: len(server.shards()) == remote.FETCHERS)
     assert_reads_all(corpus, folder, [7 * PER_SHARD])
     server.released.set()
     assert_reads_all(corpus, folder)
@@ -285,32 +332,19 @@ def test_what_is_needed_now_does_not_wait_for_what_is_expected(server, folder, t
 
 
 @pytest.mark.parametrize("shards_held", [1, 2, 3])
-def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, shards_held):
+def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, taken, shards_held):
     corpus = opened(server, tmp_path, shards_held)
-    size, most, done = corpus.manifest.shards[0].bytes, [], threading.Event()
-
-    def sample() -> None:
-        while not done.is_set():
-            try:
-                most.append(sum(path.stat().st_size for path in tmp_path.glob("*/*.tar*")))
-            except FileNotFoundError:  # renamed or removed meanwhile
-                pass
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
     generator = np.random.default_rng(0)
-    try:
-        for turn in range(30):
-            documents = generator.permutation(SHARDS)[: shards_held + 2] * PER_SHARD
-            expect(corpus, documents if turn % 3 else [])
-            if turn % 3:
-                documents = documents[:shards_held]
-            assert_reads_all(corpus, folder, documents)
-    finally:
-        done.set()
-        sampler.join()
-    assert 0 < max(most) <= (shards_held + 0.5) * size and len(most) > 100
-    expect(corpus, [])
+    for turn in range(30):
+        documents = generator.permutation(SHARDS)[: shards_held + 2] * PER_SHARD
+        prefetch(corpus, documents if turn % 3 else [])
+        if turn % 3:
+            documents = documents[:shards_held]
+        assert_reads_all(corpus, folder, documents)
+    size = corpus.manifest.shards[0].bytes
+    assert max(taken) == shards_held * size, "the bound, and all the room that it gives"
+    prefetch(corpus, [])
+    finish_fetching(corpus)
     maps = Path("/proc/self/maps").read_text()
     assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
 
@@ -329,47 +363,56 @@ def test_a_cached_shard_that_somebody_emptied(server, tmp_path):
     check(corpus, 0)
 
 
-def test_a_cache_that_is_lost_is_told_before_a_window(server, folder, tmp_path):
-    """Also where everything that comes next is in memory: another rank must not wait for this one."""
+def test_a_cache_that_is_lost_is_reported_before_a_window(server, folder, tmp_path, monkeypatch):
+    """Even where all that comes next is in memory: another rank must not wait for this one."""
     local = Corpus.open(folder / "train")
     schedule = LaneSchedule(local.lengths, lanes=2, segment_length=100, epochs=1)
-    reader = WindowReader(opened(server, tmp_path), schedule, lanes=range(2))
-    assert reader.damage(0, 2, ahead=8) is None
+    corpus = opened(server, tmp_path)
+    monkeypatch.setattr(windows, "TICKS_AHEAD", 8)
+    reader = WindowReader(corpus, schedule, lanes=range(2))
+    assert reader.prepare(0, 2) is None
+    finish_fetching(corpus)
     for path in tmp_path.iterdir():
         path.rename(tmp_path.with_name("elsewhere"))
-    assert reader.damage(0, 2) is None
-    assert "data.cache: " in reader.damage(0, 2, ahead=schedule.ticks)
+    assert reader.prepare(0, 2) is None, "nothing new is asked of the cache"
+    monkeypatch.setattr(windows, "TICKS_AHEAD", schedule.ticks)
+    assert "data.cache: " in reader.prepare(0, 2)
 
 
-def test_windows_through_a_small_cache(server, folder, tmp_path):
-    """As a run reads: expected far ahead, checked, read forwards and backwards; the cache holds two shards a lane and one more."""
+def test_windows_through_a_small_cache(server, folder, tmp_path, taken):
+    """As a run reads: prepared, then read forwards and backwards; the cache holds two shards per lane and one more."""
     local, lanes = Corpus.open(folder / "train"), 2
     corpus = opened(server, tmp_path, shards_held=2 * lanes + 1)
     schedule = LaneSchedule(local.lengths, lanes=lanes, segment_length=100, epochs=1)
     here, there = (WindowReader(it, schedule, lanes=range(lanes)) for it in (local, corpus))
     for tick in range(0, schedule.ticks, 8):
-        there.expect(tick, tick + 10**4)
-        assert there.damage(tick, tick + 8) is None
+        assert there.prepare(tick, 8) is None
         expected, found = here.window(tick, 8), there.window(tick, 8)
         for t in [*range(8), *reversed(range(8))]:
             assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t]))
-    assert len(cached(tmp_path)) == 2 * lanes + 1
-    assert SHARDS < len(server.shards()) < 4 * SHARDS  # documents of a shard lie apart in the order
+    full = (2 * lanes + 1) * corpus.manifest.shards[0].bytes
+    filled = taken.index(full)
+    assert set(taken[filled:]) == {full}, (
+        "once it is full it stays full: a shard leaves when another one begins to come"
+    )
+    # Documents of a shard lie apart in the order, so shards come again; but what was fetched stays until it was read.
+    assert SHARDS < len(server.shards()) <= SHARDS * PER_SHARD
 
 
 def test_a_bound_that_is_too_small(server, folder, tmp_path):
     corpus = opened(server, tmp_path, shards_held=2)
-    expect(corpus, range(4 * PER_SHARD))
+    prefetch(corpus, range(4 * PER_SHARD))
     assert_reads_all(corpus, folder, range(2 * PER_SHARD))
     size = corpus.manifest.shards[0].bytes / 2**30
     expected = re.escape(
-        f"data.cache_gib: found {2.5 * size:.4g}, expected at least {3 * size:.4g}: so much space take the 3 shards"
+        f"data.cache_gib: found {2.5 * size:.4g}, expected at least {3 * size:.4g} for the shards of {server.url}/train"
+        " that are read at once (3)"
     )
     with pytest.raises(UserError, match=expected):
         check(corpus, 2 * PER_SHARD)
-    expect(corpus, range(2 * PER_SHARD, 4 * PER_SHARD))  # the control: the same, bit by bit
+    prefetch(corpus, range(2 * PER_SHARD, 4 * PER_SHARD))  # the control: the same, bit by bit
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 4 * PER_SHARD))
-    with pytest.raises(UserError, match="data.cache_gib: .* the 1 shards"):
+    with pytest.raises(UserError, match=r"data.cache_gib: .* that are read at once \(1\)"):
         check(opened(server, tmp_path, shards_held=0), 0)
 
 
@@ -393,49 +436,49 @@ def test_other_corpora_and_the_living_are_left_alone(server, folder, tmp_path):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def read_all(url, local, cache, shards_held, seed, opened_one, go) -> None:
-    """In another process: every document once, in an order of its own."""
-    size = Corpus.open(local).manifest.shards[0].bytes
-    corpus = Corpus.open(url, cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
+def read_all(url, local, cache, shards_held, seed, opened_one, go, most) -> None:
+    """In another process: every document once, in an order of its own. `most`: the most shards in the cache."""
     local = Corpus.open(local)
+    size, taken = local.manifest.shards[0].bytes, []
+    ShardCache.locked = recording(taken)
+    corpus = open_split(url, cache=cache, cache_gib=(shards_held + 0.5) * size / 2**30)
     if not seed:
-        expect(corpus, [0])
+        prefetch(corpus, [0])
     opened_one.release()
     go.wait()
     order = np.random.default_rng(seed).permutation(len(corpus.lengths))
     for first in range(0, len(order), 4):
-        expect(corpus, order[first : first + 8])
+        prefetch(corpus, order[first : first + 8])
         for document in order[first : first + 4]:
             check(corpus, document)
             assert np.array_equal(corpus.tokens(document, 0, 10**9), local.tokens(document, 0, 10**9))
+    with most.get_lock():
+        most.value = max(most.value, max(taken) // size)
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def start(server, cache, shards_held, seeds):
-    opened_one, go = PROCESSES.Semaphore(0), PROCESSES.Event()
+    opened_one, go, most = PROCESSES.Semaphore(0), PROCESSES.Event(), PROCESSES.Value("q", 0)
     arguments = f"{server.url}/train", server.folder / "train", cache, shards_held
-    readers = [PROCESSES.World(target=read_all, args=(*arguments, seed, opened_one, go)) for seed in seeds]
+    readers = [PROCESSES.Process(target=read_all, args=(*arguments, seed, opened_one, go, most)) for seed in seeds]
     for reader in readers:
         reader.start()
     for _ in readers:
-        assert opened_one.acquire(timeout=60)
-    return readers, go
+        assert opened_one.acquire(timeout=PATIENCE_S)
+    return readers, go, most
 
 
 @pytest.mark.parametrize("shards_held", [SHARDS, 4])
 def test_processes_share_a_cache(server, tmp_path, shards_held):
-    readers, go = start(server, tmp_path, shards_held, seeds=[1, 2])
+    readers, go, most = start(server, tmp_path, shards_held, seeds=[1, 2])
     assert server.count("train/index.safetensors") == 1
-    most = 0
     go.set()
-    deadline = time.monotonic() + 90
-    while any(reader.is_alive() for reader in readers):
-        assert time.monotonic() < deadline
-        most = max(most, len(list(tmp_path.glob("*/*.tar*"))))
+    for reader in readers:
+        reader.join(PATIENCE_S)
     assert [reader.exitcode for reader in readers] == [0, 0]
-    assert 0 < most <= shards_held
+    assert most.value == shards_held, "the bound, and all the room that it gives"
     if shards_held == SHARDS:
         assert sorted(server.shards()) == [shard(number) for number in range(SHARDS)]
 
@@ -443,8 +486,8 @@ def test_processes_share_a_cache(server, tmp_path, shards_held):
 def test_a_killed_process_holds_nothing(server, folder, tmp_path):
     """It dies while it fetches; another takes over at once and finds the folder clean."""
     server.faults[shard(0)] = ["stall"]
-    (reader,), _ = start(server, tmp_path, SHARDS, seeds=[0])
-    until(lambda: list(tmp_path.glob("*/*.partial")))
+    (reader,), *_ = start(server, tmp_path, SHARDS, seeds=[0])
+    wait_until(lambda: list(tmp_path.glob("*/*.partial")), alive=reader.is_alive)
     reader.kill()
     reader.join()
     assert_reads_all(opened(server, tmp_path), folder)
@@ -454,12 +497,15 @@ def test_a_killed_process_holds_nothing(server, folder, tmp_path):
 WAIT = """
 import sys
 import numpy as np
-from memformer_dist.data.corpus import Corpus
-corpus = Corpus.open(sys.argv[1], cache=sys.argv[2])
-corpus.expect(*np.array([[0, 3, 6], [0, 0, 0], [9, 9, 9]]))
+from memformer_dist.data.dataset import Spans
+from memformer_dist.data.open_data import open_split
+corpus = open_split(sys.argv[1], cache=sys.argv[2])
+corpus.prefetch(Spans(*np.array([[0, 3, 6], [0, 0, 0], [9, 9, 9]])))
+wait = corpus._shards._changed.wait
+corpus._shards._changed.wait = lambda: (print("waits", flush=True), wait())
 print("open", flush=True)
 if sys.argv[3] != "nothing":
-    corpus.check(*np.array([[{"a thread": 0, "itself": 23}[sys.argv[3]]], [0], [9]]))
+    corpus.check(Spans(*np.array([[{"a thread": 0, "itself": 23}[sys.argv[3]]], [0], [9]])))
 """
 
 
@@ -471,12 +517,13 @@ def test_threads_do_not_keep_a_process(server, tmp_path, waits_for):
     command = [sys.executable, "-c", WAIT, f"{server.url}/train", str(tmp_path), waits_for]
     reader = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "open\n"
+    if waits_for == "a thread":
+        assert reader.stdout.readline() == "waits\n"
+    if waits_for == "itself":
+        wait_until(lambda: shard(7) in server.shards(), alive=lambda: reader.poll() is None)
     if waits_for != "nothing":
-        until(lambda: shard(0 if waits_for == "a thread" else 7) in server.shards())
-        time.sleep(0.3)
-        assert reader.poll() is None
         reader.send_signal(signal.SIGINT)
-    _, told = reader.communicate(timeout=10)
+    _, told = reader.communicate(timeout=PATIENCE_S)
     assert reader.returncode == (0 if waits_for == "nothing" else -signal.SIGINT)
     assert "try 1" not in told and (told == "") == (waits_for == "nothing")
 

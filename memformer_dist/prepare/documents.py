@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import from_json
 
 from memformer_dist.data import transfer
-from memformer_dist.errors import UserError, field_name
+from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import NO_SPACE
 
 if sys.version_info >= (3, 14):
@@ -254,9 +254,7 @@ class Reader:
         try:
             document = parse(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = ": ".join(filter(None, [field_name(first["loc"]), first["msg"]]))
-            return Document(self.name, position, unreadable=reason)
+            return Document(self.name, position, unreadable=first_problem(error))
         except UnicodeDecodeError as error:
             return Document(self.name, position, unreadable=f"not UTF-8: {error}")
         if isinstance(document, Part):
