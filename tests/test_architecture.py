@@ -16,7 +16,7 @@ PACKAGE = "memformer_dist"
 # modules import one another as needed, but never in a circle. Imports inside functions count: a lazy import must not hide one;
 # what only a type checker imports may go round in one.
 ROOMS = [
-    "errors files",
+    "errors files suggest",
     "vocabulary section segment world host_memory runtime logs",
     "progress curriculum optimizer",
     "mrbp",
@@ -24,7 +24,7 @@ ROOMS = [
     "zero",
     "data",
     "prepare",
-    "upgrade config checkpoint metrics monitor evaluate generate train",
+    "upgrade config reference checkpoint metrics monitor evaluate generate train",
     "inspect",
     "commands",
 ]

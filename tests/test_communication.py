@@ -89,6 +89,7 @@ def overlapped_rank(world):
         assert before_backward == 2 * ([True] * 19 + [False]), f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_the_overlapped_reduction_has_the_same_bytes():
     run_ranks(2, overlapped_rank)
 
@@ -103,6 +104,7 @@ def sharded_rank(world):
     assert seen.calls("reduce_scatter") == 8 + 2
 
 
+@pytest.mark.slow
 def test_the_reduction_of_every_backward():
     run_ranks(2, sharded_rank)
 
@@ -163,6 +165,7 @@ def memformer_gathers_rank(world):
     assert seen.calls("all_gather") == 1 + 2
 
 
+@pytest.mark.slow
 def test_memformers_decoder_is_gathered_once_a_group():
     run_ranks(2, memformer_gathers_rank)
 

@@ -300,6 +300,7 @@ def bf16_parameters_rank(world, name):
         assert largest_difference(weights_of(resumed), weights_of(engine)) == 0, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_bf16_parameters_equal_plain_torch():
     """AdamW with clipping on two ranks: the norm of every gradient and the fp32 weights; and these, not what bf16 leaves of
     them, are what a checkpoint hands on."""
