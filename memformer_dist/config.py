@@ -131,7 +131,8 @@ class RunConfig(Section):
         raw, problems = upgrade(raw), list(problems)
         known = known_fields(raw.get("model"))
         problems += [
-            f"{name}: unknown section{suggest.nearest(name, '', known)}" for name in raw.keys() - cls.model_fields.keys()
+            f"{name}: unknown section{suggest.nearest(name, '', known)}"
+            for name in raw.keys() - cls.model_fields.keys()
         ]
         sections: dict[str, Any] = {}
         for name in cls.model_fields:
@@ -225,7 +226,9 @@ def _section(name: str, raw: dict[str, Any], known: dict[str, Any]) -> tuple[Any
     except ValidationError as error:
         if name == "training" and isinstance(found, dict) and found.get("precision") == "fp16":
             return None, [
-                f"training.precision: found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}" if ": found 'fp16'" in x else x
+                f"training.precision: found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}"
+                if ": found 'fp16'" in x
+                else x
                 for x in sentences(error, name, unknown=unknown, missing=missing)
             ]
         return None, sentences(error, name, unknown=unknown, missing=missing)

@@ -96,9 +96,9 @@ def _shape(value) -> str | None:
     """Which one is meant: the errors are then of that one alone."""
     if isinstance(value, (int, float)):
         return "<number>"
-    if isinstance(value, WindowByStep) or isinstance(value, dict) and "by_step" in value:
+    if isinstance(value, WindowByStep) or (isinstance(value, dict) and "by_step" in value):
         return "<by step>"
-    if isinstance(value, WindowByMetric) or isinstance(value, dict) and value.keys() & WindowByMetric.model_fields:
+    if isinstance(value, WindowByMetric) or (isinstance(value, dict) and value.keys() & WindowByMetric.model_fields):
         return "<by metric>"
     return None
 

@@ -76,7 +76,9 @@ def _type(annotation: Any) -> str:
         return " ".join([_type(inner), *limits])
     if get_args(annotation):
         return " or ".join(_type(member) for member in get_args(annotation))
-    return {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any"}.get(annotation, str(annotation))
+    return {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _default(field: FieldInfo) -> str:

@@ -6,7 +6,8 @@ GPUs and gloo on CPUs (DS_ACCELERATOR=cpu forces the latter).
 
 import os
 import socket
-from typing import Callable, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
