@@ -52,7 +52,7 @@ def _table(model: type[BaseModel], section: str) -> Iterator[str]:
 
 def _values(field: FieldInfo) -> str:
     """What a field takes, in words."""
-    bounds = {}
+    bounds: dict[str, Any] = {}
     for item in field.metadata:
         bounds |= {sign: value for sign in ("gt", "ge", "lt", "le") if (value := getattr(item, sign, None)) is not None}
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
