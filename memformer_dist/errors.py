@@ -1,14 +1,16 @@
 """What a user can put right, and how a program says so. No torch in here: the workers of preparation start without it.
 
-Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1 with a
-traceback for ours.
+Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1
+with a traceback for ours.
 """
 
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,7 +23,10 @@ class UserError(ValueError):
 
 
 class CorpusError(UserError):
-    """A corpus, or text for one, is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
+    """A corpus, or text for one, is damaged or out of reach.
+
+    The message names the shard, and document and byte offset where it is damaged.
+    """
 
 
 def sentences(
@@ -41,7 +46,7 @@ def sentences(
 
 
 def _sentence(problem: Any, prefix: str, unknown: Callable[[str], str], missing: Callable[[str], str]) -> str:
-    # Names in angle brackets are those of the members of a union: where the error lies in pydantic's eyes, not in the file.
+    # Names in angle brackets are those of the members of a union: where the error lies for pydantic, not in the file.
     location = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("<")]
     field = ".".join(filter(None, [prefix, *location]))
     start = f"{field}: " if field else ""
@@ -68,27 +73,31 @@ def first_problem(error: ValidationError) -> str:
 def run_program(program: Callable[[], None], error_log: Path | None = None) -> None:
     """Run a program's main function and end the process with its exit code.
 
-    A user's mistake also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
-    Of several ranks the first alone reports it: each has found the same one, or was told of it (World.broadcast_first).
-    Ends by os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
+    What went wrong also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
+    Of several ranks only rank 0 reports a user's mistake: all have the same message (World.broadcast_first). Ends by
+    os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
     """
-    code = 0
+    code, rank = 0, os.environ.get("RANK", "0")
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if error_log is not None:
+            error_log.parent.mkdir(parents=True, exist_ok=True)
+            with error_log.open("a", encoding="utf-8") as log:  # in the format of logs.py
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}  {text}\n")
+
     try:
         program()
     except UserError as error:
         code = 2
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            if error_log is not None:
-                error_log.parent.mkdir(parents=True, exist_ok=True)
-                with error_log.open("a") as log:
-                    log.write(f"error: {error}\n")
+        if rank == "0":
+            report(f"error: {error}")
     except KeyboardInterrupt:
         code = 130
         print("stopped; the same command resumes", file=sys.stderr, flush=True)
     except Exception:
         code = 1
-        traceback.print_exc()
+        report(traceback.format_exc().rstrip("\n"))
     distributed: Any = sys.modules.get("torch.distributed")  # whoever has imported it may have joined a process group
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from memformer_dist.commands.train import find_config
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.errors import UserError
 from memformer_dist.prepare.build import shard
+from tests.helpers import ROOT
 from tests.helpers.corpora import make_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import SEGMENT_LENGTH
@@ -38,7 +41,7 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
     message = "error: " + done.stderr.partition("error: ")[2]
-    assert (run_dir / "errors.log").read_text().endswith(message)
+    assert (run_dir / "log.txt").read_text().endswith(f" rank 0  {message}")
     return message.removeprefix("error: ").rstrip("\n")
 
 
@@ -47,7 +50,8 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
 
 def test_the_configuration_is_not_there(tmp_path):
     message = message_of(train(tmp_path / "gone.json", tmp_path / "run"), tmp_path / "run")
-    assert message == f"--config: cannot read {tmp_path / 'gone.json'}: No such file or directory"
+    assert message.startswith(f"--config: found no file {tmp_path / 'gone.json'}, expected a file or one of the")
+    assert " configurations base, big, books_cpu, " in message
 
 
 def test_the_configuration_is_not_json(tmp_path):
@@ -105,6 +109,31 @@ def test_the_tokenizer_is_another(config, copy_of_corpus, tmp_path):
     assert message.startswith(
         f"{copy_of_corpus / 'tokenizer.model'}: is not the tokenizer that the shards in {shards} were made with: sha256"
     )
+
+
+BROKEN = """
+from pathlib import Path
+from memformer_dist.errors import run_program
+run_program(lambda: 1 / 0, error_log=Path("{log}"))
+"""
+
+
+def test_an_error_of_ours_is_in_the_log_with_its_rank(tmp_path):
+    """On any rank: what torchrun shows may be drowned by the others."""
+    done = run_script("-c", BROKEN.format(log=tmp_path / "run" / "log.txt"), RANK="3")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback ")
+    assert (tmp_path / "run" / "log.txt").read_text().endswith(f" rank 3  {done.stderr}")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_configuration_by_name():
+    """Files go first; the names of those in configs/ are known anywhere, with or without folder and suffix."""
+    expected = ROOT / "configs" / "small.json"
+    for name in ("small", "small.json", "configs/small.json", str(expected)):
+        assert find_config(name).resolve() == expected
+    for name in ("tiny", "other/small.json", "/configs/small.json", "configs/small.yaml"):
+        with pytest.raises(UserError, match=f"--config: found no file {name}, expected a file or .* base, big, "):
+            find_config(name)
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
@@ -188,7 +217,7 @@ def test_a_run_that_is_whole_goes_on(config, copy_of_run):
     done = train(config, copy_of_run)
     assert done.returncode == 0, done.stderr
     assert json.loads((copy_of_run / "summary.json").read_text())["tokens"] >= 900
-    assert not (copy_of_run / "errors.log").exists()
+    assert "error: " not in (copy_of_run / "log.txt").read_text()
 
 
 def together_rank(world):

@@ -98,7 +98,7 @@ def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, ca
         assert len(losses[folder.name]) > 7
         assert losses[folder.name] == records(folder / "parts", "loss/train", "data/documents_started")
     assert len({losses[name][0][2] for name in losses}) == 3, "each reads something else"
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     train, _ = open_corpora(corpus_dir)
     positions = int((-(-train.lengths // 16) * 16).sum())
     padding = 1 - train.total_tokens / positions
@@ -273,10 +273,11 @@ def test_a_chosen_readout_group_is_kept(corpus_dir, tmp_path, capfd):
 
     assert kept("whole") == kept("parts") == {"segments": 2, "lanes": 8}
     assert kept("moved") == {"segments": 1, "lanes": 4} and kept("fixed") is None
-    said = [line for line in "".join(capfd.readouterr()).splitlines() if line.startswith("mrbp.readout_group: ")]
+    lines = capfd.readouterr().err.splitlines()
+    said = [line.partition("rank 0  ")[2] for line in lines if "rank 0  mrbp.readout_group: " in line]
     assert len(said) == 5
     assert said[0] == (
-        "mrbp.readout_group: 2 segments, for a segment of 8 lanes takes 3.0 MiB, 64 MiB are free, and a window has 3"
+        "mrbp.readout_group: 2 segments, because a segment of 8 lanes takes 3.0 MiB, 64 MiB are free, and a window has 3"
         " segments at most; kept for the rest of the run"
     )
 

@@ -117,7 +117,7 @@ def test_inputs_behind_urls(served, tmp_path, model_file, workers):
         assert read_back(tmp_path / "file" / "train") == expected[:18]
 
 
-def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys):
+def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, caplog):
     folder, url, handler = served
     text = "".join(documents(60))
     (folder / "a.txt").write_text(text)
@@ -125,17 +125,17 @@ def test_a_broken_connection_is_tried_again(served, tmp_path, model_file, capsys
     handler.faults += [1000, 0]
     shard(tmp_path / "corpus", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
     assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text, "b"])
-    assert len(re.findall(r"a.txt: byte \d+: .*; try [12] of 3, the next in", capsys.readouterr().err)) == 2
+    assert len(re.findall(r"a.txt: byte \d+: .*; try [12] of 3, the next in", caplog.text)) == 2
     handler.faults += [0] * 3
     with pytest.raises(UserError, match=r"a.txt: byte \d+: given up after 3 tries: "):
         shard(tmp_path / "broken", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)
     assert not (tmp_path / "broken").exists()
-    capsys.readouterr()
+    caplog.clear()
     shard(tmp_path / "whole", model_file, [f"{url}/a.txt", f"{url}/b.txt"], valid_fraction=0)  # the control: no fault
-    assert not capsys.readouterr().err
+    assert not caplog.records
 
 
-def test_a_body_that_ends_too_early_is_no_end_of_a_file(served, tmp_path, model_file, capsys):
+def test_a_body_that_ends_too_early_is_no_end_of_a_file(served, tmp_path, model_file, caplog):
     """Where it says no length, only the one that was listed tells."""
     folder, url, handler = served
     text = "".join(documents(60))
@@ -144,7 +144,7 @@ def test_a_body_that_ends_too_early_is_no_end_of_a_file(served, tmp_path, model_
     handler.faults += [len(text) // 3]
     shard(tmp_path / "corpus", model_file, [f"{url}/a.txt"], valid_fraction=0)
     assert read_back(tmp_path / "corpus" / "train") == encode(model_file, [text])
-    assert "ends here, expected" in capsys.readouterr().err
+    assert "ends here, expected" in caplog.text
     handler.faults += [len(text) // 3] * 3
     with pytest.raises(UserError, match=r"a.txt: byte \d+: given up after 3 tries: OSError: ends here, expected"):
         shard(tmp_path / "broken", model_file, [f"{url}/a.txt"], valid_fraction=0)
@@ -167,7 +167,7 @@ def test_a_folder_without_its_slash(served, tmp_path, model_file):
     assert read_back(tmp_path / "corpus" / "train") == encode(model_file, ["in a folder"])
 
 
-def test_a_server_that_is_away_is_no_missing_file(served, tmp_path, model_file, capsys):
+def test_a_server_that_is_away_is_no_missing_file(served, tmp_path, model_file, caplog):
     """While files are looked for: fsspec says "not found" of both, and only one is tried again."""
     folder, url, handler = served
     (folder / "sub").mkdir()
@@ -175,16 +175,16 @@ def test_a_server_that_is_away_is_no_missing_file(served, tmp_path, model_file, 
     handler.unavailable = 4  # of the HEAD and GET that look at the folder, twice
     shard(tmp_path / "corpus", model_file, [f"{url}/sub"], valid_fraction=0)
     assert read_back(tmp_path / "corpus" / "train") == encode(model_file, ["in a folder"])
-    told = capsys.readouterr().err
+    told = caplog.text
     assert len(re.findall(r"/sub: ClientResponseError: 503, .*; try [12] of 3, the next in", told)) == 2
     handler.unavailable = 1000
     with pytest.raises(UserError, match="/sub: given up after 3 tries: ClientResponseError: 503"):
         shard(tmp_path / "away", model_file, [f"{url}/sub"])
     handler.unavailable = 0
-    capsys.readouterr()
+    caplog.clear()
     with pytest.raises(UserError, match="/nothing: not found"):
         shard(tmp_path / "missing", model_file, [f"{url}/nothing"])
-    assert not capsys.readouterr().err
+    assert not caplog.records
 
 
 def test_the_proxy_of_the_environment(served, tmp_path, model_file, monkeypatch):

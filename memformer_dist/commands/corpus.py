@@ -20,7 +20,7 @@ import os
 import time
 from pathlib import Path
 
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
 from memformer_dist.inspect.verify import verify
 
 DEFAULTS = {"lanes": 16, "segment_length": 64, "seed": 0}  # of --lanes and so on; a run has its own
@@ -106,3 +106,7 @@ def _check_show(options: argparse.Namespace, given: dict[str, int]) -> None:
         problems += [f"--{name.replace('_', '-')}: found with --run-dir, which sets it" for name in given]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def run() -> None:
+    run_program(main)

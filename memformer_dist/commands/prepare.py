@@ -23,6 +23,7 @@ import os
 import time
 from pathlib import Path
 
+from memformer_dist.errors import run_program
 from memformer_dist.prepare.build import PADDING_AT, Report, shard
 
 
@@ -67,3 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = shard(inputs=options.pop("input"), valid_inputs=options.pop("valid_input"), **options)
     if report is not None:
         print(f"{options['output']}, {time.perf_counter() - began:.1f} s\n{describe(report)}")
+
+
+def run() -> None:
+    run_program(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import write_bytes
 from memformer_dist.prepare.partitions import discover
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
@@ -62,3 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--output: cannot write {error.filename or path}: {error.strerror}") from None
     pieces = SentencePieceProcessor(model_proto=model).vocab_size()
     print(f"{path}: {pieces:,} tokens ({options.model_type}), {time.perf_counter() - began:.1f} s")
+
+
+def run() -> None:
+    run_program(main)

@@ -18,8 +18,8 @@ Errors are CorpusErrors that name the URL, the number of tries and the last reas
 """
 
 import io
+import logging
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +40,7 @@ BUFFER_BYTES = 2**20
 VERSION_MARKS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
 class Remote:
@@ -280,7 +281,7 @@ def _retried(place: str, attempt: Callable[[], Result]) -> Result:
         if number == TRIES or wrong == 2:
             break
         pause = min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
-        print(f"{place}: {reason}; try {number} of {TRIES}, the next in {pause:.1f} s", file=sys.stderr, flush=True)
+        log.warning("%s: %s; try %d of %d, the next in %.1f s", place, reason, number, TRIES, pause)
         time.sleep(pause)
     source = "; the content was wrong twice, so the file is damaged at its source" if wrong == 2 else ""
     raise CorpusError(f"{place}: given up after {number} tries: {reason}{source}")
