@@ -20,9 +20,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,10 @@ def bptt(cell: Memformer, window: RandomWindow, state: NamedTuple, loss_scale: f
         features, state = cell("advance", segment, state)
         waiting.append((segment, features))
         if len(waiting) == group or t == len(window) - 1:
-            segments, made = zip(*waiting)
-            features = features._make(torch.cat(column) for column in zip(*made)) if group > 1 else features
+            segments, made = zip(*waiting, strict=True)
+            features = (
+                features._make(torch.cat(column) for column in zip(*made, strict=True)) if group > 1 else features
+            )
             losses.append(cell("readout", concatenate(segments), features).sum())
             waiting = []
     (torch.stack(losses).sum() * loss_scale).backward()
