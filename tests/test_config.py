@@ -344,7 +344,7 @@ def test_all_problems_come_in_one_message(config, tmp_path):
         f"data.corpus: no token shards in {tmp_path / 'gone' / 'valid'}",
     ]
     assert first == f"{file}: 12 problems" and len(lines) == 12
-    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts)] == starts
+    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
 # ---- the file and --set ----------------------------------------------------------------------------------------------
