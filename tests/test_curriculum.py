@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from memformer_dist.config import RunConfig
-from memformer_dist.curriculum import Curriculum, Progress, Window
+from memformer_dist.curriculum import Curriculum, Progress, WindowPlan
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
@@ -21,15 +21,15 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import last_checkpoint, records, run_rank, settings, tensors
 
 
-def plan(window) -> Window:
-    return TypeAdapter(Window).validate_python(window)
+def plan(window) -> WindowPlan:
+    return TypeAdapter(WindowPlan).validate_python(window)
 
 
-def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> Window:
+def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> WindowPlan:
     return plan(dict(first=first, last=last, metric=metric, threshold=threshold, **fields))
 
 
-def saved_and_loaded(curriculum: Curriculum, window: Window, step: int) -> Curriculum:
+def saved_and_loaded(curriculum: Curriculum, window: WindowPlan, step: int) -> Curriculum:
     return Curriculum(window, step, Progress.model_validate_json(curriculum.progress.model_dump_json()))
 
 
@@ -60,7 +60,7 @@ def test_by_step(by_step, stop):
     assert windows == expected[:31] and curriculum.largest == max(by_step.values())
 
 
-def grown_by_hand(window: Window, steps: list[tuple[float, float]]) -> list[int]:
+def grown_by_hand(window: WindowPlan, steps: list[tuple[float, float]]) -> list[int]:
     """The window of every step, from the whole history."""
     windows, mean = [window.first], []
     for nll, labels in steps:

@@ -198,9 +198,7 @@ def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
     train, _ = open_corpora(corpus_dir)
     schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
     reader = WindowReader(train, schedule, lanes=range(8))
-    assert [tokens for _, tokens, _ in rows] == [
-        reader.labels(0, sum(windows[: n + 1])) for n in range(len(rows))
-    ]
+    assert [tokens for _, tokens, _ in rows] == [reader.labels(0, sum(windows[: n + 1])) for n in range(len(rows))]
     said = "".join(capfd.readouterr())
     for window in (1, 4, 3, 2):
         assert f"windows of {window} segments from here\n" in said
@@ -224,7 +222,8 @@ def chosen_rank(world, cases) -> None:
     for raw, run_dir, stop_after, choice in cases:
         asked = []
 
-        def choose(engine, segment, state, world, *, window):
+        def choose(engine, cell, segment, state, world, *, window, reserved):
+            assert reserved == engine.first_step_bytes(state, window) > 0
             asked.append(window)
             assert len(segment.tokens) == len(state.memory)
             return Choice(choice, 3 << 20, 64 << 20)
