@@ -20,9 +20,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -271,7 +272,7 @@ def count_flops(layout: Layout) -> SegmentFlops:
         counts.append(counter.get_total_flops())
         nll = cell("readout", segment, features)
         counts.append(counter.get_total_flops())
-        (nll.sum() + inner_product(state, state._make(map(torch.ones_like, state)))).backward()
+        (nll.sum() + inner_product((), [], state, [torch.ones_like(x) for x in state])).backward()
         counts.append(counter.get_total_flops())
     forward, both, whole = (count * layout.lanes for count in counts)
     return SegmentFlops(forward, both - forward, whole - both)

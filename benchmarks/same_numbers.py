@@ -124,7 +124,9 @@ class Checkout:
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"{self.name}: {' '.join(map(str, command))}\n{done.stderr[:1500]} ... {done.stderr[-1500:]}")
+            raise RuntimeError(
+                f"{self.name}: {' '.join(map(str, command))}\n{done.stderr[:1500]} ... {done.stderr[-1500:]}"
+            )
 
     def prepare(self, texts: Path) -> None:
         model = self.folder / "spm"

@@ -1,6 +1,6 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: makes .venv beside this folder and installs the pinned packages into it,
-# once; runs again when setup.py or constraints.txt have changed. PYTHON names another interpreter than python3.
-# Afterwards `python` is the environment's.
+# Sourced by launch/quickstart.sh, tests/run.sh and .ci/run: makes .venv beside this folder and installs the pinned packages
+# into it, those of development included. Once, and again when setup.py or constraints.txt have changed.
+# PYTHON names another interpreter than python3. Afterwards `python` is the environment's.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stamp=$(cat "$root/setup.py" "$root/constraints.txt" | sha256sum | cut -d' ' -f1)
@@ -15,7 +15,7 @@ if [ "$(cat "$root/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
     pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     # torch before deepspeed: left to themselves, the latter's requirements take the newest torch there is.
     "${pip[@]}" "$(grep '^torch==' "$root/constraints.txt")" numpy -c "$root/constraints.txt"
-    "${pip[@]}" -e "$root[test]" -c "$root/constraints.txt"
+    "${pip[@]}" -e "$root[test,dev]" -c "$root/constraints.txt"
     echo "$stamp" > "$root/.venv/installed"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -13,12 +13,13 @@ before it is used. Nothing is unpickled. DeepSpeed's own checkpoints are not use
 world size and are not written atomically.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, KeysView
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,18 +32,18 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import flush, sha256_of
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.progress import Interval, Position
 from memformer_dist.segment import Tensors
+from memformer_dist.upgrade import upgrade
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 
 if TYPE_CHECKING:  # read by generation alone
     from sentencepiece import SentencePieceProcessor
 
-VERSION: Final = 1
 FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
 class Contents(BaseModel, extra="forbid"):
     """What checkpoint.json holds."""
 
-    version: Literal[1]
+    version: Literal[2] = 2
     position: Position
     interval: Interval = Interval()
     curriculum: Progress | None = None  # of the window; None in checkpoints older than curricula
@@ -119,13 +120,12 @@ class Checkpoint:
         """Raises UserError if a checkpoint, though undamaged, is not one that this version can read."""
         path = self.path / "checkpoint.json"
         try:
-            return Contents.model_validate_json(path.read_bytes())
+            return Contents.model_validate(upgrade(json.loads(path.read_bytes())))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"{path}: was written by another version of this program; {field}: {first['msg']}"
-            ) from None
+            found = first_problem(error)
+        except ValueError as error:
+            found = f"not JSON: {error}"
+        raise UserError(f"{path}: was written by another version of this program: {found}")
 
     def changes(self, config: RunConfig, corpus: TokenDataset) -> dict[str, tuple]:
         """Fields of the configuration that differ from the checkpoint's, as {name: (saved, now)}.

@@ -6,7 +6,7 @@ relates two sections is checked here, one function per subject.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -131,7 +131,8 @@ class RunConfig(Section):
         raw, problems = upgrade(raw), list(problems)
         known = known_fields(raw.get("model"))
         problems += [
-            f"{name}: unknown section{suggest.nearest(name, '', known)}" for name in raw.keys() - cls.model_fields.keys()
+            f"{name}: unknown section{suggest.nearest(name, '', known)}"
+            for name in raw.keys() - cls.model_fields.keys()
         ]
         sections: dict[str, Any] = {}
         for name in cls.model_fields:
@@ -185,10 +186,10 @@ def cell_configs() -> dict[str, type[BaseModel]]:
     return {member.model_fields["cell"].default: member for member in members}
 
 
-def known_fields(model: Any = None) -> dict[str, Iterable[str]]:
+def known_fields(model: Any = None) -> dict[str, Collection[str]]:
     """The names of the fields of every section; of `model` those of the cell that the raw section names, else of the first."""
     cells = cell_configs()
-    cell = model.get("cell") if isinstance(model, dict) else None
+    cell = str(model.get("cell")) if isinstance(model, dict) else ""
     known: dict[str, Any] = {"model": cells.get(cell, next(iter(cells.values()))).model_fields}
     for name, field in RunConfig.model_fields.items():
         if name not in ("model", "deepspeed"):
@@ -225,7 +226,9 @@ def _section(name: str, raw: dict[str, Any], known: dict[str, Any]) -> tuple[Any
     except ValidationError as error:
         if name == "training" and isinstance(found, dict) and found.get("precision") == "fp16":
             return None, [
-                f"training.precision: found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}" if ": found 'fp16'" in x else x
+                f"training.precision: found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}"
+                if ": found 'fp16'" in x
+                else x
                 for x in sentences(error, name, unknown=unknown, missing=missing)
             ]
         return None, sentences(error, name, unknown=unknown, missing=missing)

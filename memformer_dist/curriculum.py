@@ -96,9 +96,9 @@ def _shape(value) -> str | None:
     """Which one is meant: the errors are then of that one alone."""
     if isinstance(value, (int, float)):
         return "<number>"
-    if isinstance(value, WindowByStep) or isinstance(value, dict) and "by_step" in value:
+    if isinstance(value, WindowByStep) or (isinstance(value, dict) and "by_step" in value):
         return "<by step>"
-    if isinstance(value, WindowByMetric) or isinstance(value, dict) and value.keys() & WindowByMetric.model_fields:
+    if isinstance(value, WindowByMetric) or (isinstance(value, dict) and value.keys() & WindowByMetric.model_fields):
         return "<by metric>"
     return None
 
@@ -160,11 +160,11 @@ class Curriculum:
         return self.plan if isinstance(self.plan, int) else self.plan.largest
 
     def after_step(self, step: int, nll: float, labels: float) -> str | None:
-        """What changes, in words, now that `step` windows are behind us.
+        """What changes, in words, after `step` windows.
 
         Args:
-            nll, labels: of the last one, over all ranks; it counts in no mean where its step was skipped (0 labels) or
-                its loss is not finite.
+            nll, labels: of the last window, over all ranks. A skipped step (0 labels) and a loss that is not finite count in
+                no mean.
         """
         plan, progress = self.plan, self.progress
         if isinstance(plan, WindowByStep):
@@ -176,24 +176,25 @@ class Curriculum:
         progress.steps += 1
         progress.nll += nll
         progress.labels += labels
+        assert plan.every_steps is not None  # WindowByMetric has one for this metric
         if progress.steps < plan.every_steps:
             return None
         mean = progress.nll / progress.labels
         self.progress = Progress(window=progress.window)
-        return self._compare(mean, f" over {plan.every_steps} steps")
+        return self._compare(plan, mean, f" over {plan.every_steps} steps")
 
     def after_evaluation(self, loss: float, gap: float) -> str | None:
-        """What changes, in words, after an evaluation on the way: eval/loss and eval/gap."""
+        """What changes, in words, after an evaluation during training, by eval/loss or eval/gap."""
         plan = self.plan
         if not isinstance(plan, WindowByMetric) or plan.metric == "loss/train" or self.window == plan.last:
             return None
-        return self._compare(gap if plan.metric == "eval/gap" else loss, "")
+        return self._compare(plan, gap if plan.metric == "eval/gap" else loss, "")
 
-    def _compare(self, value: float, of: str) -> str | None:
-        if not self.plan.passes(value):  # nor does nan
+    def _compare(self, plan: WindowByMetric, value: float, of: str) -> str | None:
+        if not plan.passes(value):  # nor does nan
             return None
-        side = "above" if self.plan.metric == "eval/gap" else "below"
-        because = f"{self.plan.metric} was {value:.4f}{of}, {side} {self.plan.threshold:g}"
+        side = "above" if plan.metric == "eval/gap" else "below"
+        because = f"{plan.metric} was {value:.4f}{of}, {side} {plan.threshold:g}"
         return self._continue_with(self.window + 1, because)
 
     def _continue_with(self, window: int, because: str) -> str | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-
 LONGEST_SHOWN = 120  # characters of a value in a message
 
 

@@ -4,9 +4,10 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Callable, Iterator
+from typing import IO
 
 PARTIAL = ".partial"  # what a file is called until it is whole
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno where a file does not fit

@@ -52,7 +52,7 @@ def _table(model: type[BaseModel], section: str) -> Iterator[str]:
 
 def _values(field: FieldInfo) -> str:
     """What a field takes, in words."""
-    bounds = {}
+    bounds: dict[str, Any] = {}
     for item in field.metadata:
         bounds |= {sign: value for sign in ("gt", "ge", "lt", "le") if (value := getattr(item, sign, None)) is not None}
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -76,7 +76,9 @@ def _type(annotation: Any) -> str:
         return " ".join([_type(inner), *limits])
     if get_args(annotation):
         return " or ".join(_type(member) for member in get_args(annotation))
-    return {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any"}.get(annotation, str(annotation))
+    return {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _default(field: FieldInfo) -> str:

@@ -358,7 +358,6 @@ class Trainer:
             return
         self.position.wall_s = time.perf_counter() - self.began
         contents = Contents(
-            version=checkpoint.VERSION,
             position=self.position,
             interval=self.interval,
             curriculum=self.curriculum.progress,

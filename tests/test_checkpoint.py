@@ -178,6 +178,7 @@ def save_until(run_dir, step, touches, reached) -> None:
     save(run_dir, world, step)
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_checkpoint_of_one_step(tmp_path, world, caplog):
     """SIGKILL before every change of the disk that a save makes; each new process resumes from what it finds."""
     context, interrupted = multiprocessing.get_context("forkserver"), 0

@@ -229,6 +229,7 @@ def windows_read(run_dir, lane: int = 0) -> list[tuple[int, int]]:
     return [tuple(map(int, line.split())) for line in (run_dir / f"windows-{lane}.txt").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_windows_of_a_run(followed, name):
     folder, _ = followed
@@ -258,6 +259,7 @@ def differences(expected, found) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(followed, name):
     folder, _ = followed
@@ -265,12 +267,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(followed, name):
     assert len(records(folder / name / "whole", "loss/train")) >= 4
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_the_curriculum_is_seen(followed):
     folder, _ = followed
     seen = differences(folder / "loss" / "whole", folder / "loss" / "forgetful")
     assert {"records", "embedding.weight"} <= set(seen)
 
 
+@pytest.mark.slow
 def test_parameters_that_a_short_window_does_not_use_stand_alike_at_every_stage(followed):
     """In a window of one segment nothing reads what is written: the writer has no gradient, and keeps no old one."""
     folder, _ = followed
@@ -281,6 +285,7 @@ def test_parameters_that_a_short_window_does_not_use_stand_alike_at_every_stage(
         assert float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) < 1e-3, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     """Ticks 0, 1, 2 ... in turn, once each, on every lane; learning rate and what is logged follow from them."""

@@ -40,11 +40,11 @@ def sgd_rank(world, name, batchings):
 
 # (cell, (lane groups of a rank, readout group) ...)
 ENGINE_CELLS = [
-    ("toy", ((1, 1), (2, 2), (1, 4))),
-    ("auxiliary loss", ((2, 2),)),
-    ("encoder_decoder", ((1, 2),)),
+    pytest.param("toy", ((1, 1), (2, 2), (1, 4)), marks=pytest.mark.slow),
+    pytest.param("auxiliary loss", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
     ("decoder", ((2, 1),)),
-    ("plain", ((1, 1), (2, 2))),
+    pytest.param("plain", ((1, 1), (2, 2)), marks=pytest.mark.slow),
 ]
 
 
@@ -83,6 +83,7 @@ def adamw_rank(world):
         assert max(abs(x - y) for x, y in zip(losses, expected)) <= 1e-5, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_losses_under_adamw_equal_full_bptt():
     run_ranks(WORLD, adamw_rank)
 
@@ -100,6 +101,7 @@ def skipped_step_rank(world):
         assert largest_difference(weights_of(other), weights_of(engine)) == 0, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_leaves_no_trace():
     """The step is dropped on every rank, and training goes on bit by bit as if the window had not been."""
     run_ranks(WORLD, skipped_step_rank)
@@ -148,6 +150,7 @@ def moments_rank(world):
         assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
 
 
+@pytest.mark.slow
 def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
 
@@ -171,6 +174,7 @@ def no_update_rank(world):
         assert losses == expected, f"ZeRO {stage}: asking for the moments changed the training"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_update():
     run_ranks(WORLD, no_update_rank)
 
@@ -221,6 +225,7 @@ def accumulation_rank(world):
     assert found == 1.125, "DeepSpeed has changed: under autocast it reduces in fp32"
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
     """And two settings that look right do not: bf16 with grad_accum_dtype fp32, and autocast with its default modules."""
     run_ranks(WORLD, accumulation_rank)
@@ -242,6 +247,7 @@ def many_backwards_rank(world):
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_backwards_outside_one_reduction_are_wrong():
     """The control of test_parameters_after_sgd_steps: many backwards before one step, as DeepSpeed takes them by default.
 
@@ -279,6 +285,7 @@ def other_reductions_rank(world, name, cases):
         assert found_norms == pytest.approx(norms, rel=1e-4), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "encoder_decoder", "plain"])
 def test_overlapped_and_sharded_reductions_equal_full_bptt(name):
     """The last backward reduced as it goes (overlap_comm), and every backward reduced where its owner adds it up."""

@@ -188,6 +188,7 @@ def test_any_number_of_lanes_gives_the_same(corpus, world):
     assert evaluation_lanes(corpus, 20, 1) == len(LENGTHS)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same(corpus):
     """An odd number of lanes, and more lanes than documents, are rounded up; the last one is dry from the start."""
     assert [evaluation_lanes(corpus, lanes, 2) for lanes in (1, 6, 20)] == [2, 6, 10]
@@ -341,6 +342,7 @@ def figures_in(table: str) -> dict[str, list[float]]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     """On one process and on two, and with other lanes: the figures of summary.json, which the engine computed."""
     expected = json.loads((trained_run / "summary.json").read_text())

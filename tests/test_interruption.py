@@ -87,6 +87,7 @@ def partitions_finished(output: Path, step: str = "encoded") -> int:
     return len(list(output.with_name(output.name + ".partial").glob(f"{step}/*.json")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step, finished", [("encoded", 0), ("encoded", 9), ("shards", 1)])
 def test_killed_and_started_again(tmp_path, texts, model_file, whole, step, finished):
     output = tmp_path / "corpus"
@@ -110,6 +111,7 @@ def workers_of(process) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children(recursive=True) if child.ppid() != process.pid]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
@@ -124,6 +126,7 @@ def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, interrupt", [(1, os.killpg), (2, os.killpg), (2, os.kill)])
 def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers, interrupt):
     """Sent to all as a terminal does, or to the main process alone."""
@@ -265,6 +268,7 @@ def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
 # ------------------------------------------------------------------------------------------------------------- MPI
 
 
+@pytest.mark.slow
 def test_under_mpi(tmp_path, texts, model_file, whole):
     start = [MPIRUN, "-iface", "lo", "-n", "3"]
     arguments = "--input", texts, "--partition-mib", mib(200_000)
@@ -275,6 +279,7 @@ def test_under_mpi(tmp_path, texts, model_file, whole):
     assert mistake.returncode == 2 and mistake.stderr.count("nowhere") == 1 and "Traceback" not in mistake.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000))

@@ -1,6 +1,5 @@
 """What a run records, read back: TensorBoard's curves and metrics.jsonl."""
 
-import json
 import math
 import time
 

@@ -90,6 +90,7 @@ def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_fac
     assert quarantined(folder / "corpus") == bad
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(made=st.lists(files(), min_size=2, max_size=8), partition=st.integers(1, 200), seed=st.integers(0, 3))
 def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, made, partition, seed):

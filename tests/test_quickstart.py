@@ -43,6 +43,7 @@ def start(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_tiny_folder_from_text_to_sample(tiny, start, tmp_path, capfd):
     """Trained, evaluated, sampled; after that the training step finds the run finished."""
     start(tiny)

@@ -5,6 +5,7 @@ ZeRO-3 keeps a parameter's gradient of the step before where a step gives it non
 
 import math
 
+import pytest
 import torch
 
 from memformer_dist.mrbp.executor import TorchExecutor
@@ -101,6 +102,7 @@ def everywhere_rank(world):
     assert largest_difference(stale, expected) > 1e-3, "DeepSpeed has changed: ZeRO-3 forgets old gradients by itself"
 
 
+@pytest.mark.slow
 def test_parameters_that_only_some_segments_use():
     """Six SGD steps at every stage, two of them without these parameters, equal full BPTT; unfilled, ZeRO-3 is wrong."""
     run_ranks(2, everywhere_rank)

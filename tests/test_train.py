@@ -42,6 +42,7 @@ def interrupted_rank(world, cases) -> None:
 DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm", "data/documents_started")
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
     """With dropout, on two ranks, for every ZeRO stage and precision: weights, moments, lane states, logged figures."""
     cases = []
@@ -77,6 +78,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 2
 
 
+@pytest.mark.slow
 def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, capfd):
     """Losses of a run that was stopped, bit by bit; several corpora have one tokenizer."""
     texts = tmp_path / "texts"
@@ -127,6 +129,7 @@ def several_runs(world, cases) -> None:
         run_rank(world, raw, run_dir, stop_after)
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
     """fp32, dropout 0: the same batches and losses within 1e-5 over 20 steps; the ranks also work in lane groups."""
     raw = settings(corpus_dir, tokens=19 * STEP_TOKENS)
@@ -141,6 +144,7 @@ def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
         assert max(abs(x[3] - y[3]) for x, y in zip(found, expected)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
     """Half of each document is not learnt; ranks count the labels of their own lanes, and lanes differ."""
     generator, lines = random.Random(0), []
@@ -161,6 +165,7 @@ def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
     assert [int(row[1]) for row in one[:6]] == np.cumsum(counts).tolist() and len(set(counts)) > 3
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
     """Stopped on 2 ranks at ZeRO 2, resumed on 1 at ZeRO 0 and on 2 at ZeRO 3: the losses of the run that was left alone."""
     tokens = 12 * STEP_TOKENS
@@ -313,6 +318,7 @@ def damaged_rank(world, raw, run_dir, expected) -> None:
         run_rank(world, raw, run_dir)
 
 
+@pytest.mark.slow
 def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
     """The document is met in a later window, by one rank; both end with the same message, what was trained is saved."""
     corpus = tmp_path / "corpus"
@@ -413,6 +419,7 @@ def write_config(corpus: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_single_process_stops_on_a_signal_and_resumes(corpus_dir, tmp_path):
     command = [
         sys.executable,

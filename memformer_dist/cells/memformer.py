@@ -225,11 +225,13 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
         context = torch.where(reset[:, None], self.bos_id, state.context)
         length = torch.where(reset, 1, state.context_length)  # so all but the first BOS are padding
         mask = key_mask(length, self.segment_length)
+        assert self.encoder is not None
         return MemformerFeatures(self.encoder(self._embed(context), self._source(memory), mask=mask), length)
 
     def _write(self, memory: Tensor, features: MemformerFeatures, reset: Tensor | None = None) -> Tensor:
+        """`reset` bool [B]: lanes whose first segment this is; None where that makes no difference."""
         written = self.normalise(self.writer(memory, *features))
-        if self.config.write_first_segment:
+        if self.config.write_first_segment or reset is None:
             return written
         return torch.where(reset[:, None, None], memory, written)
 

@@ -65,7 +65,7 @@ def make_optimizer(kind: str, cell: RecurrentCell, learning_rate: float) -> torc
 
 
 def make_engine(cell, optimizer, world, *, settings, precision="fp32", gradient_clipping=0.0, seed=0, **mrbp):
-    """memformer_dist.zero.engine.Engine, imported here because deepspeed wants to know the device."""
+    """An Engine; its section `mrbp` by fields. Imported here because deepspeed wants to know the device first."""
     from memformer_dist.zero.engine import Engine
 
     return Engine(
