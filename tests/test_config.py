@@ -560,7 +560,7 @@ def test_an_unknown_cell(config):
 def test_the_words_of_other_trainers_are_known(config, tmp_path, name, meant):
     put(config, name, 4)
     (problem,) = problems(config)
-    *section, field = name.split(".")
+    *section, _ = name.split(".")
     suggested = meant.removeprefix(f"{section[0]}.") if section else meant
     assert problem.partition(", did you mean ")[2] in (f"{meant}?", f"{suggested}?")
     (tmp_path / "run.json").write_text("{}")

@@ -83,7 +83,7 @@ def test_a_run_of_version_1_resumes(folder):
     found, expected = records(folder / "run" / "metrics.jsonl"), records(OLD / "expected" / "metrics.jsonl")
     expected = [record for record in expected if record["step"] > 7]
     assert [record["step"] for record in found] == [record["step"] for record in expected] and len(found) > 7
-    for one, other in zip(found, expected):
+    for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
