@@ -6,7 +6,7 @@ relates two sections is checked here, one function per subject.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -186,10 +186,10 @@ def cell_configs() -> dict[str, type[BaseModel]]:
     return {member.model_fields["cell"].default: member for member in members}
 
 
-def known_fields(model: Any = None) -> dict[str, Iterable[str]]:
+def known_fields(model: Any = None) -> dict[str, Collection[str]]:
     """The names of the fields of every section; of `model` those of the cell that the raw section names, else of the first."""
     cells = cell_configs()
-    cell = model.get("cell") if isinstance(model, dict) else None
+    cell = str(model.get("cell")) if isinstance(model, dict) else ""
     known: dict[str, Any] = {"model": cells.get(cell, next(iter(cells.values()))).model_fields}
     for name, field in RunConfig.model_fields.items():
         if name not in ("model", "deepspeed"):

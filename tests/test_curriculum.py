@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from memformer_dist.config import RunConfig
-from memformer_dist.curriculum import Curriculum, Progress, Window
+from memformer_dist.curriculum import Curriculum, Progress, WindowPlan
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
@@ -21,15 +21,15 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import last_checkpoint, records, run_rank, settings, tensors
 
 
-def plan(window) -> Window:
-    return TypeAdapter(Window).validate_python(window)
+def plan(window) -> WindowPlan:
+    return TypeAdapter(WindowPlan).validate_python(window)
 
 
-def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> Window:
+def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> WindowPlan:
     return plan(dict(first=first, last=last, metric=metric, threshold=threshold, **fields))
 
 
-def saved_and_loaded(curriculum: Curriculum, window: Window, step: int) -> Curriculum:
+def saved_and_loaded(curriculum: Curriculum, window: WindowPlan, step: int) -> Curriculum:
     return Curriculum(window, step, Progress.model_validate_json(curriculum.progress.model_dump_json()))
 
 
@@ -60,7 +60,7 @@ def test_by_step(by_step, stop):
     assert windows == expected[:31] and curriculum.largest == max(by_step.values())
 
 
-def grown_by_hand(window: Window, steps: list[tuple[float, float]]) -> list[int]:
+def grown_by_hand(window: WindowPlan, steps: list[tuple[float, float]]) -> list[int]:
     """The window of every step, from the whole history."""
     windows, mean = [window.first], []
     for nll, labels in steps:
@@ -212,7 +212,7 @@ def followed_runs(world, cases: dict, folder) -> None:
 def followed(corpus_dir, tmp_path_factory):
     """(folder, configuration by name): each plan with dropout on two ranks, in one go and in parts."""
     folder, cases = tmp_path_factory.mktemp("followed"), {}
-    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2)):
+    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2), strict=True):
         raw = settings(corpus_dir, stage=stage, dropout=0.2, tokens=tokens)
         raw["mrbp"] = {"window": window, "lanes_per_group": 2, "readout_group": 2}
         raw["optimizer"]["warmup_tokens"] = 200
@@ -296,7 +296,7 @@ def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     reader = WindowReader(train, schedule, lanes=range(8))
     for part, lane in itertools.product(("whole", "parts"), (0, 2, 4, 6)):
         starts = list(itertools.accumulate(WINDOWS[name], initial=0))
-        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name]))
+        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name], strict=True))
     before = 0
     for step, tokens, rate, pad, window, states in records(
         folder / name / "whole", "optim/lr", "data/pad_fraction", "mrbp/window", "mrbp/state_bytes"
