@@ -82,6 +82,7 @@ def test_every_mistake_of_the_configuration_is_reported_at_once(config, tmp_path
             "data.corpus: no token shards in nowhere/train; tokenizer/shard.py writes them",
             "data.corpus: no token shards in nowhere/valid; tokenizer/shard.py writes them",
         ],
+        strict=True,
     ):
         assert line.startswith(f"  {start}")
 
@@ -192,7 +193,10 @@ def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path,
     was = Corpus.open(corpus_dir / "train")
     if what == "tokenizer":
         found, expected = (x.vocabulary.tokenizer_sha256[:12] for x in (Corpus.open(other / "train"), was))
-        expected = f"data.corpus: {other} was made with another tokenizer than this run's (sha256 {found}, the run has {expected})"
+        expected = (
+            f"data.corpus: {other} was made with another tokenizer than this run's"
+            f" (sha256 {found}, the run has {expected})"
+        )
     elif what == "documents":
         expected = (
             f"data.corpus: {other} is not the corpus that this run was trained on"
