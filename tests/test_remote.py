@@ -487,7 +487,7 @@ def test_a_killed_process_holds_nothing(server, folder, tmp_path):
     """It dies while it fetches; another takes over at once and finds the folder clean."""
     server.faults[shard(0)] = ["stall"]
     (reader,), *_ = start(server, tmp_path, SHARDS, seeds=[0])
-    wait_until(lambda: list(tmp_path.glob("*/*.partial")), alive=reader.is_alive)
+    wait_until(lambda: server.shards() and list(tmp_path.glob("*/*.partial")), alive=reader.is_alive)
     reader.kill()
     reader.join()
     assert_reads_all(opened(server, tmp_path), folder)
