@@ -1,4 +1,4 @@
-"""Imports of the package go one way, and test modules share nothing but tests/helpers. Read from the sources, not run."""
+"""The package's imports go one way, and test modules share nothing but tests/helpers. Read from the sources, not run."""
 
 import ast
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from tests.helpers import ROOT
 
 PACKAGE = "memformer_dist"
 
-# The rooms of docs/architecture.md. A module may import what stands in an earlier line; within a line and within a folder
-# modules import one another as needed, but never in a circle. Imports inside functions count: a lazy import must not hide one;
-# what only a type checker imports may go round in one.
+# The rooms of docs/architecture.md. A module may import from earlier lines; within a line and within a folder modules
+# import one another as needed, but never in a circle. Imports inside functions count, because a lazy import must not hide
+# a circle; what only a type checker imports may close one.
 ROOMS = [
     "errors files suggest",
     "vocabulary section segment world host_memory runtime logs",
