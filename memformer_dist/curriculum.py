@@ -23,7 +23,7 @@ from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag, Validati
 class WindowByStep(BaseModel, extra="forbid", frozen=True):
     """The window may also shrink. A step is one window trained on, skipped ones included."""
 
-    by_step: dict[int, PositiveInt] = Field(description='segments a window from a step on, e.g. {"0": 2, "1000": 8}')
+    by_step: dict[int, PositiveInt] = Field(description='segments per window from a step on, e.g. {"0": 2, "1000": 8}')
 
     @field_validator("by_step")
     @classmethod
@@ -47,16 +47,16 @@ class WindowByStep(BaseModel, extra="forbid", frozen=True):
 
 class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     first: PositiveInt = Field(description="segments of the first window")
-    last: PositiveInt = Field(description="segments that the window does not grow beyond")
+    last: PositiveInt = Field(description="segments beyond which the window does not grow")
     metric: Literal["loss/train", "eval/loss", "eval/gap"] = Field(
-        description="a loss lets the window grow by one segment when it is below the threshold, the gap when above"
+        description="the window grows by one segment when a loss is below the threshold, or the gap above it"
     )
-    threshold: float = Field(description="of the metric")
+    threshold: float = Field(description="value of the metric at which the window grows")
     every_steps: PositiveInt | None = Field(
         None,
         validate_default=True,
-        description="loss/train is averaged over so many steps at one window, then compared and averaged anew; the"
-        " evaluation's metrics are compared at each evaluation",
+        description="steps over which loss/train is averaged before it is compared; null for the metrics of evaluations,"
+        " which are compared at each evaluation",
     )
 
     @field_validator("last")

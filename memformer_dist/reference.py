@@ -28,10 +28,11 @@ def reference() -> Iterator[str]:
     """The lines of docs/configuration.md."""
     yield from INTRODUCTION.splitlines()
     for name, field in RunConfig.model_fields.items():
-        yield from ("", f"## {name}", "", f"{_sentence(field.description)}", "")
+        yield from ("", f"## {name}", "", f"{_capital(_sentence(field.description))}.", "")
         if name == "model":
             for cell, config in cell_configs().items():
-                yield from (f"### cell: {cell}", "", *_table(config, name), "")
+                yield from (f"### {cell}", "", f'`model.cell` "{cell}": see memformer_dist/cells/{cell}.py.', "")
+                yield from (*_table(config, name), "")
         elif name == "deepspeed":
             yield from _deepspeed()
         else:
@@ -91,14 +92,18 @@ def _default(field: FieldInfo) -> str:
 
 def _sentence(description: str | None) -> str:
     assert description, "every field has a description"
-    return description[0].upper() + description[1:]
+    return description
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 def _deepspeed() -> Iterator[str]:
     yield "Handed on as they are: " + ", ".join(f"`{key}`" for key in PASSED_THROUGH) + "."
     yield from ("", "Not allowed in this section:", "", "| key | instead, or why |", "|---|---|")
     for key, reason in SET_BY_US.items():
-        yield f"| `{key}` | {_sentence(reason)} |"
+        yield f"| `{key}` | {reason} |"
 
 
 if __name__ == "__main__":

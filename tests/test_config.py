@@ -6,8 +6,11 @@ import re
 import pytest
 from pydantic import BaseModel
 
-from memformer_dist.config import RunConfig
+from memformer_dist import suggest
+from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.config import RunConfig, cell_configs, known_fields
 from memformer_dist.errors import UserError
+from memformer_dist.reference import reference
 from memformer_dist.zero.settings import SET_BY_US
 from tests.helpers import ROOT
 
@@ -191,7 +194,7 @@ def test_windows(config, window):
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "last"},
-            "mrbp.window.last: missing; segments that the window does",
+            "mrbp.window.last: missing; segments beyond which the win",
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "every_steps"},
@@ -471,3 +474,105 @@ def test_all_refused_changes_come_in_one_message(config):
     text = str(caught.value)
     assert "  data.seed: found 3, the run has 0\n" in text and "  model.slots: found 5, the run has 4\n" in text
     assert "mrbp.window" not in text
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_current():
+    """docs/configuration.md is what `python -m memformer_dist.reference` prints."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == "\n".join(reference()) + "\n"
+
+
+def test_every_field_has_a_description():
+    for name, field in RunConfig.model_fields.items():
+        configs = cell_configs().values() if name == "model" else [] if name == "deepspeed" else [field.annotation]
+        for config in configs:
+            assert all(found.description for found in config.model_fields.values()), name
+
+
+# ---- the cell --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cell_names_the_fields_of_the_model(config):
+    config["model"] = {"cell": "plain", "width": 16, "heads": 2, "layers": 2}
+    checked = RunConfig.check(config)
+    assert type(checked.model) is PlainConfig
+    assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
+    config["model"]["slots"] = 4
+    (problem,) = problems(config)
+    assert problem.startswith("model.slots: unknown key, expected one of cell, width, heads, feed_forward, ")
+    del config["model"]["slots"]
+    config["model"]["layer"] = 3
+    assert problems(config) == ["model.layer: unknown key, did you mean layers?"]
+
+
+def test_without_a_cell_the_model_is_a_memformer(config):
+    assert "cell" not in config["model"]
+    checked = RunConfig.check(config)
+    assert checked.model.cell == "memformer" and json.loads(checked.to_json())["model"]["cell"] == "memformer"
+
+
+def test_an_unknown_cell(config):
+    config["model"] = {"cell": "memforme", "width": "wide"}
+    assert problems(config) == ["model.cell: found 'memforme', did you mean memformer?"]
+    config["model"]["cell"] = "rmt"
+    assert problems(config) == ["model.cell: found 'rmt', expected one of memformer, plain"]
+
+
+# ---- did you mean ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("data.batch_size", "data.lanes"),
+        ("training.batch_size", "data.lanes"),
+        ("data.micro_batch_size", "mrbp.lanes_per_group"),
+        ("data.seq_len", "data.segment_length"),
+        ("model.block_size", "data.segment_length"),
+        ("model.context_length", "data.segment_length"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("training.lr", "optimizer.learning_rate"),
+        ("optimizer.warmup_steps", "optimizer.warmup_tokens"),
+        ("optimizer.max_norm", "optimizer.gradient_clipping"),
+        ("training.grad_clip", "optimizer.gradient_clipping"),
+        ("mrbp.bptt", "mrbp.window"),
+        ("mrbp.n_segments", "mrbp.window"),
+        ("model.d_model", "model.width"),
+        ("model.n_embd", "model.width"),
+        ("model.hidden_size", "model.width"),
+        ("model.n_heads", "model.heads"),
+        ("model.d_ff", "model.feed_forward"),
+        ("model.mem_tokens", "model.slots"),
+        ("model.mem_len", "model.slots"),
+        ("training.max_steps", "training.tokens"),
+        ("training.steps", "training.tokens"),
+        ("training.num-train-epochs", "training.tokens"),
+        ("training.save_every", "checkpoint.every_tokens"),
+        ("training.dtype", "training.precision"),
+        ("training.window", "mrbp.window"),  # a field of ours, in another section
+        ("model.lanes", "data.lanes"),
+        ("batch_size", "data.lanes"),  # no section at all
+        ("learning_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_the_words_of_other_trainers_are_known(config, tmp_path, name, meant):
+    put(config, name, 4)
+    (problem,) = problems(config)
+    *section, _ = name.split(".")
+    suggested = meant.removeprefix(f"{section[0]}.") if section else meant
+    assert problem.partition(", did you mean ")[2] in (f"{meant}?", f"{suggested}?")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(f"did you mean {'' if section else meant}")):
+        RunConfig.load(tmp_path / "run.json", [f"{name}=4"])
+
+
+def test_every_synonym_names_a_field_that_exists():
+    known = {
+        f"{name}.{field}" for cell in cell_configs() for name, x in known_fields({"cell": cell}).items() for field in x
+    }
+    for field in suggest.SYNONYMS:
+        assert field in known or field.startswith("deepspeed.zero_optimization."), field
+    words = [word for words in suggest.SYNONYMS.values() for word in words.split()]
+    assert len(words) > 100 and all(word == word.lower() for word in words)

@@ -1,4 +1,4 @@
-"""The figures of a run: each one's formula on numbers worked out by hand; what runs log and docs describe; FLOPs and peaks."""
+"""The figures of a run: every formula on numbers worked out by hand; what a run logs; FLOPs and peaks."""
 
 import fnmatch
 import json

@@ -227,7 +227,8 @@ def chosen_rank(world, cases) -> None:
     for raw, run_dir, stop_after, choice in cases:
         asked = []
 
-        def choose(engine, segment, state, world, *, window):
+        def choose(engine, cell, segment, state, world, *, window, reserved):
+            assert reserved == engine.first_step_bytes(state, window) > 0
             asked.append(window)
             assert len(segment.tokens) == len(state.memory)
             return Choice(choice, 3 << 20, 64 << 20)

@@ -14,6 +14,7 @@ started cold somewhere, through every launcher:
                           alone, interrupted    tests/test_train.py
     launch/evaluate.py    alone, and torchrun   tests/test_evaluate.py
     launch/generate.py    alone                 tests/test_quickstart.py
+    launch/corpus.py      alone                 tests/test_verify.py
     tokenizer/train.py    alone                 tests/test_tokenizer.py
     tokenizer/shard.py    alone, interrupted, and under mpirun: tests/test_interruption.py
 
