@@ -186,7 +186,7 @@ class Trainer:
         return self.chosen_group.segments
 
     def _labels(self, counts: Counts) -> int:
-        """Labels of the next window, over the lanes of all ranks. Where there are loss masks, each rank reads those of its lanes."""
+        """Labels of the next window, over the lanes of all ranks; each rank reads the loss masks of its own, if any."""
         if counts.labels is not None:
             return counts.labels
         tick, window = self.position.tick, self.curriculum.window
