@@ -15,7 +15,8 @@ reduce_scatter, the output of all_gather, the tensor of broadcast. What a ring m
 Slow (every operator passes through Python): for counting, never around what is timed.
 """
 
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

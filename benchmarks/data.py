@@ -31,8 +31,9 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def read_text(files: list[str], characters: int) -> str:
 
 def train_model(folder: Path, text: str) -> Path:
     """A SentencePiece model of 4,096 pieces."""
-    from tokenizer.train import train_tokenizer
+    from memformer_dist.prepare.tokenizer import train_tokenizer
 
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(text[:1_000_000].splitlines(), vocab_size=4096))
@@ -126,7 +127,7 @@ def memmap_reader(corpus: Corpus, ticks: int, folder: Path, *, labels: bool) -> 
         now = schedule.at(tick)
         first = now.document * DOCUMENT_TOKENS + now.segment * LENGTH
         count = np.minimum(LENGTH, DOCUMENT_TOKENS - now.segment * LENGTH)
-        ranges.append(list(zip(range(LANES), first.tolist(), (first + count).tolist(), count.tolist())))
+        ranges.append(list(zip(range(LANES), first.tolist(), (first + count).tolist(), count.tolist(), strict=True)))
 
     def read() -> int:
         batch, following = np.zeros((LANES, LENGTH), np.int64), np.zeros((LANES, LENGTH), np.int64)
@@ -287,7 +288,7 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, l
     """Characters a second of processor time in each round: ours from files to shards, bare SentencePiece from memory."""
     import sentencepiece
 
-    from tokenizer.shard import shard
+    from memformer_dist.prepare.build import shard
 
     texts = [text[start : start + 40_000] for start in range(0, len(text), 40_000)]
     source = folder / "texts.jsonl"
@@ -310,7 +311,7 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, l
 
 def ratio(rounds: dict[str, list[float]], one: str, other: str) -> float:
     """Machines change their speed from minute to minute: what is compared was measured in the same round."""
-    return statistics.median(a / b for a, b in zip(rounds[one], rounds[other]))
+    return statistics.median(a / b for a, b in zip(rounds[one], rounds[other], strict=True))
 
 
 def medians(rounds: dict[str, list[float]]) -> dict[str, float]:

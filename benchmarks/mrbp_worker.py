@@ -20,9 +20,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,10 @@ def bptt(cell: Memformer, window: RandomWindow, state: NamedTuple, loss_scale: f
         features, state = cell("advance", segment, state)
         waiting.append((segment, features))
         if len(waiting) == group or t == len(window) - 1:
-            segments, made = zip(*waiting)
-            features = features._make(torch.cat(column) for column in zip(*made)) if group > 1 else features
+            segments, made = zip(*waiting, strict=True)
+            features = (
+                features._make(torch.cat(column) for column in zip(*made, strict=True)) if group > 1 else features
+            )
             losses.append(cell("readout", concatenate(segments), features).sum())
             waiting = []
     (torch.stack(losses).sum() * loss_scale).backward()
@@ -271,7 +274,7 @@ def count_flops(layout: Layout) -> SegmentFlops:
         counts.append(counter.get_total_flops())
         nll = cell("readout", segment, features)
         counts.append(counter.get_total_flops())
-        (nll.sum() + inner_product(state, state._make(map(torch.ones_like, state)))).backward()
+        (nll.sum() + inner_product((), [], state, [torch.ones_like(x) for x in state])).backward()
         counts.append(counter.get_total_flops())
     forward, both, whole = (count * layout.lanes for count in counts)
     return SegmentFlops(forward, both - forward, whole - both)

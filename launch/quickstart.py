@@ -1,11 +1,11 @@
-"""The whole path on one machine: tokenizer, token shards, training under DeepSpeed, evaluation, a sample.
+"""From text to a trained memory transformer on one machine: tokenizer, corpus, training, evaluation, a sample.
 
-    bash launch/quickstart.sh                   # makes the environment, then runs this on Python's standard library
+    bash launch/quickstart.sh                   # makes the environment, then trains on Python's standard library
     bash launch/quickstart.sh my_texts/         # ... on a folder of text
 
-Each step is a command of its own, printed before it runs; take them from here to your own data. Everything lies in
-runs/quickstart, or runs/quickstart-NAME-HASH for a folder NAME, with a hash of where it lies. Run again after an
-interruption (Ctrl-C saves first), it goes on where it was.
+Each step is a command of its own and is printed before it runs; use these commands for your own data. Everything lies
+in runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a hash of its path. After an interruption
+(Ctrl-C saves a checkpoint first) the same command resumes.
 """
 
 import argparse
@@ -24,31 +24,32 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.data.open_data import open_corpora
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
 CPU_RANKS = 2
-EPOCHS = 40  # at the most, on a folder so small that the configuration's tokens would be more than these
+MAX_EPOCHS = 40  # of a folder so small that the configuration's tokens would be more
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 
 
 def run(*command: str | Path, advice: str = "", **environment: str) -> None:
     """Run one step as a user would; a step that fails ends the quickstart with its exit code.
 
-    `advice` is printed where it fails by a mistake of the user's (exit code 2).
+    `advice` is printed where the step fails because of a mistake of the user's (exit code 2).
     """
     shown = " ".join(shlex.quote(os.path.relpath(part) if isinstance(part, Path) else part) for part in command)
     print(f"\n$ {shown}", flush=True)
-    # The standard input of the step and of all that it starts is a pipe that nobody uses: it tells when all have ended.
-    # Ctrl-C reaches them all; DeepSpeed's launcher ends at once then, while the ranks are still saving.
+    # The step and all processes that it starts inherit one end of a pipe as their standard input; reading the other end
+    # returns when all of them have ended. Ctrl-C reaches all of them, and DeepSpeed's launcher then ends at once, while
+    # its ranks are still saving.
     ended, held = os.pipe()
     child = subprocess.Popen(command, stdin=held, env=os.environ | environment)
     os.close(held)
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        print("\nstopping, which may take the time to save a checkpoint ...", file=sys.stderr, flush=True)
+        print("\nstopping; saving a checkpoint may take a while ...", file=sys.stderr, flush=True)
         os.read(ended, 1)
         raise
     finally:
@@ -59,15 +60,16 @@ def run(*command: str | Path, advice: str = "", **environment: str) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def starting_afresh(folder: Path) -> str:
+def start_over(folder: Path) -> str:
+    """Advice for when the results of an earlier run do not fit any more."""
     return (
         f"\n{os.path.relpath(folder)} was made by an earlier run. If the texts, the configuration or the number of GPUs"
-        f" have changed since, start afresh:  rm -r {shlex.quote(os.path.relpath(folder))}"
+        f" have changed since, start over:  rm -r {shlex.quote(os.path.relpath(folder))}"
     )
 
 
 def prepare(inputs: list[str], folder: Path) -> Path:
-    """Tokenizer and shards; a second run finds them there."""
+    """Train the tokenizer and make the corpus, unless an earlier run has made them -> the corpus."""
     model, corpus = folder / "spm.model", folder / "corpus"
     if not model.exists():
         run(
@@ -77,13 +79,13 @@ def prepare(inputs: list[str], folder: Path) -> Path:
     run(
         *(sys.executable, ROOT / "tokenizer/shard.py", "--input", *inputs, "--tokenizer", model, "--output", corpus),
         *("--valid-fraction", "0.01"),
-        advice=starting_afresh(folder) if corpus.exists() else "",
+        advice=start_over(folder) if corpus.exists() else "",
     )
     return corpus
 
 
 def train(corpus: Path, folder: Path) -> dict:
-    """On every GPU of this machine, or on two CPU ranks; returns the figures of summary.json."""
+    """Train on every GPU of this machine, or on two CPU ranks -> the figures of summary.json."""
     ranks, environment = torch.cuda.device_count(), {}
     if ranks == 0:
         ranks = CPU_RANKS
@@ -98,45 +100,45 @@ def train(corpus: Path, folder: Path) -> dict:
         *(ROOT / "launch/train.py", "--config", CONFIG, "--run-dir", folder),
         *("--set", f"data.corpus={corpus}", "--set", f"data.lanes={lanes}"),
         *("--set", f"training.tokens={tokens}"),
-        advice=starting_afresh(folder) if (folder / "checkpoints").exists() else "",
+        advice=start_over(folder) if (folder / "checkpoints").exists() else "",
         **environment,
     )
     summary = finished(folder, tokens)
     if summary is None:
-        print("\nstopped before the end; run the same command again to go on")
+        print("\ntraining was stopped before its end; the same command resumes")
         sys.exit(1)
     return summary
 
 
 def finished(folder: Path, tokens: int) -> dict | None:
-    """The summary of a run that has trained on so many tokens; one of a shorter run, since continued, is none."""
+    """The summary of a run that has trained on so many tokens, None where it has trained on fewer."""
     path = folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else None
     return summary if summary and summary["tokens"] >= tokens else None
 
 
 def lanes_for(ranks: int, config: dict) -> int:
-    """The configuration's lanes, more where the ranks do not divide them."""
+    """The configuration's lanes, or the next number that the ranks divide."""
     return math.ceil(config["data"]["lanes"] / ranks) * ranks
 
 
 def budget(corpus: Path, config: dict) -> int:
-    """Tokens to train on: the configuration's, less where documents leave segments half empty or the corpus is tiny."""
+    """Tokens to train on: the configuration's; fewer where documents leave segments half empty or are few."""
     lengths = open_corpora(corpus)[0].lengths
     segment_length = config["data"]["segment_length"]
     filled = lengths.sum() / (-(-lengths // segment_length) * segment_length).sum()
-    return max(1, int(min(config["training"]["tokens"] * filled, EPOCHS * lengths.sum())))
+    return max(1, int(min(config["training"]["tokens"] * filled, MAX_EPOCHS * lengths.sum())))
 
 
 def sample(corpus: Path, folder: Path) -> None:
-    """Continue the beginning of a held-out document."""
+    """Let the model continue the beginning of a held-out document."""
     valid = open_corpora(corpus)[1]
     document = int(valid.lengths.argmax())
     beginning = valid.tokens(document, 0, min(PROMPT_TOKENS, int(valid.lengths[document]) // 2 + 1)).tolist()
     prompt = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).decode(beginning)
     prompt_file = folder / "prompt.txt"
     prompt_file.write_text(prompt)
-    print("\nThe beginning of a held-out document, and how the model goes on:")
+    print("\nThe beginning of a held-out document, and how the model continues it:")
     run(
         *(sys.executable, ROOT / "launch/generate.py", "--run-dir", folder, "--prompt-file", prompt_file),
         *("--tokens", str(SAMPLE_TOKENS)),
@@ -144,6 +146,7 @@ def sample(corpus: Path, folder: Path) -> None:
 
 
 def table(summary: dict, folder: Path) -> str:
+    """Held-out losses, speed, and where the run lies."""
     rows = [
         ("memory carried", "eval_loss"),
         ("memory reset at every segment", "eval_loss_no_memory"),
@@ -154,24 +157,28 @@ def table(summary: dict, folder: Path) -> str:
         gap = "" if key == "eval_loss" else f"{summary[key] - summary['eval_loss']:+9.4f}"
         lines.append(f"{name:36}{summary[key]:8.4f}{math.exp(min(summary[key], 700)):12.2f}{gap}")
     lines += [
-        f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
-        f" on {summary['world_size']} ranks",
+        (
+            f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
+            f" on {summary['world_size']} ranks"
+        ),
         f"the run: {os.path.relpath(folder)}   its figures: {os.path.relpath(folder / 'summary.json')}",
-        f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')}"
-        f" --logdir {os.path.relpath(folder / 'tensorboard')}",
+        (
+            f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')}"
+            f" --logdir {os.path.relpath(folder / 'tensorboard')}"
+        ),
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "path", nargs="?", type=Path, help="a folder of text (default: the standard library's source code)"
+        "path", nargs="?", type=Path, help="a folder of text (default: the source code of Python's standard library)"
     )
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.path is None:
         folder = options.runs / "quickstart"
         inputs = [sysconfig.get_path("stdlib"), "--exclude", "site-packages", "dist-packages", "__pycache__"]
@@ -189,11 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

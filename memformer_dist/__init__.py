@@ -1,3 +1,36 @@
-"""memformer_dist: distributed training of segment-recurrent memory transformers by exact memory replay back-propagation."""
+"""Distributed training of segment-recurrent memory transformers by exact memory replay back-propagation.
 
-__version__ = "0.1.0"
+    from memformer_dist import RecurrentCell, RunConfig, Segment, memory_replay
+
+Each name is imported when it is first used, so that `import memformer_dist` takes no time and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memformer_dist.cells.base import RecurrentCell
+    from memformer_dist.config import RunConfig
+    from memformer_dist.mrbp.replay import memory_replay
+    from memformer_dist.segment import Segment
+
+__version__ = "0.2.0"
+__all__ = ["RecurrentCell", "RunConfig", "Segment", "__version__", "memory_replay"]
+
+_MODULES = {
+    "RecurrentCell": "memformer_dist.cells.base",
+    "RunConfig": "memformer_dist.config",
+    "Segment": "memformer_dist.segment",
+    "memory_replay": "memformer_dist.mrbp.replay",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _MODULES.keys())

@@ -7,18 +7,19 @@
         lanes-00000-00008.safetensors  the cell's state of global lanes 0 ... 7, written by the rank that had them
         manifest.json                  bytes and sha256 of every file above, written last
 
-A checkpoint is written under another name and renamed when every byte is on the disk, so one that has its name is whole; the
-manifest tells whether it still is. One that fails verification is passed over aloud for the one before. Nothing is unpickled.
-DeepSpeed's own checkpoints unpickle, tie the run to its world size and are not written atomically: they are not used.
+A checkpoint is written under another name and renamed when every byte is on the disk, so a folder step-... is complete;
+its manifest shows whether it is still what was written. A damaged checkpoint is skipped with a warning, and the one
+before it is used. Nothing is unpickled. DeepSpeed's own checkpoints are not used: they unpickle, tie the run to its
+world size and are not written atomically.
 """
 
-import hashlib
-import os
+import json
+import logging
 import shutil
-import sys
+from collections.abc import Iterable, Iterator, KeysView
 from functools import cached_property
 from pathlib import Path
-from typing import Iterable, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,34 +28,48 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from memformer_dist.cells.memformer import Memformer
+from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, first_problem
+from memformer_dist.files import flush, sha256_of
+from memformer_dist.mrbp.executor import reseed
 from memformer_dist.progress import Interval, Position
+from memformer_dist.segment import Tensors
+from memformer_dist.upgrade import upgrade
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 
-VERSION = 1
+if TYPE_CHECKING:  # read by generation alone
+    from sentencepiece import SentencePieceProcessor
+
 FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
+log = logging.getLogger(__name__)
+
+
+class HasTensors(Protocol):
+    """What `save` needs of an engine."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(name, fp32 weight, Adam's moments) of every parameter, whole, one at a time. A collective call."""
 
 
 class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
-    """What mrbp.readout_group "auto" has chosen. Kept, because the dropout masks of a readout depend on its batch."""
+    """The choice of mrbp.readout_group "auto". Kept, because the dropout masks of a readout depend on its batch."""
 
     segments: int
-    lanes: int  # of a lane group, for which it was measured
+    lanes: int  # of the lane group that was measured
 
 
 class Contents(BaseModel, extra="forbid"):
-    """checkpoint.json."""
+    """What checkpoint.json holds."""
 
-    version: Literal[1]
+    version: Literal[2] = 2
     position: Position
     interval: Interval = Interval()
-    curriculum: Progress | None = None  # of the window; None before there were curricula
-    readout_group: ReadoutGroup | None = None  # where it is chosen by the program
+    curriculum: Progress | None = None  # of the window; None in checkpoints older than curricula
+    readout_group: ReadoutGroup | None = None  # None unless mrbp.readout_group is "auto"
     corpus: str  # fingerprint of the training corpus
     anchor: bool  # never removed
     vocabulary: Vocabulary
@@ -65,69 +80,79 @@ class FileRecord(BaseModel, extra="forbid"):
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        return cls(bytes=path.stat().st_size, sha256=sha256_of(path))
 
-MANIFEST_FILE = TypeAdapter(dict[str, FileRecord])  # manifest.json, by file name
+
+FILE_RECORDS = TypeAdapter(dict[str, FileRecord])  # what manifest.json holds, by file name
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is not what was written."""
 
 
 class Checkpoint:
-    """A checkpoint on the disk; `verify` before trusting what it holds. Both raise Damaged."""
+    """A checkpoint on disk. Call `verify` before trusting what it holds.
+
+    Raises Damaged if there is no readable manifest.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.manifest = MANIFEST_FILE.validate_json((path / "manifest.json").read_bytes())
+            self.records = FILE_RECORDS.validate_json((path / "manifest.json").read_bytes())
         except (OSError, ValidationError) as error:
-            raise Damaged(f"{path / 'manifest.json'}: {str(error).splitlines()[0]}")
+            raise Damaged(f"{path / 'manifest.json'}: {str(error).splitlines()[0]}") from None
 
     def verify(self) -> None:
-        for name, expected in self.manifest.items():
+        """Read every byte. Raises Damaged, naming the first file that is not what was written."""
+        for name, expected in self.records.items():
             try:
-                found = _digest(self.path / name)
+                found = FileRecord.of(self.path / name)
             except OSError as error:
-                raise Damaged(f"{self.path / name}: {error.strerror}")
+                raise Damaged(f"{self.path / name}: {error.strerror}") from None
             if found != expected:
                 raise Damaged(f"{self.path / name}: found {found}, the manifest says {expected}")
 
     @cached_property
     def contents(self) -> Contents:
-        """Raises UserError where a whole checkpoint is not one that this program can read."""
+        """Raises UserError if a checkpoint, though undamaged, is not one that this version can read."""
         path = self.path / "checkpoint.json"
         try:
-            return Contents.model_validate_json(path.read_bytes())
+            return Contents.model_validate(upgrade(json.loads(path.read_bytes())))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{path}: was written by another version of this program; {field}: {first['msg']}")
+            found = first_problem(error)
+        except ValueError as error:
+            found = f"not JSON: {error}"
+        raise UserError(f"{path}: was written by another version of this program: {found}")
 
-    def changes(self, config: RunConfig, corpus: TokenDataset) -> dict:
+    def changes(self, config: RunConfig, corpus: TokenDataset) -> dict[str, tuple]:
         """Fields of the configuration that differ from the checkpoint's, as {name: (saved, now)}.
 
-        Raises UserError where a run that goes on from here may not change them, or has another corpus or tokenizer.
+        Raises UserError if a resumed run may not change them, or if the corpus or the tokenizer is another one.
         """
         there, here = self.contents.vocabulary.tokenizer_sha256, corpus.vocabulary.tokenizer_sha256
         if there != here:
             raise UserError(
-                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256 {here[:12]}, the"
-                f" run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh run in another --run-dir"
+                f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256"
+                f" {here[:12]}, the run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh"
+                " run in another --run-dir"
             )
         if self.contents.corpus != corpus.fingerprint:
             weights = "" if isinstance(config.data.corpus, str) else " with these weights"
             raise UserError(
-                f"data.corpus: {config.data.corpus}{weights} is not the corpus that this run was trained on (fingerprint"
-                f" {corpus.fingerprint[:12]}, the run has {self.contents.corpus[:12]}); bring that one back, or start a"
-                " fresh run in another --run-dir"
+                f"data.corpus: {config.data.corpus}{weights} is not the corpus that this run was trained on"
+                f" (fingerprint {corpus.fingerprint[:12]}, the run has {self.contents.corpus[:12]}); restore the other"
+                " one, or start a fresh run in another --run-dir"
             )
         return config.changes_since(self.contents.config)
 
     def files(self, prefix: str) -> list[Path]:
-        return [self.path / name for name in sorted(self.manifest) if name.startswith(prefix)]
+        return [self.path / name for name in sorted(self.records) if name.startswith(prefix)]
 
     def load_weights(self, cell: nn.Module) -> None:
-        """Copy the weights into a cell. UserError when names or shapes are not the cell's."""
+        """Copy the weights into a cell. Raises UserError if names or shapes are not the cell's."""
         weights = TensorFiles(self.files("weights-"))
         parameters = dict(cell.named_parameters())
         if missing := parameters.keys() ^ weights.keys():
@@ -142,11 +167,28 @@ class Checkpoint:
                 )
             parameter.data.copy_(value)
 
-    def cell(self, device: torch.device) -> Memformer:
+    def cell(self, device: torch.device) -> RecurrentCell:
         """The trained cell, in evaluation mode."""
         cell = build_cell(self.contents.config, self.contents.vocabulary)
         self.load_weights(cell)
         return cell.to(device).eval()
+
+    def tokenizer(self) -> "SentencePieceProcessor":
+        """The tokenizer of the checkpoint's run. Raises UserError if it is missing or another one."""
+        from sentencepiece import SentencePieceProcessor
+
+        path = self.path.resolve().parent.parent / "tokenizer.model"
+        if not path.exists():
+            raise UserError(
+                f"--run-dir: found no {path}, expected the run's tokenizer in the folder that holds its checkpoints/"
+            )
+        found, expected = sha256_of(path), self.contents.vocabulary.tokenizer_sha256
+        if found != expected:
+            raise UserError(
+                f"--run-dir: {path} is not the tokenizer that the model was trained with: found sha256 {found[:16]},"
+                f" expected {expected[:16]}"
+            )
+        return SentencePieceProcessor(model_file=str(path))
 
     @cached_property
     def _moments(self) -> "TensorFiles":
@@ -155,8 +197,8 @@ class Checkpoint:
     def moment(self, name: str, key: str) -> Tensor:
         return self._moments[f"{key}.{name}"]
 
-    def load_lanes(self, lanes: range, empty: NamedTuple) -> NamedTuple:
-        """The state of the given global lanes, shaped and placed as `empty` is."""
+    def load_lanes(self, lanes: range, empty: Tensors) -> Tensors:
+        """The state of the given global lanes, in the types and on the device of `empty`."""
         pieces = []
         for path in self.files("lanes-"):
             first, stop = (int(part) for part in path.stem.split("-")[1:])
@@ -164,35 +206,33 @@ class Checkpoint:
             if begin < end:
                 with safe_open(path, "pt") as file:
                     pieces.append([file.get_slice(field)[begin - first : end - first] for field in empty._fields])
-        return empty._make(torch.cat(column).to(like) for column, like in zip(zip(*pieces), empty))
+        return empty._make(
+            torch.cat(column).to(like) for column, like in zip(zip(*pieces, strict=True), empty, strict=True)
+        )
 
 
 class TensorFiles:
-    """Several safetensors files as one mapping; a tensor is read when asked for."""
+    """Several safetensors files as one mapping. A tensor is read from disk each time it is looked up."""
 
     def __init__(self, paths: Iterable[Path]):
-        self.file_of = {}
+        self.file_of: dict[str, safe_open] = {}
         for path in paths:
             file = safe_open(path, "pt")
             self.file_of |= dict.fromkeys(file.keys(), file)
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         return self.file_of.keys()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.file_of[name].get_tensor(name)
 
 
-def save(
-    run_dir: Path,
-    engine,
-    world: World,
-    *,
-    contents: Contents,
-    lanes: range,
-    state: NamedTuple,
-) -> Path:
-    """Write a checkpoint; a collective call. `state` holds this rank's `lanes`, in order."""
+def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents, lanes: range, state: Tensors) -> Path:
+    """Write a checkpoint and remove old ones; returns its folder. A collective call.
+
+    Args:
+        lanes, state: this rank's global lanes, and their states in that order.
+    """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{contents.position.step:08d}"
     partial = folder / f"partial-{contents.position.step:08d}"
@@ -207,21 +247,22 @@ def save(
     _save_tensors(partial, engine, world)
     dist.barrier()
     if world.is_main:
+        # Not by files.write_text: the whole folder is flushed and renamed at once.
         (partial / "checkpoint.json").write_text(contents.model_dump_json(indent=2))
-        manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_bytes(MANIFEST_FILE.dump_json(manifest, indent=2))
+        records = {path.name: FileRecord.of(path) for path in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_bytes(FILE_RECORDS.dump_json(records, indent=2))
         for path in (*partial.iterdir(), partial):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # of a save whose end its run did not live to see
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after the rename, and has come here again
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
         _remove_old(folder, contents.config.checkpoint.keep)
     dist.barrier()
     return final
 
 
-def _save_tensors(folder: Path, engine, world: World) -> None:
-    """Weights and moments in files of bounded size; every rank takes part in the gathering, rank 0 writes."""
+def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
+    """Write weights and moments in files of bounded size. Every rank takes part in gathering them, rank 0 writes."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     held = count = 0
@@ -246,38 +287,40 @@ def _save_tensors(folder: Path, engine, world: World) -> None:
         write()
 
 
-def newest(run_dir: Path, world: World, say=lambda text: print(text, file=sys.stderr, flush=True)) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None in a run that has none. A collective call: rank 0 verifies.
+def newest(run_dir: Path, world: World) -> Checkpoint | None:
+    """The newest undamaged checkpoint, or None in a run that has none. A collective call: rank 0 verifies.
 
-    Raises UserError when there are checkpoints and none of them is good: a fresh start would throw the run away.
+    Raises UserError if there are checkpoints and all of them are damaged: a fresh start would throw the run away.
     """
-    choice = torch.tensor([-1])  # step; -1: there is none; -2: none is good
-    if world.is_main:
-        candidates = sorted((run_dir / "checkpoints").glob("step-[0-9]*"), reverse=True)
-        choice[0] = -2 if candidates or any((run_dir / "checkpoints").glob("damaged-*")) else -1
-        for path in candidates:
-            try:
-                Checkpoint(path).verify()
-            except Damaged as damage:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # this step was reached, and damaged, once before
-                path.rename(aside)
-                say(f"checkpoint passed over, it is damaged: {damage}; moved to {aside}")
-                continue
-            choice[0] = int(path.name.removeprefix("step-"))
-            break
-    choice = choice.to(world.device)
-    dist.broadcast(choice, 0)
-    step = int(choice)
-    if step == -2:
+    folder = run_dir / "checkpoints"
+    name = world.broadcast_first(world.on_all_or_raise(lambda: _newest_name(folder) if world.is_main else None))
+    return None if name is None else Checkpoint(folder / name)
+
+
+def _newest_name(folder: Path) -> str | None:
+    """The name of the newest undamaged checkpoint. Damaged ones that are newer are moved aside."""
+    candidates = sorted(folder.glob("step-[0-9]*"), reverse=True)
+    for path in candidates:
+        try:
+            Checkpoint(path).verify()
+            return path.name
+        except Damaged as damage:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step was damaged once before
+            path.rename(aside)
+            log.warning("skipping damaged checkpoint: %s (moved to %s)", damage, aside)
+    if candidates or any(folder.glob("damaged-*")):
         raise UserError(
-            f"{run_dir / 'checkpoints'}: every checkpoint is damaged; restore one, or start a fresh run elsewhere"
+            f"{folder}: every checkpoint is damaged; restore one, or start a fresh run in another --run-dir"
         )
-    return None if step == -1 else Checkpoint(run_dir / "checkpoints" / f"step-{step:08d}")
+    return None
 
 
 def open_one(path: Path) -> Checkpoint:
-    """A checkpoint given by its own folder or by its run's (then the newest good one). Not collective."""
+    """A checkpoint given by its own folder, or by its run's, then the newest undamaged one. Not collective.
+
+    Raises UserError if there is none.
+    """
     candidates = (
         [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-[0-9]*"), reverse=True)
     )
@@ -297,42 +340,43 @@ def open_one(path: Path) -> Checkpoint:
 
 
 def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
-    """training.init_from, opened; UserError where it was trained with another tokenizer. Not collective."""
+    """The checkpoint of training.init_from. Raises UserError if its tokenizer is another one. Not collective."""
     initial = open_one(path)
     found, expected = initial.contents.vocabulary.tokenizer_sha256, vocabulary.tokenizer_sha256
     if found != expected:
         raise UserError(
-            f"training.init_from: {initial.path} was trained with another tokenizer than the corpus has: sha256"
+            f"training.init_from: {initial.path} was trained with another tokenizer than the corpus's: found sha256"
             f" {found[:16]}, expected {expected[:16]}"
         )
     return initial
 
 
-def build_cell(config: RunConfig, vocabulary: Vocabulary) -> Memformer:
-    return Memformer(
-        config.model, vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
+def initial_cell(config: RunConfig, vocabulary: Vocabulary, resumed: Checkpoint | None) -> RecurrentCell:
+    """The cell with which a run starts: with the weights of a checkpoint or of training.init_from, or with random ones.
+
+    Not collective; the same weights on every rank.
+    """
+    reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU
+    cell = build_cell(config, vocabulary)
+    if resumed is not None:
+        resumed.load_weights(cell)
+    elif config.training.init_from:
+        open_initial(Path(config.training.init_from), vocabulary).load_weights(cell)
+    return cell
+
+
+def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:
+    """A cell with random weights, as the section `model` describes it."""
+    return config.model.build(
+        vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
     )
-
-
-def _digest(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return FileRecord(bytes=file.tell(), sha256=digest.hexdigest())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
     for path in sorted(folder.glob("step-[0-9]*"), reverse=True)[keep:]:
         try:
             anchor = Checkpoint(path).contents.anchor
-        except (Damaged, OSError, UserError):  # its removal was interrupted, or it could not be resumed from
+        except (Damaged, OSError, UserError):  # a removal was interrupted, or nothing could resume from it
             anchor = False
         if not anchor:
             shutil.rmtree(path)

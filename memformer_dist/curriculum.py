@@ -23,7 +23,7 @@ from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag, Validati
 class WindowByStep(BaseModel, extra="forbid", frozen=True):
     """The window may also shrink. A step is one window trained on, skipped ones included."""
 
-    by_step: dict[int, PositiveInt] = Field(description='segments a window from a step on, e.g. {"0": 2, "1000": 8}')
+    by_step: dict[int, PositiveInt] = Field(description='segments per window from a step on, e.g. {"0": 2, "1000": 8}')
 
     @field_validator("by_step")
     @classmethod
@@ -47,16 +47,16 @@ class WindowByStep(BaseModel, extra="forbid", frozen=True):
 
 class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     first: PositiveInt = Field(description="segments of the first window")
-    last: PositiveInt = Field(description="segments that the window does not grow beyond")
+    last: PositiveInt = Field(description="segments beyond which the window does not grow")
     metric: Literal["loss/train", "eval/loss", "eval/gap"] = Field(
-        description="a loss lets the window grow by one segment when it is below the threshold, the gap when above"
+        description="the window grows by one segment when a loss is below the threshold, or the gap above it"
     )
-    threshold: float = Field(description="of the metric")
+    threshold: float = Field(description="value of the metric at which the window grows")
     every_steps: PositiveInt | None = Field(
         None,
         validate_default=True,
-        description="loss/train is averaged over so many steps at one window, then compared and averaged anew; the"
-        " evaluation's metrics are compared at each evaluation",
+        description="steps over which loss/train is averaged before it is compared; null for the metrics of evaluations,"
+        " which are compared at each evaluation",
     )
 
     @field_validator("last")
@@ -96,9 +96,9 @@ def _shape(value) -> str | None:
     """Which one is meant: the errors are then of that one alone."""
     if isinstance(value, (int, float)):
         return "<number>"
-    if isinstance(value, WindowByStep) or isinstance(value, dict) and "by_step" in value:
+    if isinstance(value, WindowByStep) or (isinstance(value, dict) and "by_step" in value):
         return "<by step>"
-    if isinstance(value, WindowByMetric) or isinstance(value, dict) and value.keys() & WindowByMetric.model_fields:
+    if isinstance(value, WindowByMetric) or (isinstance(value, dict) and value.keys() & WindowByMetric.model_fields):
         return "<by metric>"
     return None
 
@@ -160,11 +160,11 @@ class Curriculum:
         return self.plan if isinstance(self.plan, int) else self.plan.largest
 
     def after_step(self, step: int, nll: float, labels: float) -> str | None:
-        """What changes, in words, now that `step` windows are behind us.
+        """What changes, in words, after `step` windows.
 
         Args:
-            nll, labels: of the last one, over all ranks; it counts in no mean where its step was skipped (0 labels) or
-                its loss is not finite.
+            nll, labels: of the last window, over all ranks. A skipped step (0 labels) and a loss that is not finite count in
+                no mean.
         """
         plan, progress = self.plan, self.progress
         if isinstance(plan, WindowByStep):
@@ -176,24 +176,25 @@ class Curriculum:
         progress.steps += 1
         progress.nll += nll
         progress.labels += labels
+        assert plan.every_steps is not None  # WindowByMetric has one for this metric
         if progress.steps < plan.every_steps:
             return None
         mean = progress.nll / progress.labels
         self.progress = Progress(window=progress.window)
-        return self._compare(mean, f" over {plan.every_steps} steps")
+        return self._compare(plan, mean, f" over {plan.every_steps} steps")
 
     def after_evaluation(self, loss: float, gap: float) -> str | None:
-        """What changes, in words, after an evaluation on the way: eval/loss and eval/gap."""
+        """What changes, in words, after an evaluation during training, by eval/loss or eval/gap."""
         plan = self.plan
         if not isinstance(plan, WindowByMetric) or plan.metric == "loss/train" or self.window == plan.last:
             return None
-        return self._compare(gap if plan.metric == "eval/gap" else loss, "")
+        return self._compare(plan, gap if plan.metric == "eval/gap" else loss, "")
 
-    def _compare(self, value: float, of: str) -> str | None:
-        if not self.plan.passes(value):  # nor does nan
+    def _compare(self, plan: WindowByMetric, value: float, of: str) -> str | None:
+        if not plan.passes(value):  # nor does nan
             return None
-        side = "above" if self.plan.metric == "eval/gap" else "below"
-        because = f"{self.plan.metric} was {value:.4f}{of}, {side} {self.plan.threshold:g}"
+        side = "above" if plan.metric == "eval/gap" else "below"
+        because = f"{plan.metric} was {value:.4f}{of}, {side} {plan.threshold:g}"
         return self._continue_with(self.window + 1, because)
 
     def _continue_with(self, window: int, because: str) -> str | None:

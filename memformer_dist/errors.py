@@ -1,16 +1,20 @@
 """What a user can put right, and how a program says so. No torch in here: the workers of preparation start without it.
 
-Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1 with a
-traceback for ours.
+Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1
+with a traceback for ours.
 """
 
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from pydantic import ValidationError
+
+LONGEST_SHOWN = 120  # characters of a value in a message
 
 
 class UserError(ValueError):
@@ -18,55 +22,81 @@ class UserError(ValueError):
 
 
 class CorpusError(UserError):
-    """A corpus is damaged or out of reach. The message names the shard, and document and byte offset where it is damaged."""
+    """A corpus, or text for one, is damaged or out of reach.
+
+    The message names the shard, and document and byte offset where it is damaged.
+    """
+
+
+def sentences(
+    error: ValidationError,
+    prefix: str = "",
+    *,
+    unknown: Callable[[str], str] = lambda field: "",
+    missing: Callable[[str], str] = lambda field: "",
+) -> list[str]:
+    """What pydantic found, one sentence per problem: the field, what was found, what was expected.
+
+    Args:
+        prefix: the name of what was validated, put before the fields' own; "" for none.
+        unknown, missing: given the whole name of a field that is unknown or missing, how the sentence about it ends.
+    """
+    return [_sentence(problem, prefix, unknown, missing) for problem in error.errors()]
+
+
+def _sentence(problem: Any, prefix: str, unknown: Callable[[str], str], missing: Callable[[str], str]) -> str:
+    # Names in angle brackets are those of the members of a union: where the error lies for pydantic, not in the file.
+    location = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("<")]
+    field = ".".join(filter(None, [prefix, *location]))
+    start = f"{field}: " if field else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{start}unknown key{unknown(field)}"
+    if problem["type"] == "missing":
+        return f"{start}missing{missing(field)}"
+    if problem["type"] == "value_error":  # of a validator of ours, in its own words
+        return f"{start}{problem['ctx']['error']}"
+    return f"{start}found {_shown(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """What was found, cut where it is long: it may be a whole document."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's findings as "field: what is wrong, found VALUE"."""
-    problem = error.errors()[0]
-    field = field_name(problem["loc"])
-    found = (
-        "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", found {problem['input']!r}"
-    )
-    return ": ".join(filter(None, [field, message(problem)])) + found
-
-
-def field_name(location: Iterable[Any]) -> str:
-    """pydantic's location of a problem as a user writes it: ("training", "tokens") -> training.tokens."""
-    return ".".join(map(str, location))
-
-
-def message(problem: Any) -> str:
-    """What pydantic says of one problem, as the middle of a sentence; a validator of ours in its own words."""
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return problem["msg"][0].lower() + problem["msg"][1:]
+    """The first of the `sentences`."""
+    return sentences(error)[0]
 
 
 def run_program(program: Callable[[], None], error_log: Path | None = None) -> None:
     """Run a program's main function and end the process with its exit code.
 
-    A user's mistake also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
-    Of several ranks the first alone reports it: each has found the same one, or was told of it (World.broadcast_first).
-    Ends by os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
+    What went wrong also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
+    Of several ranks only rank 0 reports a user's mistake: all have the same message (World.broadcast_first). Ends by
+    os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
     """
-    code = 0
+    code, rank = 0, os.environ.get("RANK", "0")
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if error_log is not None:
+            error_log.parent.mkdir(parents=True, exist_ok=True)
+            with error_log.open("a", encoding="utf-8") as log:  # in the format of logs.py
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}  {text}\n")
+
     try:
         program()
     except UserError as error:
         code = 2
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            if error_log is not None:
-                error_log.parent.mkdir(parents=True, exist_ok=True)
-                with error_log.open("a") as log:
-                    log.write(f"error: {error}\n")
+        if rank == "0":
+            report(f"error: {error}")
     except KeyboardInterrupt:
         code = 130
         print("stopped; the same command resumes", file=sys.stderr, flush=True)
     except Exception:
         code = 1
-        traceback.print_exc()
+        report(traceback.format_exc().rstrip("\n"))
     distributed: Any = sys.modules.get("torch.distributed")  # whoever has imported it may have joined a process group
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)

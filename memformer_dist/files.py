@@ -1,13 +1,16 @@
 """How every file is written and locked: beside, flushed to the disk, renamed. A file that has its name is whole."""
 
+import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Callable, Iterator
+from typing import IO
 
 PARTIAL = ".partial"  # what a file is called until it is whole
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno where a file does not fit
 READ_BYTES = 2**20  # at once, where a file is hashed
 
 
@@ -50,6 +53,11 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def lock(file: IO) -> None:
+    """Lock an open file until it is closed, waiting for whoever has it. Raises OSError on a file system without locks."""
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def try_lock(file: IO) -> bool:

@@ -1,26 +1,31 @@
-"""Generation: documents of a cell's own, several at once, each at its own length.
+"""Sample documents from a trained cell, several at once, each of its own length.
+
+    generation = Generation(cell, eos_id=2)
+    generation.feed([prompt])                                   # token ids, as many as you like
+    for (token,) in generation.sample(100, Sampling(top_p=0.9)):
+        ...                                                     # None once the document has ended
 
 A document is fed tokens in any portions (a prompt, then what was sampled) and is cut into segments as in training.
-Documents reach the end of a segment at different times; those that do are taken out of the batch (index_select),
-closed, opened anew and put back, so that no lane is ever padded and every document gets the numbers it would get
-alone.
+Documents reach the end of a segment at different times; the lanes that do are taken out of the batch (index_select),
+closed, opened for the next segment and put back. So no lane is ever padded, and every document gets the numbers that it
+would get alone.
 
-A saved generation is one safetensors file: the cell's cache (the state and the unfinished segment), the logits to
-sample the next token from, the tokens so far and the random state. It goes on exactly where it stopped, with the
-weights it was made by.
+A saved generation is one safetensors file: the cell's cache (the state and the unfinished segment), the logits from
+which the next token is sampled, the tokens so far and the random state. It continues exactly where it stopped, with the
+weights that made it.
 
-A model is never taught to predict a document's first token (there is no BOS in the data), so a document starts with
+A model is never trained to predict a document's first token (there is no BOS in the data), so a document starts with
 a prompt.
 """
 
 import codecs
 import itertools
 import json
-import os
 import zlib
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
@@ -32,18 +37,23 @@ from typing_extensions import Self
 
 from memformer_dist.cells.base import Cache, RecurrentCell
 from memformer_dist.errors import UserError
+from memformer_dist.files import written
 
 VERSION = 1
-ESCAPE = "\ue000"  # begins the two characters in which tokenizer/train.py writes U+2581 and U+E000
+ESCAPE = "\ue000"  # the first of the two characters as which the tokenizer encodes U+2581 and U+E000
 
 
 class Sampling(BaseModel, extra="forbid", frozen=True):
-    temperature: NonNegativeFloat = Field(1.0, description="divides the logits; 0 takes the likeliest token")
+    """How the next token is chosen."""
+
+    temperature: NonNegativeFloat = Field(1.0, description="divides the logits; 0: always the likeliest token")
     top_k: PositiveInt | None = Field(None, description="sample among the k likeliest tokens")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the fewest tokens with this probability together")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample among the likeliest tokens that together reach this probability"
+    )
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """[documents, vocabulary] -> int64 [documents]. top_p applies to what temperature and top_k leave."""
+        """logits [documents, vocabulary] -> int64 [documents]. top_p applies to what temperature and top_k leave."""
         if self.temperature == 0:
             return logits.argmax(-1)
         ranked, tokens = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
@@ -55,7 +65,10 @@ class Sampling(BaseModel, extra="forbid", frozen=True):
 
 
 class Generation:
-    """`history` holds the tokens of each document, `ended` whether it has come to its EOS (which is no token of it)."""
+    """Documents in the making: `history`, the tokens of each, and `ended`, whether it has reached its EOS.
+
+    The EOS is not part of the history.
+    """
 
     def __init__(self, cell: RecurrentCell, *, eos_id: int, documents: int = 1, seed: int = 0):
         self.cell, self.eos_id = cell.eval(), eos_id
@@ -64,11 +77,11 @@ class Generation:
         self.ended = [False] * documents
         self.logits = torch.zeros(documents, cell.vocab_size)  # of each document's next token, on the CPU
         self.generator = torch.Generator().manual_seed(seed)
-        self.used = [0] * documents  # tokens in the open segment: kept here too, so that nothing waits for the device
+        self.used = [0] * documents  # tokens in the open segment; the cache has them too, on the device
         self.cache = cell.open(cell.empty_state(documents), torch.ones(documents, dtype=torch.bool, device=self.device))
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Append to each document its tokens, as many as there are, perhaps none."""
+        """Append to each document its tokens, any number of them."""
         pending = [list(queue) for queue in tokens]
         size = self.cell.segment_length
         while any(pending):
@@ -84,28 +97,31 @@ class Generation:
                 block = [pending[document][:count] for document in documents]
                 logits = self._on_lanes(documents, self.cell.extend, torch.tensor(block, device=self.device))
                 self.logits[documents] = logits[:, -1].float().cpu()
-                for document, taken in zip(documents, block):
+                for document, taken in zip(documents, block, strict=True):
                     self.history[document] += taken
                     self.used[document] += count
                     del pending[document][:count]
 
     def sample(self, count: int, sampling: Sampling) -> Iterator[list[int | None]]:
-        """Go on by up to `count` tokens. Yields each step's token of every document, None for one that has ended."""
+        """Sample up to `count` tokens per document. Yields the token of every document, None for one that has ended.
+
+        Raises UserError if a document has no tokens yet.
+        """
         if not all(self.history):
-            raise UserError("a document has no tokens, expected at least one: models do not learn how texts begin")
+            raise UserError("a document has no tokens, expected at least one: models do not learn how documents begin")
         for _ in range(count):
             if all(self.ended):
                 return
             chosen = sampling.choose(self.logits, self.generator).tolist()
-            self.ended = [ended or token == self.eos_id for ended, token in zip(self.ended, chosen)]
-            self.feed([[] if ended else [token] for ended, token in zip(self.ended, chosen)])
-            yield [None if ended else token for ended, token in zip(self.ended, chosen)]
+            self.ended = [ended or token == self.eos_id for ended, token in zip(self.ended, chosen, strict=True)]
+            self.feed([[] if ended else [token] for ended, token in zip(self.ended, chosen, strict=True)])
+            yield [None if ended else token for ended, token in zip(self.ended, chosen, strict=True)]
 
     def _next_segment(self, cache: Cache) -> tuple[None, Cache]:
         state = self.cell.close(cache)
         return None, self.cell.open(state, torch.zeros(len(state[0]), dtype=torch.bool, device=self.device))
 
-    def _on_lanes(self, documents: list[int], function: Callable, *arguments):
+    def _on_lanes(self, documents: list[int], function: Callable, *arguments: Any) -> Any:
         """Run function(*arguments, cache) -> (result, cache) on the lanes of some documents alone."""
         if len(documents) == len(self.history):
             result, self.cache = function(*arguments, self.cache)
@@ -116,6 +132,7 @@ class Generation:
         return result
 
     def save(self, path: Path) -> None:
+        """Write everything that is needed to continue, except the weights."""
         tensors = {f"cache.{number}": leaf.contiguous() for number, leaf in enumerate(leaves(self.cache))}
         tensors["logits"] = self.logits
         tensors["history"] = torch.tensor([token for tokens in self.history for token in tokens], dtype=torch.int64)
@@ -127,23 +144,22 @@ class Generation:
             "used": self.used,
             "ended": self.ended,
         }
-        unfinished = path.with_name(path.name + ".unfinished")
-        save_file(tensors, unfinished, metadata={"generation": json.dumps(about)})
-        os.replace(unfinished, path)
+        with written(path) as partial:
+            save_file(tensors, partial, metadata={"generation": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path, cell: RecurrentCell, *, eos_id: int) -> Self:
-        """Raises UserError when `path` is no saved generation, or one of other weights."""
+        """Continue a saved generation. Raises UserError if `path` is none, or was made by other weights."""
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("generation", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except (FileNotFoundError, SafetensorError) as error:
-            raise UserError(f"{path}: found no saved generation: {error}")
+            raise UserError(f"{path}: found no saved generation: {error}") from None
         if about.get("version") != VERSION:
             raise UserError(f"{path}: found version {about.get('version')}, expected a generation of version {VERSION}")
         if about["model"] != checksum(cell):
-            raise UserError(f"{path}: found a generation by other weights, expected one by these")
+            raise UserError(f"{path}: was made by other weights, expected a generation of the model in --run-dir")
         generation = cls(cell, eos_id=eos_id, documents=len(about["lengths"]))
         number = itertools.count()
         generation.cache = map_leaves(lambda leaf: tensors[f"cache.{next(number)}"].to(leaf.device), generation.cache)
@@ -154,21 +170,22 @@ class Generation:
         return generation
 
 
-def map_leaves(function: Callable, *caches):
-    """A cache of function(*corresponding tensors); caches are NamedTuples of tensors or of further NamedTuples."""
+def map_leaves(function: Callable, *caches: Any) -> Any:
+    """Apply a function to corresponding tensors of caches: NamedTuples of tensors or of further NamedTuples."""
     if isinstance(caches[0], Tensor):
         return function(*caches)
-    return caches[0]._make(map_leaves(function, *parts) for parts in zip(*caches))
+    return caches[0]._make(map_leaves(function, *parts) for parts in zip(*caches, strict=True))
 
 
 def leaves(cache: Cache) -> list[Tensor]:
-    found = []
+    """The tensors of a cache, depth first."""
+    found: list[Tensor] = []
     map_leaves(found.append, cache)
     return found
 
 
 def checksum(cell: RecurrentCell) -> int:
-    """Of the weights and the segment length: what a cache means depends on both."""
+    """crc32 of the weights and the segment length: the meaning of a cache depends on both."""
     result = cell.segment_length
     for weight in cell.state_dict().values():
         result = zlib.crc32(weight.cpu().flatten().view(torch.uint8).numpy(), result)
@@ -176,18 +193,20 @@ def checksum(cell: RecurrentCell) -> int:
 
 
 class TextStream:
-    """The text of tokens as they come: in all, what the tokenizer's `decode` makes of all of them.
+    """Decodes tokens one by one. All the pieces of text together equal the tokenizer's `decode` of all the tokens.
 
-    A character spelled in bytes comes out when its last byte is in, an escape when the character after it is.
+    The text of a character that is spelled in bytes waits for its last byte, that of an escape for the character behind
+    it.
     """
 
     def __init__(self, tokenizer: SentencePieceProcessor):
         self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # knows whether a character is whole
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # knows whether a character is complete
         self.pending: list[int] = []
-        self.context: list[int] = []  # tokens with some text: `decode` may take a space off the beginning of a text
+        self.context: list[int] = []  # tokens with some text before: `decode` may strip a space at the start
 
     def push(self, token: int) -> str:
+        """The text that is complete with this token, perhaps none."""
         self.pending.append(token)
         if self.tokenizer.is_byte(token):
             self.decoder.decode(bytes([int(self.tokenizer.id_to_piece(token)[1:-1], 16)]))  # "<0xE2>"
@@ -197,7 +216,7 @@ class TextStream:
         return "" if unfinished or self.tokenizer.decode(self.pending).endswith(ESCAPE) else self.finish()
 
     def finish(self) -> str:
-        """What has been held back, as it stands."""
+        """The text that is still waiting, incomplete as it may be."""
         before, after = (self.tokenizer.decode(tokens) for tokens in (self.context, self.context + self.pending))
         self.context = self.pending if self.tokenizer.decode(self.pending) else self.context + self.pending
         self.pending = []

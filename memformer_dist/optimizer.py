@@ -12,11 +12,13 @@ from memformer_dist.section import Section
 class OptimizerConfig(Section):
     """AdamW; the learning rate rises linearly over warmup_tokens and falls along a cosine until training.tokens."""
 
-    learning_rate: PositiveFloat = 3e-4
-    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
-    warmup_tokens: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: PositiveFloat = 1e-8
+    learning_rate: PositiveFloat = Field(3e-4, description="peak, reached after the warm-up")
+    final_learning_rate_ratio: float = Field(
+        0.1, ge=0, le=1, description="share of the peak that the cosine has fallen to at training.tokens"
+    )
+    warmup_tokens: int = Field(0, ge=0, description="tokens over which the rate rises linearly from 0")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
+    epsilon: PositiveFloat = Field(1e-8, description="added to the root of AdamW's second moment")
     weight_decay: float = Field(0.1, ge=0, description="on the weights of linear layers alone")
     gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the global gradient; 0 does not clip")
 

@@ -1,4 +1,6 @@
-"""Where a run is, and what it has added up since its log's last record."""
+"""Where a run is, and what it has added up since the last record of its log. Both are part of every checkpoint."""
+
+import math
 
 from pydantic import BaseModel
 
@@ -11,21 +13,60 @@ class Position(BaseModel, extra="forbid"):
     tokens: int = 0  # labels trained on, over all lanes
     updates: int = 0  # optimiser steps applied: Adam's own count
     evaluated: int = 0  # tokens at the last evaluation on the way
-    seconds: float = 0.0  # in training steps, over all the parts of a resumed run
-    wall_s: float = 0.0  # all the time that these parts have run
+    seconds: float = 0.0  # in training steps, over all parts of a resumed run
+    wall_s: float = 0.0  # in all, over the parts of a resumed run up to the last checkpoint of each
+
+    def add(self, *, segments: int, tokens: int, applied: bool, seconds: float) -> None:
+        """One step: a window of `segments` with `tokens` labels over all lanes."""
+        self.step += 1
+        self.tick += segments
+        self.tokens += tokens
+        self.updates += applied
+        self.seconds += seconds
 
 
 class Interval(BaseModel, extra="forbid"):
-    """Sums over the steps since the last record of the log, over all ranks. Saved, so that a resumed log repeats the run's."""
+    """Sums over the steps since the last record of the log, over all ranks.
+
+    Saved, so that a resumed run logs what it would have logged without the interruption.
+    """
 
     steps: int = 0
-    ticks: int = 0
+    ticks: int = 0  # segments consumed by every lane
     tokens: int = 0  # labels trained on
-    input_tokens: int = 0  # read, padding left out
-    documents: int = 0  # started
-    skipped: int = 0
-    losses: list[float] = []  # LossByAge's sums, flat; steps that were skipped are left out
-    drift: float = 0.0  # the largest of a step, added up over the ranks: 0 where all of them repeated the rollout
+    input_tokens: int = 0  # tokens read, without padding
+    documents: int = 0  # documents started
+    skipped: int = 0  # steps whose gradient was not finite
+    losses: list[float] = []  # metrics.LossByAge.sums, flat; without the skipped steps
+    drift: float = 0.0  # the largest of a step, which is a sum over ranks: 0 if all of them repeated the rollout
     step_s: float = 0.0
     rollout_s: float = 0.0  # of rank 0
     wait_s: float = 0.0  # of rank 0
+
+    def add(
+        self,
+        *,
+        segments: int,
+        tokens: int,
+        input_tokens: int,
+        documents: int,
+        applied: bool,
+        losses: list[float],
+        drift: float,
+        step_s: float,
+        rollout_s: float,
+        wait_s: float,
+    ) -> None:
+        """One step. `losses` and `drift` are over all ranks; a drift that is not a number counts as infinite."""
+        self.steps += 1
+        self.ticks += segments
+        self.tokens += tokens
+        self.input_tokens += input_tokens
+        self.documents += documents
+        self.skipped += not applied
+        if applied:
+            self.losses = [x + y for x, y in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
+        self.drift = max(self.drift, drift if math.isfinite(drift) else math.inf)
+        self.step_s += step_s
+        self.rollout_s += rollout_s
+        self.wait_s += wait_s

@@ -8,11 +8,11 @@ Segments, states and features are NamedTuples of tensors whose first dimension i
 of tensors, and change dicts in place.
 """
 
-from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 IGNORE = -100  # the label of padding and of positions that the corpus masks out of the loss
 
@@ -25,8 +25,10 @@ class Tensors(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: Any, /) -> Any: ...
-    def _make(self, tensors: Iterable[Any], /) -> Self: ...
-    def _replace(self, **tensors: Any) -> Self: ...
+    @property
+    def _make(self) -> Any: ...  # mypy's idea of the method has one argument too many
+    @property
+    def _replace(self) -> Any: ...
     def _asdict(self) -> dict[str, Any]: ...
 
 

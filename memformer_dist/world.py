@@ -6,7 +6,8 @@ GPUs and gloo on CPUs (DS_ACCELERATOR=cpu forces the latter).
 
 import os
 import socket
-from typing import Callable, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,13 +80,12 @@ class World(NamedTuple):
         return bytes(text.tolist()).decode()
 
     def on_all_or_raise(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on this rank. Raises UserError on all ranks where it does on one: none waits for it."""
-        result = message = None
+        """What `function` returns on this rank. If it raises UserError on one rank, all of them do: none is left waiting."""
         try:
             result = function()
         except UserError as error:
-            message = str(error)
-        if message := self.broadcast_first(message):
+            raise UserError(self.broadcast_first(str(error))) from None
+        if message := self.broadcast_first(None):
             raise UserError(message)
         return result
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.world import World
 from tests.helpers.corpora import documents, make_corpus
 from tests.helpers.runs import SEGMENT_LENGTH
 from tests.helpers.scripts import run_script
-from tokenizer.train import train_tokenizer
 
 
 @pytest.fixture(scope="session")

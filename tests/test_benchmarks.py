@@ -129,6 +129,7 @@ def counter_rank(process):
     traffic_rank(process)
 
 
+@pytest.mark.slow
 def test_collectives_are_counted():
     run_ranks(WORLD, counter_rank)
 
@@ -180,6 +181,7 @@ print(peak(step, torch.device("cpu"))[0])
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_was_alive():
     """40 MiB, of which every other one goes before 10 MiB in other pieces come."""
     command = [sys.executable, "-c", PEAK]
@@ -196,7 +198,7 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("options", [["--quick"], ["--repeats", "2", "--long"]])
+@pytest.mark.parametrize("options", [["--quick"], pytest.param(["--repeats", "2", "--long"], marks=pytest.mark.slow)])
 def test_whole_benchmark(monkeypatch, tmp_path, capsys, options):
     """On tiny models, its measurements in this process: rows, table and JSON of what was measured."""
     measured = []
@@ -272,7 +274,7 @@ def test_readers_of_the_data_benchmark_read_the_same_tokens(tmp_path, monkeypatc
 
 
 def test_small_figures_of_the_data_benchmark(tmp_path, monkeypatch):
-    """Each is the time of what it names and of nothing else: the clock moves for the opening of a corpus and a shuffle alone."""
+    """Each is the time of what it names and of nothing else: the clock moves for opening a corpus and for a shuffle."""
     now = 0.0
 
     def takes(owner: type, name: str, seconds: float, wrapped=lambda function: function) -> None:
@@ -296,7 +298,7 @@ def test_small_figures_of_the_data_benchmark(tmp_path, monkeypatch):
     takes(EpochSampler, "__call__", 10.0)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    monkeypatch.setattr(lanes, "STORED_FROM", 1000)  # so that an epoch of so few documents is stored at all
+    monkeypatch.setattr(lanes, "STORED_FROM", 1000)  # so that an epoch of so few documents is kept at all
     found = data.resuming(tmp_path, np.arange(500) % 400, documents=20_000, rounds=3)
     assert found == {"resume_s": 3 + 10, "resume_kept_s": 3}
     found = data.opening(tmp_path, 2000)

@@ -1,5 +1,6 @@
 """What crosses the network in a window, counted inside torch.distributed on two ranks, and what ZeRO-3 keeps gathered."""
 
+import pytest
 import torch
 
 from benchmarks.collectives import Collectives
@@ -64,6 +65,7 @@ def one_reduction_rank(world):
             assert seen.calls() == 1 + gathers and (stage == 3 or gathers == 0), case
 
 
+@pytest.mark.slow
 def test_one_reduction_a_step_whatever_the_window():
     run_ranks(2, one_reduction_rank)
 
@@ -87,6 +89,7 @@ def overlapped_rank(world):
         assert before_backward == 2 * ([True] * 19 + [False]), f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_the_overlapped_reduction_has_the_same_bytes():
     run_ranks(2, overlapped_rank)
 
@@ -101,6 +104,7 @@ def sharded_rank(world):
     assert seen.calls("reduce_scatter") == 8 + 2
 
 
+@pytest.mark.slow
 def test_the_reduction_of_every_backward():
     run_ranks(2, sharded_rank)
 
@@ -144,6 +148,7 @@ def gathers_rank(world):
             assert all(p.ds_status.name == "NOT_AVAILABLE" for p in engine.module.parameters()), "kept after the window"
 
 
+@pytest.mark.slow
 def test_gathers_at_zero_3():
     """N / C of the readout's parameters and one of the advance's where everything is kept; more where less is."""
     run_ranks(2, gathers_rank)
@@ -160,6 +165,7 @@ def memformer_gathers_rank(world):
     assert seen.calls("all_gather") == 1 + 2
 
 
+@pytest.mark.slow
 def test_memformers_decoder_is_gathered_once_a_group():
     run_ranks(2, memformer_gathers_rank)
 
@@ -189,6 +195,7 @@ def use(engine):
     engine.module.train()
 
 
+@pytest.mark.slow
 def test_kept_parameters_are_never_stale():
     """Three SGD steps at ZeRO-3 equal full BPTT whatever is kept and wherever states lie, with evaluations in between."""
     run_ranks(2, kept_sgd_rank)

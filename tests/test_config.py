@@ -1,12 +1,17 @@
 """The configuration: what is refused, in which words, and what a resumed run may change."""
 
 import json
+import re
 
 import pytest
 from pydantic import BaseModel
 
-from memformer_dist.config import SET_BY_US, RunConfig
+from memformer_dist import suggest
+from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.config import RunConfig, cell_configs, known_fields
 from memformer_dist.errors import UserError
+from memformer_dist.reference import reference
+from memformer_dist.zero.settings import SET_BY_US
 from tests.helpers import ROOT
 
 
@@ -109,7 +114,7 @@ def test_fp16_is_refused_with_the_reason(config):
     put(config, "deepspeed.fp16", {"enabled": True})
     of_training, of_deepspeed = problems(config)
     assert of_training.startswith("training.precision: found 'fp16', expected 'fp32' or 'bf16'; ")
-    assert of_deepspeed.startswith("deepspeed.fp16: is not set here but by training.precision")
+    assert of_deepspeed.startswith("deepspeed.fp16: not allowed here; set training.precision")
     assert all("loss scaling would multiply the memory's gradient" in text for text in (of_training, of_deepspeed))
 
 
@@ -120,10 +125,10 @@ def test_what_is_ours_is_refused_in_the_section_deepspeed(config):
         "zero_optimization": {"stage": 2},
         "wall_clock_breakdown": True,
     }
-    assert problems(config) == [f"deepspeed.{key}: is not set here but by {place}" for key, place in SET_BY_US.items()]
+    assert problems(config) == [f"deepspeed.{key}: not allowed here; {place}" for key, place in SET_BY_US.items()]
     # Where a place names fields of ours, these exist: a renamed field must be renamed here too.
     for place in SET_BY_US.values():
-        for word in place.replace(",", " ").split():
+        for word in re.findall(r"[a-z_.]+", place):
             section, dot, field = word.partition(".")
             assert not dot or field in RunConfig.model_fields[section].annotation.model_fields, word
 
@@ -189,7 +194,7 @@ def test_windows(config, window):
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "last"},
-            "mrbp.window.last: missing; segments that the window does",
+            "mrbp.window.last: missing; segments beyond which the win",
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "every_steps"},
@@ -210,7 +215,7 @@ def test_a_window_that_grows_by_evaluations_needs_some(config, metric):
     put(config, "mrbp.window", BY_GAP | {"metric": metric})
     (problem,) = problems(config)
     assert problem.startswith(
-        f"mrbp.window.metric: found '{metric}', which is measured on the way only where training.ev"
+        f"mrbp.window.metric: found '{metric}', which is measured during training only where traini"
     )
     put(config, "training.evaluate_every_tokens", 100)
     RunConfig.check(config)
@@ -240,8 +245,9 @@ def test_set_overrides_a_schedule_of_windows(config, tmp_path, in_file, override
 def test_the_world_size_must_divide_the_lanes(config, lanes, world_size, would_do):
     config["data"]["lanes"] = lanes
     (problem,) = problems(config, world_size)
-    assert problem.startswith(f"data.lanes: found {lanes}, ") and f"{world_size} ranks" in problem
-    assert problem.endswith(f"; {would_do} would do")
+    assert problem == (
+        f"data.lanes: found {lanes}, expected a multiple of the {world_size} ranks, {would_do} for example"
+    )
     config["data"]["lanes"] = would_do
     RunConfig.check(config, world_size)
 
@@ -249,7 +255,7 @@ def test_the_world_size_must_divide_the_lanes(config, lanes, world_size, would_d
 def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
     config["mrbp"] |= {"readout_parts": 4}
     assert RunConfig.check(config, 1).mrbp.readout_parts == 4
-    with pytest.raises(UserError, match="mrbp.readout_parts: found 4, expected no more than the 2 lanes"):
+    with pytest.raises(UserError, match="mrbp.readout_parts: found 4, expected at most the 2 lanes"):
         RunConfig.check(config, 2)
     config["mrbp"]["readout_group"] = "auto"
     with pytest.raises(UserError, match="mrbp.readout_parts: found 4 with mrbp.readout_group 'auto'"):
@@ -276,7 +282,7 @@ def test_lanes_per_group_must_divide_the_lanes_of_a_rank(config):
     config["mrbp"]["lanes_per_group"] = 4
     assert RunConfig.check(config, 1).lanes_per_group(1) == RunConfig.check(config, 2).lanes_per_group(2) == 4
     (problem,) = problems(config, 4)
-    assert problem.startswith("mrbp.lanes_per_group: found 4, which does not divide the 2 lanes of a rank")
+    assert problem.startswith("mrbp.lanes_per_group: found 4, expected a divisor of the 2 lanes of a rank")
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -332,13 +338,13 @@ def test_all_problems_come_in_one_message(config, tmp_path):
         "mrbp.window: found -1",
         "training.precision: found 'fp16'",
         "checkpoint.keep: found 1",
-        "deepspeed.optimizer: is not set here",
-        "data.lanes: found 4, which the world size of 3",
+        "deepspeed.optimizer: not allowed here",
+        "data.lanes: found 4, expected a multiple of the 3 ra",
         f"data.corpus: no token shards in {tmp_path / 'gone' / 'train'}",
         f"data.corpus: no token shards in {tmp_path / 'gone' / 'valid'}",
     ]
     assert first == f"{file}: 12 problems" and len(lines) == 12
-    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts)] == starts
+    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
 # ---- the file and --set ----------------------------------------------------------------------------------------------
@@ -422,7 +428,7 @@ def every_field(config: BaseModel) -> list[str]:
 
 ALLOWED = {
     *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
-    *("mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered"),
+    *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
@@ -468,3 +474,105 @@ def test_all_refused_changes_come_in_one_message(config):
     text = str(caught.value)
     assert "  data.seed: found 3, the run has 0\n" in text and "  model.slots: found 5, the run has 4\n" in text
     assert "mrbp.window" not in text
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_current():
+    """docs/configuration.md is what `python -m memformer_dist.reference` prints."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == "\n".join(reference()) + "\n"
+
+
+def test_every_field_has_a_description():
+    for name, field in RunConfig.model_fields.items():
+        configs = cell_configs().values() if name == "model" else [] if name == "deepspeed" else [field.annotation]
+        for config in configs:
+            assert all(found.description for found in config.model_fields.values()), name
+
+
+# ---- the cell --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cell_names_the_fields_of_the_model(config):
+    config["model"] = {"cell": "plain", "width": 16, "heads": 2, "layers": 2}
+    checked = RunConfig.check(config)
+    assert type(checked.model) is PlainConfig
+    assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
+    config["model"]["slots"] = 4
+    (problem,) = problems(config)
+    assert problem.startswith("model.slots: unknown key, expected one of cell, width, heads, feed_forward, ")
+    del config["model"]["slots"]
+    config["model"]["layer"] = 3
+    assert problems(config) == ["model.layer: unknown key, did you mean layers?"]
+
+
+def test_without_a_cell_the_model_is_a_memformer(config):
+    assert "cell" not in config["model"]
+    checked = RunConfig.check(config)
+    assert checked.model.cell == "memformer" and json.loads(checked.to_json())["model"]["cell"] == "memformer"
+
+
+def test_an_unknown_cell(config):
+    config["model"] = {"cell": "memforme", "width": "wide"}
+    assert problems(config) == ["model.cell: found 'memforme', did you mean memformer?"]
+    config["model"]["cell"] = "rmt"
+    assert problems(config) == ["model.cell: found 'rmt', expected one of memformer, plain"]
+
+
+# ---- did you mean ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("data.batch_size", "data.lanes"),
+        ("training.batch_size", "data.lanes"),
+        ("data.micro_batch_size", "mrbp.lanes_per_group"),
+        ("data.seq_len", "data.segment_length"),
+        ("model.block_size", "data.segment_length"),
+        ("model.context_length", "data.segment_length"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("training.lr", "optimizer.learning_rate"),
+        ("optimizer.warmup_steps", "optimizer.warmup_tokens"),
+        ("optimizer.max_norm", "optimizer.gradient_clipping"),
+        ("training.grad_clip", "optimizer.gradient_clipping"),
+        ("mrbp.bptt", "mrbp.window"),
+        ("mrbp.n_segments", "mrbp.window"),
+        ("model.d_model", "model.width"),
+        ("model.n_embd", "model.width"),
+        ("model.hidden_size", "model.width"),
+        ("model.n_heads", "model.heads"),
+        ("model.d_ff", "model.feed_forward"),
+        ("model.mem_tokens", "model.slots"),
+        ("model.mem_len", "model.slots"),
+        ("training.max_steps", "training.tokens"),
+        ("training.steps", "training.tokens"),
+        ("training.num-train-epochs", "training.tokens"),
+        ("training.save_every", "checkpoint.every_tokens"),
+        ("training.dtype", "training.precision"),
+        ("training.window", "mrbp.window"),  # a field of ours, in another section
+        ("model.lanes", "data.lanes"),
+        ("batch_size", "data.lanes"),  # no section at all
+        ("learning_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_the_words_of_other_trainers_are_known(config, tmp_path, name, meant):
+    put(config, name, 4)
+    (problem,) = problems(config)
+    *section, _ = name.split(".")
+    suggested = meant.removeprefix(f"{section[0]}.") if section else meant
+    assert problem.partition(", did you mean ")[2] in (f"{meant}?", f"{suggested}?")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(f"did you mean {'' if section else meant}")):
+        RunConfig.load(tmp_path / "run.json", [f"{name}=4"])
+
+
+def test_every_synonym_names_a_field_that_exists():
+    known = {
+        f"{name}.{field}" for cell in cell_configs() for name, x in known_fields({"cell": cell}).items() for field in x
+    }
+    for field in suggest.SYNONYMS:
+        assert field in known or field.startswith("deepspeed.zero_optimization."), field
+    words = [word for words in suggest.SYNONYMS.values() for word in words.split()]
+    assert len(words) > 100 and all(word == word.lower() for word in words)

@@ -81,7 +81,7 @@ def test_webdataset_reads_the_shards(split):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     keys = [f"{n:06d}-{d:08d}" for n, shard in enumerate(corpus.manifest.shards) for d in range(shard.documents)]
     assert [sample["__key__"] for sample in samples] == keys
-    for sample, document, mask in zip(samples, documents, masks):
+    for sample, document, mask in zip(samples, documents, masks, strict=True):
         assert np.frombuffer(sample["u16"], "<u2").tolist() == document.tolist()
         assert np.frombuffer(sample["mask"], np.uint8).tolist() == mask.tolist()
 
@@ -111,7 +111,7 @@ def test_a_shard_lies_in_the_folder_of_its_split(split, name):
     (split.parent / "secret.tar").write_bytes(shard.read_bytes())  # of the right size, so that only the name is wrong
     manifest["shards"][1]["name"] = name
     (split / "corpus.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"corpus.json: shards.1.name: .*plain name of a file.*found "):
+    with pytest.raises(UserError, match=r"corpus.json: shards.1.name: found .*plain name of a file"):
         Corpus.open(split)
     shard.rename(split / "renamed..tar")
     manifest["shards"][1]["name"] = "renamed..tar"  # the control
@@ -165,7 +165,7 @@ def damage_manifest(field, value):
         (lambda split: (split / "index.safetensors").unlink(), "index.safetensors: not found"),
         (lambda split: (split / "corpus.json").unlink(), "corpus.json: not found"),
         (lambda split: (split / "corpus.json").write_text("{"), "corpus.json: .*JSON"),
-        (damage_manifest("version", 1), "corpus.json: version: .*2, found 1; prepare the corpus again"),
+        (damage_manifest("version", 1), "corpus.json: version: found 1; .*2; prepare the corpus again"),
         (damage_manifest("tokens", "many"), "corpus.json: tokens: .*found 'many'"),
         (damage_manifest("token", 1), "corpus.json: token: "),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from memformer_dist.config import RunConfig
-from memformer_dist.curriculum import Curriculum, Progress, Window
+from memformer_dist.curriculum import Curriculum, Progress, WindowPlan
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
@@ -21,15 +21,15 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import last_checkpoint, records, run_rank, settings, tensors
 
 
-def plan(window) -> Window:
-    return TypeAdapter(Window).validate_python(window)
+def plan(window) -> WindowPlan:
+    return TypeAdapter(WindowPlan).validate_python(window)
 
 
-def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> Window:
+def by_metric(metric: str, threshold: float, first: int = 1, last: int = 4, **fields) -> WindowPlan:
     return plan(dict(first=first, last=last, metric=metric, threshold=threshold, **fields))
 
 
-def saved_and_loaded(curriculum: Curriculum, window: Window, step: int) -> Curriculum:
+def saved_and_loaded(curriculum: Curriculum, window: WindowPlan, step: int) -> Curriculum:
     return Curriculum(window, step, Progress.model_validate_json(curriculum.progress.model_dump_json()))
 
 
@@ -60,7 +60,7 @@ def test_by_step(by_step, stop):
     assert windows == expected[:31] and curriculum.largest == max(by_step.values())
 
 
-def grown_by_hand(window: Window, steps: list[tuple[float, float]]) -> list[int]:
+def grown_by_hand(window: WindowPlan, steps: list[tuple[float, float]]) -> list[int]:
     """The window of every step, from the whole history."""
     windows, mean = [window.first], []
     for nll, labels in steps:
@@ -212,7 +212,7 @@ def followed_runs(world, cases: dict, folder) -> None:
 def followed(corpus_dir, tmp_path_factory):
     """(folder, configuration by name): each plan with dropout on two ranks, in one go and in parts."""
     folder, cases = tmp_path_factory.mktemp("followed"), {}
-    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2)):
+    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2), strict=True):
         raw = settings(corpus_dir, stage=stage, dropout=0.2, tokens=tokens)
         raw["mrbp"] = {"window": window, "lanes_per_group": 2, "readout_group": 2}
         raw["optimizer"]["warmup_tokens"] = 200
@@ -229,6 +229,7 @@ def windows_read(run_dir, lane: int = 0) -> list[tuple[int, int]]:
     return [tuple(map(int, line.split())) for line in (run_dir / f"windows-{lane}.txt").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_windows_of_a_run(followed, name):
     folder, _ = followed
@@ -258,6 +259,7 @@ def differences(expected, found) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(followed, name):
     folder, _ = followed
@@ -265,12 +267,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(followed, name):
     assert len(records(folder / name / "whole", "loss/train")) >= 4
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_the_curriculum_is_seen(followed):
     folder, _ = followed
     seen = differences(folder / "loss" / "whole", folder / "loss" / "forgetful")
     assert {"records", "embedding.weight"} <= set(seen)
 
 
+@pytest.mark.slow
 def test_parameters_that_a_short_window_does_not_use_stand_alike_at_every_stage(followed):
     """In a window of one segment nothing reads what is written: the writer has no gradient, and keeps no old one."""
     folder, _ = followed
@@ -281,6 +285,7 @@ def test_parameters_that_a_short_window_does_not_use_stand_alike_at_every_stage(
         assert float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) < 1e-3, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     """Ticks 0, 1, 2 ... in turn, once each, on every lane; learning rate and what is logged follow from them."""
@@ -291,7 +296,7 @@ def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     reader = WindowReader(train, schedule, lanes=range(8))
     for part, lane in itertools.product(("whole", "parts"), (0, 2, 4, 6)):
         starts = list(itertools.accumulate(WINDOWS[name], initial=0))
-        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name]))
+        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name], strict=True))
     before = 0
     for step, tokens, rate, pad, window, states in records(
         folder / name / "whole", "optim/lr", "data/pad_fraction", "mrbp/window", "mrbp/state_bytes"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from memformer_dist.errors import UserError
-from memformer_dist.prepare.documents import Part, discover, read_documents, zstd
+from memformer_dist.prepare.documents import Part, read_documents, zstd
+from memformer_dist.prepare.partitions import discover
 
 
 def make(folder, **files):

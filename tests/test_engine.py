@@ -38,12 +38,37 @@ def sgd_rank(world, name, batchings):
             assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
 
 
-@pytest.mark.parametrize(
-    "name, batchings", [("toy", ((1, 1), (2, 2), (1, 4))), ("encoder_decoder", ((1, 2),)), ("decoder", ((2, 1),))]
-)
+# (cell, (lane groups of a rank, readout group) ...)
+ENGINE_CELLS = [
+    pytest.param("toy", ((1, 1), (2, 2), (1, 4)), marks=pytest.mark.slow),
+    pytest.param("auxiliary loss", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
+    ("decoder", ((2, 1),)),
+    pytest.param("plain", ((1, 1), (2, 2)), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name, batchings", ENGINE_CELLS)
 def test_parameters_after_sgd_steps_equal_full_bptt(name, batchings):
-    """batchings: (lane groups of a rank, readout group)."""
     run_ranks(WORLD, sgd_rank, name, batchings)
+
+
+def in_order_rank(world):
+    _, norms, expected = reference_run("toy", "sgd", 0.2, steps=4, detach_memory=True)
+    _, _, whole = reference_run("toy", "sgd", 0.2, steps=4)
+    assert largest_difference(expected, whole) > 1e-3
+    for stage in STAGES:
+        cell = new_cell("toy")
+        settings = {"zero_optimization": {"stage": stage, "overlap_comm": stage == 2}}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, replay=False)
+        _, found_norms, _ = engine_run(world, "toy", "sgd", 0.2, 4, stage=stage, groups=2, engine=engine)
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, f"ZeRO {stage}"
+        assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
+
+
+def test_without_replay_no_gradient_flows_between_segments():
+    """mrbp.replay false: the parameters of BPTT with the state detached between segments, at every stage."""
+    run_ranks(WORLD, in_order_rank)
 
 
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------
@@ -55,9 +80,10 @@ def adamw_rank(world):
     for stage in STAGES:
         losses, norms, _ = engine_run(world, "encoder_decoder", "adamw", 3e-3, 8, stage=stage, clipping=0.5)
         assert max(norms) > 0.5, "clipping never happened"
-        assert max(abs(x - y) for x, y in zip(losses, expected)) <= 1e-5, f"ZeRO {stage}"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) <= 1e-5, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_losses_under_adamw_equal_full_bptt():
     run_ranks(WORLD, adamw_rank)
 
@@ -75,6 +101,7 @@ def skipped_step_rank(world):
         assert largest_difference(weights_of(other), weights_of(engine)) == 0, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_leaves_no_trace():
     """The step is dropped on every rank, and training goes on bit by bit as if the window had not been."""
     run_ranks(WORLD, skipped_step_rank)
@@ -109,7 +136,7 @@ def moments_rank(world):
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
         losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
-        assert max(abs(x - y) for x, y in zip(losses, expected)) < 1e-6, f"ZeRO {stage}"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) < 1e-6, f"ZeRO {stage}"
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
@@ -120,9 +147,12 @@ def moments_rank(world):
             settings={"zero_optimization": {"stage": stage}},
         )
         losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=fresh)
-        assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) > 1e-4, (
+            "without the moments training must differ"
+        )
 
 
+@pytest.mark.slow
 def test_moments_move_between_stages():
     run_ranks(WORLD, moments_rank)
 
@@ -146,6 +176,7 @@ def no_update_rank(world):
         assert losses == expected, f"ZeRO {stage}: asking for the moments changed the training"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_update():
     run_ranks(WORLD, no_update_rank)
 
@@ -196,6 +227,7 @@ def accumulation_rank(world):
     assert found == 1.125, "DeepSpeed has changed: under autocast it reduces in fp32"
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_reduce_in_fp32_in_every_mode():
     """And two settings that look right do not: bf16 with grad_accum_dtype fp32, and autocast with its default modules."""
     run_ranks(WORLD, accumulation_rank)
@@ -217,6 +249,7 @@ def many_backwards_rank(world):
         assert largest_difference(weights_of(engine), expected) > 1e-3, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_backwards_outside_one_reduction_are_wrong():
     """The control of test_parameters_after_sgd_steps: many backwards before one step, as DeepSpeed takes them by default.
 
@@ -254,7 +287,8 @@ def other_reductions_rank(world, name, cases):
         assert found_norms == pytest.approx(norms, rel=1e-4), case
 
 
-@pytest.mark.parametrize("name", ["toy", "encoder_decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["toy", "encoder_decoder", "plain"])
 def test_overlapped_and_sharded_reductions_equal_full_bptt(name):
     """The last backward reduced as it goes (overlap_comm), and every backward reduced where its owner adds it up."""
     cases = [(1, "window", True, 1, 2), (2, "window", True, 2, 1), (3, "window", True, 1, 2)]

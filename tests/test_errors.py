@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from memformer_dist.commands.train import find_config
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.errors import UserError
+from memformer_dist.prepare.build import shard
+from tests.helpers import ROOT
 from tests.helpers.corpora import make_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import SEGMENT_LENGTH
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
     message = "error: " + done.stderr.partition("error: ")[2]
-    assert (run_dir / "errors.log").read_text().endswith(message)
+    assert (run_dir / "log.txt").read_text().endswith(f" rank 0  {message}")
     return message.removeprefix("error: ").rstrip("\n")
 
 
@@ -47,7 +50,8 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
 
 def test_the_configuration_is_not_there(tmp_path):
     message = message_of(train(tmp_path / "gone.json", tmp_path / "run"), tmp_path / "run")
-    assert message == f"--config: cannot read {tmp_path / 'gone.json'}: No such file or directory"
+    assert message.startswith(f"--config: found no file {tmp_path / 'gone.json'}, expected a file or one of the")
+    assert " configurations base, big, books_cpu, " in message
 
 
 def test_the_configuration_is_not_json(tmp_path):
@@ -56,7 +60,7 @@ def test_the_configuration_is_not_json(tmp_path):
     assert message.startswith(f"{tmp_path / 'bad.json'}: not JSON: ") and "line 1 column 22" in message
 
 
-def test_every_mistake_of_the_configuration_is_told_at_once(config, tmp_path):
+def test_every_mistake_of_the_configuration_is_reported_at_once(config, tmp_path):
     config["mrbp"]["windw"] = 4
     config["training"]["precision"] = "fp16"
     config["deepspeed"] = {"train_batch_size": 8, "optimizer": {"type": "Adam"}, "fp16": {"enabled": True}}
@@ -69,15 +73,16 @@ def test_every_mistake_of_the_configuration_is_told_at_once(config, tmp_path):
         [
             "--set monitor: expected section.field=value",
             "mrbp.windw: unknown key, did you mean window?",
-            "training.precision: found 'fp16', expected 'fp32' or 'bf16'; fp16 itself is refused",
+            "training.precision: found 'fp16', expected 'fp32' or 'bf16'; fp16 is refused",
             "checkpoint.keep: found 1; ",
-            "deepspeed.train_batch_size: is not set here but by data.lanes",
-            "deepspeed.optimizer: is not set here but by optimizer",
-            "deepspeed.fp16: is not set here but by training.precision (fp16 itself is refused: loss scaling",
-            "data.lanes: found 4, which the world size of 3 ranks does not divide; 3 would do",
+            "deepspeed.train_batch_size: not allowed here; set data.lanes",
+            "deepspeed.optimizer: not allowed here; set the section optimizer",
+            "deepspeed.fp16: not allowed here; set training.precision; fp16 is refused: loss scaling",
+            "data.lanes: found 4, expected a multiple of the 3 ranks, 3 for example",
             "data.corpus: no token shards in nowhere/train; tokenizer/shard.py writes them",
             "data.corpus: no token shards in nowhere/valid; tokenizer/shard.py writes them",
         ],
+        strict=True,
     ):
         assert line.startswith(f"  {start}")
 
@@ -105,6 +110,31 @@ def test_the_tokenizer_is_another(config, copy_of_corpus, tmp_path):
     assert message.startswith(
         f"{copy_of_corpus / 'tokenizer.model'}: is not the tokenizer that the shards in {shards} were made with: sha256"
     )
+
+
+BROKEN = """
+from pathlib import Path
+from memformer_dist.errors import run_program
+run_program(lambda: 1 / 0, error_log=Path("{log}"))
+"""
+
+
+def test_an_error_of_ours_is_in_the_log_with_its_rank(tmp_path):
+    """On any rank: what torchrun shows may be drowned by the others."""
+    done = run_script("-c", BROKEN.format(log=tmp_path / "run" / "log.txt"), RANK="3")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback ")
+    assert (tmp_path / "run" / "log.txt").read_text().endswith(f" rank 3  {done.stderr}")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_configuration_by_name():
+    """Files go first; the names of those in configs/ are known anywhere, with or without folder and suffix."""
+    expected = ROOT / "configs" / "small.json"
+    for name in ("small", "small.json", "configs/small.json", str(expected)):
+        assert find_config(name).resolve() == expected
+    for name in ("tiny", "other/small.json", "/configs/small.json", "configs/small.yaml"):
+        with pytest.raises(UserError, match=f"--config: found no file {name}, expected a file or .* base, big, "):
+            find_config(name)
 
 
 # ---- while training --------------------------------------------------------------------------------------------------
@@ -136,7 +166,7 @@ def test_resuming_with_other_values_of_what_may_not_change(config, copy_of_run):
     config["training"] |= {"seed": 7, "tokens": 900}
     message = message_of(train(config, copy_of_run), copy_of_run)
     first, *lines, last = message.splitlines()
-    assert first == "this run cannot be resumed with another"
+    assert first == "a resumed run cannot change these fields:"
     assert sorted(lines) == [
         "  data.seed: found 1, the run has 0",
         "  data.segment_length: found 8, the run has 16",
@@ -163,7 +193,10 @@ def test_resuming_with_another_corpus(config, corpus_dir, copy_of_run, tmp_path,
     was = Corpus.open(corpus_dir / "train")
     if what == "tokenizer":
         found, expected = (x.vocabulary.tokenizer_sha256[:12] for x in (Corpus.open(other / "train"), was))
-        expected = f"data.corpus: {other} was made with another tokenizer than this run's (sha256 {found}, the run has {expected})"
+        expected = (
+            f"data.corpus: {other} was made with another tokenizer than this run's"
+            f" (sha256 {found}, the run has {expected})"
+        )
     elif what == "documents":
         expected = (
             f"data.corpus: {other} is not the corpus that this run was trained on"
@@ -188,7 +221,7 @@ def test_a_run_that_is_whole_goes_on(config, copy_of_run):
     done = train(config, copy_of_run)
     assert done.returncode == 0, done.stderr
     assert json.loads((copy_of_run / "summary.json").read_text())["tokens"] >= 900
-    assert not (copy_of_run / "errors.log").exists()
+    assert "error: " not in (copy_of_run / "log.txt").read_text()
 
 
 def together_rank(world):

@@ -10,7 +10,8 @@ import torch
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.evaluate import AGES, MODES, LossByAge, Losses, evaluate, evaluation_lanes, summary
+from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, summary
+from memformer_dist.metrics import AGES, LossByAge, Losses
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.vocabulary import Vocabulary
 from tests.helpers import ROOT
@@ -18,7 +19,7 @@ from tests.helpers.corpora import make_corpus, write_split
 from tests.helpers.memformer import memformer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.scripts import run_script
-from tests.helpers.toy import VOCABULARY, ToyCell
+from tests.helpers.toy import VOCABULARY, ToyCell, ToyState
 
 LENGTH = 6  # of a segment
 LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
@@ -51,7 +52,7 @@ def corpus(tmp_path) -> Corpus:
 
 
 def run(cell, corpus, world, *, lanes=4, **options):
-    return evaluate(cell, cell.empty_state, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
+    return evaluate(cell, cell, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -187,18 +188,19 @@ def test_any_number_of_lanes_gives_the_same(corpus, world):
     assert evaluation_lanes(corpus, 20, 1) == len(LENGTHS)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same(corpus):
     """An odd number of lanes, and more lanes than documents, are rounded up; the last one is dry from the start."""
     assert [evaluation_lanes(corpus, lanes, 2) for lanes in (1, 6, 20)] == [2, 6, 10]
     run_ranks(2, assert_the_same_on, corpus.path, (1, 6, 20))
 
 
-def test_of_some_ticks_the_first_segments_of_every_lane(corpus, world):
+def test_the_first_segments_of_every_lane(corpus, world):
     cell, (tokens, _) = new_cell("toy"), random_documents()
-    found = run(cell, corpus, world, lanes=len(LENGTHS), ticks=3)  # a lane for every document
+    found = run(cell, corpus, world, lanes=len(LENGTHS), segments=3)  # a lane for every document
     assert_equal(found["carried"], document_by_document(cell, tokens, segments=3))
     assert found["carried"].loss != pytest.approx(mean(document_by_document(cell, tokens)), rel=1e-6)
-    assert run(cell, corpus, world, ticks=10**6) == run(cell, corpus, world)
+    assert run(cell, corpus, world, segments=10**6) == run(cell, corpus, world)
 
 
 def test_the_buckets_hold_the_ages_that_they_name():
@@ -241,6 +243,52 @@ def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, world):
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
 
 
+# ---- cells of other kinds --------------------------------------------------------------------------------------------
+
+
+class HiddenState(NamedTuple):
+    hidden: torch.Tensor
+    seen: torch.Tensor
+
+
+class HiddenCell(ToyCell):
+    """ToyCell, with another name for its memory."""
+
+    memory_leaves = ("hidden",)
+
+    def empty_state(self, lanes, device=None):
+        return HiddenState(*super().empty_state(lanes, device))
+
+    def advance(self, segment, state):
+        features, state = super().advance(segment, ToyState(*state))
+        return features, HiddenState(*state)
+
+
+def exchanged_by_name_rank(world, path) -> None:
+    """What is exchanged between lanes and ranks is what the cell names."""
+    corpus, cell = Corpus.open(path), HiddenCell().double().eval()
+    cell.load_state_dict(new_cell("toy").state_dict())
+    assert run(cell, corpus, world) == run(new_cell("toy"), corpus, world)
+    cell.memory_leaves = ("hidden", "seen")
+    assert run(cell, corpus, world)["shuffled"] != run(new_cell("toy"), corpus, world)["shuffled"]
+
+
+def test_a_memory_of_another_name(corpus, world):
+    exchanged_by_name_rank(world, corpus.path)
+    run_ranks(2, exchanged_by_name_rank, corpus.path)
+
+
+def test_a_cell_without_memory(corpus, world):
+    """Nothing to reset and nothing to exchange: its losses are those of `carried`; only no_state takes something away."""
+    cell = new_cell("toy")
+    expected = run(cell, corpus, world)
+    cell.memory_leaves = ()
+    found = run(cell, corpus, world)
+    assert tuple(found) == MODES and found["no_memory"] == found["shuffled"] == found["carried"] != found["no_state"]
+    for mode in ("carried", "no_state"):
+        assert found[mode].loss == pytest.approx(expected[mode].loss, rel=EXACT)
+
+
 # ---- what an evaluation leaves behind --------------------------------------------------------------------------------
 
 
@@ -255,7 +303,7 @@ def test_nothing_is_left_behind(corpus, world):
         recorded.append(torch.is_grad_enabled() or (part == "readout" and result.requires_grad))
         return result
 
-    found = evaluate(forward, cell.empty_state, corpus, world, lanes=4, segment_length=LENGTH)
+    found = evaluate(forward, cell, corpus, world, lanes=4, segment_length=LENGTH)
     assert recorded and not any(recorded) and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in cell.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in cell.named_parameters())
@@ -294,6 +342,7 @@ def figures_in(table: str) -> dict[str, list[float]]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     """On one process and on two, and with other lanes: the figures of summary.json, which the engine computed."""
     expected = json.loads((trained_run / "summary.json").read_text())
@@ -303,7 +352,7 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     for command in (one, two):
         done = run_script(*command)
         assert done.returncode == 0, done.stderr
-        assert "evaluate: 100%" in done.stderr
+        assert "rank 0  evaluate: " in done.stderr and "(100%)\n" in done.stderr and "\r" not in done.stderr
         written = json.loads(command[command.index("--json") + 1].read_text())
         assert (written["step"], written["tokens"]) == (expected["steps"], expected["tokens"])
         modes = ("eval_loss", "eval_loss_no_memory", "eval_loss_no_state")
@@ -311,7 +360,7 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
         assert written["eval_loss_by_segment_age"]["no_state"] == pytest.approx(by_age["no_state"], rel=1e-6)
         rows = figures_in(done.stdout)
         assert list(rows) == ["memory carried", "memory reset", "everything reset", "memory shuffled"]
-        for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled")):
+        for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled"), strict=True):
             loss = written[name]
             gap = [] if mode == "carried" else [loss - written["eval_loss"]]
             assert first == pytest.approx([loss, math.exp(loss), *gap], abs=0.006)

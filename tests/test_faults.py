@@ -17,12 +17,12 @@ from memformer_dist.data.format import SplitWriter
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.corpora import VOCABULARY, documents
 from tests.helpers.files import flip
 from tests.helpers.http import ALWAYS, FileServer
 from tests.helpers.scripts import run_script
-from tokenizer.shard import shard
-from tokenizer.train import train_tokenizer
 
 LANES, LENGTH = 4, 8
 SHARDS, PER_SHARD, TOKENS = 6, 5, 100
@@ -62,7 +62,7 @@ def read(reader, ticks):
 
 
 def equal(one, another):
-    return all(torch.equal(x, y) for x, y in zip(one, another))
+    return all(torch.equal(x, y) for x, y in zip(one, another, strict=True))
 
 
 def first_tick_of(reader, documents):
@@ -203,7 +203,7 @@ def test_a_run_over_http(config, tmp_path):
         config |= {"mrbp": {"window": 4}, "checkpoint": {}, "monitor": {}}
         config["training"]["tokens"] = 1400
         (tmp_path / "run.json").write_text(json.dumps(config))
-        for name, fault in zip(met, ["drop", "truncate", 503, "flip"]):
+        for name, fault in zip(met, ["drop", "truncate", 503, "flip"], strict=False):
             server.faults[f"train/{name}"] = [fault]
         server.faults[f"train/{late}"] = ["flip"] * ALWAYS
         command = ("launch/train.py", "--config", tmp_path / "run.json", "--run-dir", tmp_path / "run")

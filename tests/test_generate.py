@@ -1,11 +1,8 @@
 """Generation against advance + readout: a document in any pieces, alone or not, gives the same predictions."""
 
-import hashlib
-import importlib.util
 import io
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from memformer_dist.cells.layers import TokenEmbedding
+from memformer_dist.commands import generate as command
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling, TextStream
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
-from tokenizer.train import train_tokenizer
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}
@@ -47,8 +45,8 @@ def portions(draw):
     rest, calls = [list(document) for document in documents], []
     while any(rest):
         sizes = [draw(st.integers(0, min(len(queue), SIZE + 2))) for queue in rest]
-        calls.append([queue[:size] for queue, size in zip(rest, sizes)])
-        rest = [queue[size:] for queue, size in zip(rest, sizes)]
+        calls.append([queue[:size] for queue, size in zip(rest, sizes, strict=True)])
+        rest = [queue[size:] for queue, size in zip(rest, sizes, strict=True)]
         if not any(sizes):  # move on
             calls.append(rest)
             break
@@ -162,7 +160,7 @@ def test_sampled_frequencies(fields):
 def test_a_document_ends_at_its_eos_and_the_others_go_on():
     free = everything(begun(), 12, temperature=0)
     generation = begun()
-    first, second = zip(*free)
+    first, second = zip(*free, strict=True)
     generation.eos_id = next(token for token in second if token not in first[:1])
     stop = second.index(generation.eos_id)
     written = everything(generation, 12, temperature=0)
@@ -182,7 +180,7 @@ def test_a_document_without_a_prompt():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("before", [0, 3, 8])
-def test_a_saved_generation_goes_on_exactly(tmp_path, layout, before):
+def test_a_saved_generation_continues_exactly(tmp_path, layout, before):
     whole = begun(layout=layout)
     expected = everything(whole, 20)
     generation = begun(layout=layout)
@@ -194,10 +192,10 @@ def test_a_saved_generation_goes_on_exactly(tmp_path, layout, before):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_what_cannot_be_gone_on_with(tmp_path):
+def test_what_cannot_be_continued(tmp_path):
     path = tmp_path / "saved"
     begun().save(path)
-    with pytest.raises(UserError, match="by other weights"):
+    with pytest.raises(UserError, match="made by other weights"):
         Generation.load(path, make(init_std=0.03), eos_id=EOS)
     with pytest.raises(UserError, match="missing.*no saved generation"):
         Generation.load(tmp_path / "missing", CELLS["decoder"], eos_id=EOS)
@@ -278,30 +276,17 @@ def test_text_does_not_wait_longer_than_it_must(tokenizers):
     assert [ours.decode([token]) for token in escaped] != [stream.push(token) for token in escaped]  # the control
 
 
-@pytest.fixture(scope="module")
-def launcher():
-    """launch/generate.py as a module."""
-    path = Path(__file__).parent.parent / "launch" / "generate.py"
-    spec = importlib.util.spec_from_file_location("launch_generate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def program(tmp_path, monkeypatch, tokenizer_model, launcher):
+def program(tmp_path, monkeypatch, tokenizer_model):
     """Its main, with an untrained cell in place of a run's."""
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
-    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).vocab_size()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
+    vocabulary = tokenizer.vocab_size()
     cell = make(dtype=torch.float32)
     cell.embedding = TokenEmbedding(vocabulary, 8, std=0.3)
     cell.vocab_size = vocabulary
-    vocabulary = SimpleNamespace(tokenizer_sha256=hashlib.sha256(tokenizer_model).hexdigest())
-    saved = SimpleNamespace(
-        path=tmp_path / "checkpoints" / "step-00000001", contents=SimpleNamespace(vocabulary=vocabulary), cell=cell.to
-    )
-    monkeypatch.setattr(launcher, "open_one", lambda path: saved)
-    return lambda *arguments: launcher.main(["--run-dir", str(tmp_path), *arguments])
+    saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to)
+    monkeypatch.setattr(command, "open_one", lambda path: saved)
+    return lambda *arguments: command.main(["--run-dir", str(tmp_path), *arguments])
 
 
 def test_command_line(program, tmp_path, capsys):
@@ -319,11 +304,11 @@ def test_command_line(program, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ((), "--prompt: found no text"),
         (("--prompt", "x", "--top-p", "1.5"), "--top-p: found 1.5"),
-        (("--prompt", "x", "--save", "/no/such/file"), "--save: found no directory /no/such"),
+        (("--prompt", "x", "--save", "/no/such/file"), "--save: found no folder /no/such"),
         (("--prompt-file", "/no/such/file"), "--prompt-file"),
         (("--continue-from", "/no/such/file"), "/no/such/file: found no saved generation"),
     ],
@@ -333,19 +318,19 @@ def test_mistakes_on_the_command_line(program, arguments, message):
         program(*arguments)
 
 
-def test_a_run_or_one_of_its_checkpoints_with_their_tokenizer(launcher, trained_run, tmp_path, capsys):
+def test_a_run_or_one_of_its_checkpoints_with_their_tokenizer(trained_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     saved = max((run / "checkpoints").iterdir())
     written = []
     for place in run, saved:
-        launcher.main(["--run-dir", str(place), "--prompt", "Bada", "--tokens", "5"])
+        command.main(["--run-dir", str(place), "--prompt", "Bada", "--tokens", "5"])
         written.append(capsys.readouterr().out)
     assert written[0] == written[1] != ""
     shutil.copytree(saved, tmp_path / "alone" / saved.name)
     with pytest.raises(UserError, match="tokenizer.model, expected the run's tokenizer"):
-        launcher.main(["--run-dir", str(tmp_path / "alone" / saved.name), "--prompt", "Bada"])
+        command.main(["--run-dir", str(tmp_path / "alone" / saved.name), "--prompt", "Bada"])
     with (run / "tokenizer.model").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(UserError, match="is not the tokenizer that the model was trained with"):
-        launcher.main(["--run-dir", str(run), "--prompt", "Bada"])
+        command.main(["--run-dir", str(run), "--prompt", "Bada"])

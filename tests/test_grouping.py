@@ -247,6 +247,7 @@ def agreement_rank(world):
     assert measured[3].segment < parameters / 4, "too few parameters to see them counted"
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_tightest_of_them():
     run_ranks(WORLD, agreement_rank)
 
@@ -293,7 +294,7 @@ def no_trace_rank(world):
         plain[stage], weights = train(world, stage, precision=precision)
         losses, after = train(world, stage, precision=precision, before=choose)
         assert losses == plain[stage], f"ZeRO {stage}, {precision}"
-        assert all(torch.equal(x, y) for x, y in zip(after, weights)), f"ZeRO {stage}, {precision}"
+        assert all(torch.equal(x, y) for x, y in zip(after, weights, strict=True)), f"ZeRO {stage}, {precision}"
 
     def with_a_backward(engine, step, segment, state):
         features, _ = engine("advance", segment, state)
@@ -302,6 +303,7 @@ def no_trace_rank(world):
     assert train(world, 0, before=with_a_backward)[0] != plain[0], "what a backward leaves is not seen either"
 
 
+@pytest.mark.slow
 def test_choosing_leaves_no_trace_in_training():
     """Losses and weights bit by bit, with dropout, at every stage; the control leaves a gradient behind."""
     run_ranks(WORLD, no_trace_rank)
@@ -405,12 +407,14 @@ def growth(peak: list[int]) -> float:
     return (large - small) / (LARGE - SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_bounds_the_growth_of_the_real_peak(peaks, case):
     """At most SAFETY of the footprint, and not below three quarters of it."""
     assert 0.75 * peaks[case][0] < growth(peaks[case]) < readout_size.SAFETY * peaks[case][0]
 
 
+@pytest.mark.slow
 def test_an_estimate_without_dropout_does_not_bound_training_with_it(peaks):
     """The control: that much is told apart."""
     assert growth(peaks["dropout"]) > readout_size.SAFETY * peaks["plain"][0]

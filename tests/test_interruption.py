@@ -1,7 +1,8 @@
-"""A corpus in the making that is interrupted, killed, short of disk, or worked at twice: the same command brings the same bytes."""
+"""Preparation interrupted, killed, out of disk space, or started twice: the same command makes the same bytes."""
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from memformer_dist.errors import UserError
+from memformer_dist.inspect.verify import verify
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
 from tests.helpers import ROOT
@@ -81,17 +83,18 @@ def until(condition, process) -> None:
         time.sleep(0.002)
 
 
-def units_finished(output: Path, step: str = "encoded") -> int:
+def partitions_finished(output: Path, step: str = "encoded") -> int:
     return len(list(output.with_name(output.name + ".partial").glob(f"{step}/*.json")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step, finished", [("encoded", 0), ("encoded", 9), ("shards", 1)])
 def test_killed_and_started_again(tmp_path, texts, model_file, whole, step, finished):
     output = tmp_path / "corpus"
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=program_environment())
     begun = output.with_name("corpus.partial") / "sharding.json"
-    until(lambda: begun.exists() and units_finished(output, step) >= finished, process)
+    until(lambda: begun.exists() and partitions_finished(output, step) >= finished, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
@@ -108,13 +111,14 @@ def workers_of(process) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children(recursive=True) if child.ppid() != process.pid]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", 2)
     process = subprocess.Popen(
         start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=program_environment()
     )
-    until(lambda: units_finished(output) >= 1, process)
+    until(lambda: partitions_finished(output) >= 1, process)
     workers_of(process)[0].kill()
     _, told = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker process died" in told and "Traceback" not in told
@@ -122,6 +126,7 @@ def test_a_worker_that_dies_ends_the_program(tmp_path, texts, model_file, whole)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers, interrupt", [(1, os.killpg), (2, os.killpg), (2, os.kill)])
 def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, workers, interrupt):
     """Sent to all as a terminal does, or to the main process alone."""
@@ -129,10 +134,10 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, work
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000), "--workers", workers)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(start, **pipes, env=program_environment(), start_new_session=True)
-    until(lambda: units_finished(output) >= 1, process)
+    until(lambda: partitions_finished(output) >= 1, process)
     interrupt(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=20)
-    assert process.returncode == 130 and told.strip() == "stopped; the same command goes on from there"
+    assert process.returncode == 130 and told.strip() == "stopped; the same command resumes"
     again = run_command(*start)
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
@@ -147,9 +152,38 @@ def test_another_recipe_makes_the_shards_anew(tmp_path, texts, model_file, monke
         shard(tmp_path / "corpus", model_file, [texts], partition_mib=mib(200_000))
     shard(tmp_path / "corpus", model_file, [texts], partition_mib=mib(200_000), seed=1)
     told = capsys.readouterr().err
-    assert "has other seed: its shards are made anew" in told and "finished by an earlier run" not in told
+    assert "has other seed; its shards are made again" in told and "finished by an earlier run" not in told
     shard(tmp_path / "fresh", model_file, [texts], partition_mib=mib(200_000), seed=1)
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
+
+
+def rename_key(record: Path, name: str) -> None:
+    text = record.read_text()
+    assert '"partition_mib"' in text
+    record.write_text(text.replace('"partition_mib"', f'"{name}"'))
+
+
+@pytest.mark.parametrize("name, known", [("unit_mib", True), ("unit_kib", False)])  # the second is the control
+def test_what_was_made_when_partitions_were_called_units(
+    tmp_path, texts, model_file, whole, monkeypatch, capsys, name, known
+):
+    """An interrupted run of that time resumes, and its corpus is recognised."""
+    output, options = tmp_path / "corpus", dict(partition_mib=mib(200_000))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("memformer_dist.prepare.build.merge", interrupted)
+        shard(output, model_file, [texts], **options)
+    rename_key(tmp_path / "corpus.partial" / "sharding.json", name)
+    report = shard(output, model_file, [texts], **options)
+    told = capsys.readouterr().err
+    assert bool(re.search(r"writing: (\d+) of \1 partitions were finished by an earlier run", told)) == known
+    assert ("has other partition_mib" in told) != known
+    assert tree(output) == whole
+    rename_key(output / "sharding.json", name)
+    assert verify(output).problems == []
+    if known:
+        assert shard(output, model_file, [texts], **options) == report
+    with pytest.raises(UserError, match="with other partition_mib; --overwrite replaces it"):
+        shard(output, model_file, [texts], partition_mib=mib(300_000 if known else 200_000))
 
 
 def test_a_mended_file_costs_no_other(tmp_path, model_file, capsys):
@@ -157,7 +191,7 @@ def test_a_mended_file_costs_no_other(tmp_path, model_file, capsys):
     for number, text in enumerate(documents(4)):
         (tmp_path / f"{number}.txt").write_text(text)
     (tmp_path / "1.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="1.txt: not UTF-8.*goes on there"):
+    with pytest.raises(UserError, match="1.txt: not UTF-8.*resumes there"):
         shard(tmp_path / "corpus", model_file, [f"{tmp_path}/*.txt"], partition_mib=mib(1), strict=True)
     (tmp_path / "1.txt").write_text("mended")
     (tmp_path / "4.txt").write_text("added")
@@ -226,7 +260,7 @@ def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
     (tmp_path / "corpus.partial").mkdir()
     with open(tmp_path / "corpus.partial" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="corpus.partial: another process is at work"):
+        with pytest.raises(UserError, match="corpus.partial: another process is working on this corpus"):
             shard(tmp_path / "corpus", model_file, [texts])
     shard(tmp_path / "corpus", model_file, [texts])
 
@@ -234,6 +268,7 @@ def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
 # ------------------------------------------------------------------------------------------------------------- MPI
 
 
+@pytest.mark.slow
 def test_under_mpi(tmp_path, texts, model_file, whole):
     start = [MPIRUN, "-iface", "lo", "-n", "3"]
     arguments = "--input", texts, "--partition-mib", mib(200_000)
@@ -244,12 +279,13 @@ def test_under_mpi(tmp_path, texts, model_file, whole):
     assert mistake.returncode == 2 and mistake.stderr.count("nowhere") == 1 and "Traceback" not in mistake.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(tmp_path, texts, model_file, whole):
     output = tmp_path / "corpus"
     start = shard_command(output, model_file, "--input", texts, "--partition-mib", mib(200_000))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen([MPIRUN, "-iface", "lo", "-n", "3", *start], **pipes, env=program_environment())
-    until(lambda: units_finished(output) >= 1, process)
+    until(lambda: partitions_finished(output) >= 1, process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
     ranks[-1].kill()
     told, _ = process.communicate(timeout=20)
@@ -289,7 +325,7 @@ def test_a_full_disk(texts, model_file, whole, small_disk, workers, step, share)
     """
     folder, enlarge = small_disk(int(share * sum(map(len, whole.values()))))
     options = dict(partition_mib=mib(200_000), workers=workers)
-    with pytest.raises(UserError, match=rf"cannot write .*{step}: No space.*goes on from there"):
+    with pytest.raises(UserError, match=rf"cannot write .*{step}: No space.*the same command resumes"):
         shard(folder / "corpus", model_file, [texts], **options)
     assert not (folder / "corpus").exists()
     for path in folder.rglob("*.tar"):

@@ -154,6 +154,7 @@ def test_bf16_gradients_of_64_segments_point_where_those_of_fp32_do(layout):
     assert sum(value < 0.999 for value in without.values()) > 20, "the gradient through the states does not matter"
 
 
+@pytest.mark.slow
 def test_what_is_left_is_where_the_memory_went():
     """A memory can be chaotic: moved far by a rounding, it has the gradient of a neighbour, in any arithmetic.
 
@@ -299,6 +300,7 @@ def bf16_parameters_rank(world, name):
         assert largest_difference(weights_of(resumed), weights_of(engine)) == 0, f"ZeRO {stage}"
 
 
+@pytest.mark.slow
 def test_bf16_parameters_equal_plain_torch():
     """AdamW with clipping on two ranks: the norm of every gradient and the fp32 weights; and these, not what bf16 leaves of
     them, are what a checkpoint hands on."""
@@ -343,6 +345,7 @@ def sharded_accumulation_rank(world):
     assert found == EVERYTHING - 2**-10, "DeepSpeed has changed: it reduces bf16 gradients in fp32"
 
 
+@pytest.mark.slow
 def test_sharded_gradients_accumulate_and_reduce_in_fp32():
     """And without communication_data_type what one rank adds to the other's is lost."""
     run_ranks(WORLD, sharded_accumulation_rank)
@@ -362,5 +365,6 @@ def dropped_window_rank(world):
         assert skipping == clean and largest_difference(others, weights) == 0, f"ZeRO {stage}, {precision}, {reduce}"
 
 
+@pytest.mark.slow
 def test_a_window_that_is_not_finite_leaves_no_trace_in_any_precision():
     run_ranks(WORLD, dropped_window_rank)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 from memformer_dist.errors import UserError
 from memformer_dist.prepare import encode as encode_module
 from memformer_dist.prepare.build import shard
-from memformer_dist.prepare.documents import Reader, cut_partitions, discover, look, zstd
+from memformer_dist.prepare.documents import Reader, look, zstd
+from memformer_dist.prepare.partitions import cut_partitions, discover
 from tests.helpers import ROOT
 from tests.helpers.corpora import documents, encode, mib, read_back
 from tests.helpers.files import tree
@@ -89,6 +91,7 @@ def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_fac
     assert quarantined(folder / "corpus") == bad
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(made=st.lists(files(), min_size=2, max_size=8), partition=st.integers(1, 200), seed=st.integers(0, 3))
 def test_the_same_bytes_for_any_number_of_workers(tmp_path_factory, model_file, made, partition, seed):
@@ -180,7 +183,7 @@ def test_units_are_whole_files_or_parts_of_large_ones(tmp_path):
     ]
     groups = [partition[0] for partition in described(2000) if partition[0][0] == "g.parquet"]
     assert groups[0][1] == 0 and groups[-1][2] == 10 and len(groups) == 5
-    assert all(before[2] == after[1] for before, after in zip(groups, groups[1:]))
+    assert all(before[2] == after[1] for before, after in itertools.pairwise(groups))
     assert len(described(10**6)) == 1
     assert described(100) == described(100)
 
@@ -333,7 +336,7 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n')
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
     shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0)
-    with pytest.raises(UserError, match="--strict: 1 documents could not be read when it was made"):
+    with pytest.raises(UserError, match="--strict: 1 documents could not be read when the corpus was made"):
         shard(tmp_path / "corpus", model_file, [tmp_path / "a.jsonl"], valid_fraction=0, strict=True)
 
 
@@ -343,8 +346,12 @@ def test_strict_about_a_corpus_that_is_there(tmp_path, model_file):
         (dict(seed=-1), "--seed -1: expected 0 or more"),
         (dict(partition_mib=float("nan")), "--partition-mib nan: expected more than 0"),
         (dict(partition_mib=float("inf")), "--partition-mib inf"),
-        (dict(output=Path("setup.py")), "setup.py is there and is no corpus"),
-        (dict(output=Path(".")), "is there and is no corpus"),
+        (
+            dict(seed=-1, valid_fraction=1, partition_mib=0),
+            "(?s)--valid-fraction 1: .*--seed -1: .*--partition-mib 0: ",
+        ),
+        (dict(output=Path("setup.py")), "setup.py exists and is not a corpus"),
+        (dict(output=Path(".")), "exists and is not a corpus"),
         (dict(valid_inputs=["file://{folder}/two.txt"]), "two.txt is among the files of --input too"),
     ],
 )
@@ -403,6 +410,8 @@ def test_documents_without_text_take_no_memory(tmp_path, model_file, monkeypatch
 # ----------------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_import_neither_torch_nor_the_reader():
-    code = "import sys, tokenizer.shard; sys.exit(bool({'torch', 'memformer_dist.data.corpus'} & set(sys.modules)))"
-    assert run_command(sys.executable, "-c", code).returncode == 0
+@pytest.mark.parametrize("module", ["prepare.encode", "prepare.build", "commands.prepare"])
+def test_workers_import_neither_torch_nor_the_reader(module):
+    heavy = "{'torch', 'memformer_dist.data.corpus'} & set(sys.modules)"
+    done = run_command(sys.executable, "-c", f"import sys, memformer_dist.{module}; sys.exit(bool({heavy}))")
+    assert done.returncode == 0, done.stderr

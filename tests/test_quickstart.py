@@ -38,12 +38,12 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
 
     def start(path) -> None:
-        monkeypatch.setattr(sys, "argv", ["quickstart.py", str(path), "--runs", str(tmp_path / "runs")])
-        quickstart.main()
+        quickstart.main([str(path), "--runs", str(tmp_path / "runs")])
 
     return start
 
 
+@pytest.mark.slow
 def test_a_tiny_folder_from_text_to_sample(tiny, start, tmp_path, capfd):
     """Trained, evaluated, sampled; after that the training step finds the run finished."""
     start(tiny)
@@ -90,7 +90,7 @@ def test_folders_of_one_name_and_texts_that_have_changed(tiny, start, tmp_path, 
             start(path)
         assert ended.value.code == code
     shown = capfd.readouterr()
-    assert "there already" in shown.out and "one usable document" in shown.err and "rm -r" not in shown.err
+    assert "exists already" in shown.out and "one usable document" in shown.err and "rm -r" not in shown.err
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
     (other / "new.txt").write_text("something new\n")
@@ -125,7 +125,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "segment_length", "expected"),
+    "lengths, segment_length, expected",
     [
         ([32_000] * 100, 32, 1_600_000),  # enough text, whole segments: what the configuration says
         ([32 * 50 + 16] * 10_000, 32, 1_600_000 * 1616 // 1632),  # the same number of steps
@@ -141,7 +141,7 @@ def test_budget(monkeypatch, tmp_path, lengths, segment_length, expected):
     assert quickstart.budget(tmp_path, config) == pytest.approx(expected, abs=1)
 
 
-@pytest.mark.parametrize(("ranks", "lanes"), [(1, 32), (2, 32), (3, 33), (8, 32), (24, 48), (64, 64)])
+@pytest.mark.parametrize("ranks, lanes", [(1, 32), (2, 32), (3, 33), (8, 32), (24, 48), (64, 64)])
 def test_lanes_on_any_number_of_gpus(ranks, lanes):
     assert quickstart.lanes_for(ranks, {"data": {"lanes": 32}}) == lanes
 

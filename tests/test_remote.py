@@ -131,12 +131,12 @@ def taken(monkeypatch):
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_faults_everything_is_fetched_once(server, folder, tmp_path, capfd):
+def test_without_faults_everything_is_fetched_once(server, folder, tmp_path, capfd, caplog):
     assert_reads_all(opened(server, tmp_path), folder)
     assert sorted(name for name, _ in server.requests) == sorted(
         ["train/corpus.json", "train/index.safetensors", *map(shard, range(SHARDS))]
     )
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not caplog.records
     assert_reads_all(opened(server, tmp_path), folder)  # from the cache
     assert [name for name, _ in server.requests[SHARDS + 2 :]] == ["train/corpus.json"]
 
@@ -145,7 +145,7 @@ FAULTS = ["drop", "truncate", 500, 503, "flip", "short", "long", "stall"]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, stalls, ahead):
+def test_what_fails_is_fetched_again(server, folder, tmp_path, caplog, stalls, ahead):
     """Every file meets faults of its own; what is read is right all the same, and each retry is reported."""
     server.faults["train/corpus.json"] = ["truncate", "short"]
     server.faults["train/index.safetensors"] = ["flip", "drop", 503]
@@ -155,7 +155,7 @@ def test_what_fails_is_fetched_again(server, folder, tmp_path, capfd, stalls, ah
     if ahead:
         prefetch(corpus, range(SHARDS * PER_SHARD))
     assert_reads_all(corpus, folder)
-    told = capfd.readouterr().err.splitlines()
+    told = caplog.messages
     for number, fault in enumerate(FAULTS):
         tries = 2 if fault in ("flip", "long", "stall") else 4
         assert server.count(shard(number)) == tries
@@ -229,7 +229,7 @@ def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     assert server.count(shard(0)) == 5
 
 
-def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd, rested):
+def test_a_full_disk(server, folder, tmp_path, monkeypatch, caplog, rested):
     corpus = opened(server, tmp_path)
 
     def full(*_, **__):
@@ -242,7 +242,7 @@ def test_a_full_disk(server, folder, tmp_path, monkeypatch, capfd, rested):
         patch.setattr(corpus._shards._remote._files, "get_file", full)
         with pytest.raises(CorpusError, match=re.escape(message)):
             check(corpus, 0)
-    assert capfd.readouterr().err == "" and not list(tmp_path.glob("*/*.tar*"))
+    assert not caplog.records and not list(tmp_path.glob("*/*.tar*"))
     rested()
     assert_reads_all(corpus, folder)
 
@@ -278,7 +278,7 @@ def test_a_cache_that_cannot_be(server, tmp_path):
 
 
 def test_a_damaged_cache_is_found_out(server, folder, tmp_path):
-    """A file that changed in the cache: of another size or with another hash (index) it is fetched again, else its documents are damaged."""
+    """A file that changed in the cache is fetched again if its size or hash (index) differs; else its documents are damaged."""
     assert_reads_all(opened(server, tmp_path), folder)
     (place,) = tmp_path.iterdir()
     (place / "shard-000000.tar").write_bytes(b"cut short")
@@ -389,7 +389,7 @@ def test_windows_through_a_small_cache(server, folder, tmp_path, taken):
         assert there.prepare(tick, 8) is None
         expected, found = here.window(tick, 8), there.window(tick, 8)
         for t in [*range(8), *reversed(range(8))]:
-            assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t]))
+            assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t], strict=True))
     full = (2 * lanes + 1) * corpus.manifest.shards[0].bytes
     filled = taken.index(full)
     assert set(taken[filled:]) == {full}, (
@@ -542,7 +542,7 @@ def test_open_corpora_over_http_and_file(corpus_dir, tmp_path):
     with FileServer(corpus_dir) as server:
         for url in (server.url, f"{server.url}/", f"file://{corpus_dir}"):
             corpora = open_corpora(url, cache=tmp_path / "cache")
-            for there, here in zip(corpora, local):
+            for there, here in zip(corpora, local, strict=True):
                 assert there.fingerprint == here.fingerprint
                 assert there.tokenizer().read_bytes() == (corpus_dir / "tokenizer.model").read_bytes()
                 for document in range(len(here.lengths)):

@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.errors import UserError
 from memformer_dist.prepare.build import choose_validation, shard
+from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
 from tests.helpers import ROOT
 from tests.helpers.scripts import run_script
-from tokenizer.train import sample_lines, train_tokenizer
 
-SOURCE = (ROOT / "tokenizer" / "train.py").read_text() + (
-    ROOT / "memformer_dist" / "prepare" / "documents.py"
-).read_text()
+SOURCE = "".join((ROOT / "memformer_dist" / "prepare" / name).read_text() for name in ("tokenizer.py", "documents.py"))
 CONTROL_LOOKALIKES = ["<s>", "</s>", "<pad>", "<unk>", "<0x41>", "<0x0A>"]
 
 
@@ -261,7 +259,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path, model_file):
     report = shard(tmp_path / "corpus", model_file, [texts])
     assert (report["empty"], report["unreadable"], report["ignored"]) == (2, 3, 1)
     assert sum(split["documents"] for split in report["splits"].values()) == 7
-    listed = [json.loads(line) for line in open(tmp_path / "corpus" / "quarantine.jsonl")]
+    listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
     assert [(Path(entry["file"]).name, entry["position"]) for entry in listed] == [
         ("cut.txt.gz", 0),
         ("latin.txt", 0),
@@ -289,7 +287,7 @@ def test_existing_corpus(tmp_path, model_file, capsys):
     texts, corpus = write_texts(tmp_path / "texts", 6), tmp_path / "corpus"
     first = shard(corpus, model_file, [texts])
     before = tree_hash(corpus)
-    assert shard(corpus, model_file, [texts], workers=2) == first and "there already" in capsys.readouterr().out
+    assert shard(corpus, model_file, [texts], workers=2) == first and "exists already" in capsys.readouterr().out
     with pytest.raises(UserError, match="with other seed; --overwrite"):
         shard(corpus, model_file, [texts], seed=1)
     (texts / "new.txt").write_text("something new")
@@ -304,7 +302,7 @@ def test_existing_corpus(tmp_path, model_file, capsys):
 
 def test_a_folder_that_is_no_corpus_is_never_overwritten(tmp_path, model_file):
     texts = write_texts(tmp_path / "texts", 3)
-    with pytest.raises(UserError, match="is no corpus"):
+    with pytest.raises(UserError, match="is not a corpus"):
         shard(texts, model_file, [texts], overwrite=True)
     assert len(list(texts.iterdir())) == 3
 
@@ -359,6 +357,7 @@ def test_command_lines(tmp_path):
     "script, arguments",
     [
         ("train.py", ["--input", "nowhere", "--output", "x"]),
+        ("train.py", ["--input", __file__, "--vocab-size", "300", "--output", "/dev/null/nowhere/x"]),
         ("shard.py", ["--input", ".", "--tokenizer", "nowhere", "--output", "x"]),
     ],
 )

@@ -22,12 +22,12 @@ from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.optimizer import OptimizerConfig, learning_rate
+from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
 from tests.helpers import ROOT
 from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
 from tests.helpers.waiting import wait_until
-from tokenizer.shard import shard
 
 
 def interrupted_rank(world, cases) -> None:
@@ -42,6 +42,7 @@ def interrupted_rank(world, cases) -> None:
 DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm", "data/documents_started")
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
     """With dropout, on two ranks, for every ZeRO stage and precision: weights, moments, lane states, logged figures."""
     cases = []
@@ -77,6 +78,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(corpus_dir, tmp_path):
             assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 2
 
 
+@pytest.mark.slow
 def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, capfd):
     """Losses of a run that was stopped, bit by bit; several corpora have one tokenizer."""
     texts = tmp_path / "texts"
@@ -96,7 +98,7 @@ def test_mixtures_and_streams_resume_where_they_stopped(corpus_dir, tmp_path, ca
         assert len(losses[folder.name]) > 7
         assert losses[folder.name] == records(folder / "parts", "loss/train", "data/documents_started")
     assert len({losses[name][0][2] for name in losses}) == 3, "each reads something else"
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     train, _ = open_corpora(corpus_dir)
     positions = int((-(-train.lengths // 16) * 16).sum())
     padding = 1 - train.total_tokens / positions
@@ -127,6 +129,7 @@ def several_runs(world, cases) -> None:
         run_rank(world, raw, run_dir, stop_after)
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
     """fp32, dropout 0: the same batches and losses within 1e-5 over 20 steps; the ranks also work in lane groups."""
     raw = settings(corpus_dir, tokens=19 * STEP_TOKENS)
@@ -138,9 +141,10 @@ def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
     for name in ("two", "grouped"):
         found = records(tmp_path / name, "data/documents_started", "loss/train")
         assert [row[:3] for row in found] == [row[:3] for row in expected]
-        assert max(abs(x[3] - y[3]) for x, y in zip(found, expected)) <= 1e-5
+        assert max(abs(x[3] - y[3]) for x, y in zip(found, expected, strict=True)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
     """Half of each document is not learnt; ranks count the labels of their own lanes, and lanes differ."""
     generator, lines = random.Random(0), []
@@ -154,13 +158,14 @@ def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
     run_ranks(2, several_runs, [(raw, tmp_path / "two", None)])
     one, two = (records(tmp_path / name, "loss/train") for name in ("one", "two"))
     assert [row[:2] for row in one] == [row[:2] for row in two] and len(one) > 5
-    assert max(abs(x[2] - y[2]) for x, y in zip(one, two)) <= 1e-5
+    assert max(abs(x[2] - y[2]) for x, y in zip(one, two, strict=True)) <= 1e-5
     corpus = open_corpora(tmp_path / "masked")[0]
     reader = WindowReader(corpus, LaneSchedule(corpus.lengths, lanes=8, segment_length=16), lanes=range(8))
     counts = [sum(int((reader.segment(tick).labels >= 0).sum()) for tick in range(3 * n, 3 * n + 3)) for n in range(6)]
     assert [int(row[1]) for row in one[:6]] == np.cumsum(counts).tolist() and len(set(counts)) > 3
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
     """Stopped on 2 ranks at ZeRO 2, resumed on 1 at ZeRO 0 and on 2 at ZeRO 3: the losses of the run that was left alone."""
     tokens = 12 * STEP_TOKENS
@@ -172,7 +177,7 @@ def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
     for name in ("a", "b"):
         found = records(tmp_path / name, "loss/train")
         assert [row[:2] for row in found] == [row[:2] for row in expected]
-        assert max(abs(x[2] - y[2]) for x, y in zip(found, expected)) <= 2e-5, name
+        assert max(abs(x[2] - y[2]) for x, y in zip(found, expected, strict=True)) <= 2e-5, name
 
 
 def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
@@ -198,9 +203,7 @@ def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
     train, _ = open_corpora(corpus_dir)
     schedule = LaneSchedule(train.lengths, seed=0, lanes=8, segment_length=16)
     reader = WindowReader(train, schedule, lanes=range(8))
-    assert [tokens for _, tokens, _ in rows] == [
-        reader.labels(0, sum(windows[: n + 1])) for n in range(len(rows))
-    ]
+    assert [tokens for _, tokens, _ in rows] == [reader.labels(0, sum(windows[: n + 1])) for n in range(len(rows))]
     said = "".join(capfd.readouterr())
     for window in (1, 4, 3, 2):
         assert f"windows of {window} segments from here\n" in said
@@ -224,7 +227,8 @@ def chosen_rank(world, cases) -> None:
     for raw, run_dir, stop_after, choice in cases:
         asked = []
 
-        def choose(engine, segment, state, world, *, window):
+        def choose(engine, cell, segment, state, world, *, window, reserved):
+            assert reserved == engine.first_step_bytes(state, window) > 0
             asked.append(window)
             assert len(segment.tokens) == len(state.memory)
             return Choice(choice, 3 << 20, 64 << 20)
@@ -268,10 +272,11 @@ def test_a_chosen_readout_group_is_kept(corpus_dir, tmp_path, capfd):
 
     assert kept("whole") == kept("parts") == {"segments": 2, "lanes": 8}
     assert kept("moved") == {"segments": 1, "lanes": 4} and kept("fixed") is None
-    said = [line for line in "".join(capfd.readouterr()).splitlines() if line.startswith("mrbp.readout_group: ")]
+    lines = capfd.readouterr().err.splitlines()
+    said = [line.partition("rank 0  ")[2] for line in lines if "rank 0  mrbp.readout_group: " in line]
     assert len(said) == 5
     assert said[0] == (
-        "mrbp.readout_group: 2 segments, for a segment of 8 lanes takes 3.0 MiB, 64 MiB are free, and a window has 3"
+        "mrbp.readout_group: 2 segments, because a segment of 8 lanes takes 3.0 MiB, 64 MiB are free, and a window has 3"
         " segments at most; kept for the rest of the run"
     )
 
@@ -313,6 +318,7 @@ def damaged_rank(world, raw, run_dir, expected) -> None:
         run_rank(world, raw, run_dir)
 
 
+@pytest.mark.slow
 def test_a_damaged_document_of_one_rank_ends_all_of_them(corpus_dir, tmp_path):
     """The document is met in a later window, by one rank; both end with the same message, what was trained is saved."""
     corpus = tmp_path / "corpus"
@@ -413,6 +419,7 @@ def write_config(corpus: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_single_process_stops_on_a_signal_and_resumes(corpus_dir, tmp_path):
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""python -m memformer_dist.inspect.verify: nothing damaged passes, and what is damaged is named by document and byte."""
+"""launch/corpus.py verify: nothing damaged passes, and what is damaged is named by document and byte."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ DOCUMENTS, LENGTH = 30, 300
 def corpus(tmp_path, request):
     """Two splits of five shards of one size each; every document is of the same length."""
     (tmp_path / "tokenizer.model").write_bytes(b"a tokenizer")
-    facts = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256=hashlib.sha256(b"a tokenizer").hexdigest())
+    vocabulary = Vocabulary(size=1000, bos_id=1, eos_id=2, tokenizer_sha256=hashlib.sha256(b"a tokenizer").hexdigest())
     generator = np.random.default_rng(0)
     for name in ("train", "valid"):
         with SplitWriter(
-            tmp_path / name, facts, has_mask=request.param, shard_tokens=DOCUMENTS // 5 * LENGTH
+            tmp_path / name, vocabulary, has_mask=request.param, shard_tokens=DOCUMENTS // 5 * LENGTH
         ) as writer:
             for _ in range(DOCUMENTS):
                 writer.add(generator.integers(4, 1000, LENGTH))
@@ -114,7 +114,7 @@ def test_all_problems_are_listed(corpus):
         rf"{valid}/shard-000002.tar: \d+ bytes, expected \d+ bytes",
     ]
     assert len(found) == len(patterns)
-    for problem, pattern in zip(found, patterns):
+    for problem, pattern in zip(found, patterns, strict=True):
         assert re.match(pattern, problem), (problem, pattern)
 
 
@@ -175,12 +175,12 @@ def test_no_corpus(tmp_path):
 
 
 def test_the_program(corpus_dir, tmp_path):
-    done = run_script("-m", "memformer_dist.inspect.verify", corpus_dir)
+    done = run_script("launch/corpus.py", "verify", corpus_dir, cold=True)
     assert done.returncode == 0 and re.match(
         rf"{corpus_dir}: whole; \d+ shards, 40 documents, [\d,]+ tokens, [\d.]+ MB in [\d.]+ s \([\d,]+ MB/s\)\n$",
         done.stdout,
     )
-    done = run_script("-m", "memformer_dist.inspect.verify", tmp_path)
+    done = run_script("launch/corpus.py", "verify", tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(
         f"error: {tmp_path}: found no corpus.json"
     )

@@ -1,4 +1,4 @@
-"""RecurrentCell: the contract between a model and what trains, evaluates or samples it. docs/adding_a_cell.md shows how to meet it.
+"""RecurrentCell: the contract between a model and what trains, evaluates or samples it. Start at docs/adding_a_cell.md.
 
 A cell reads a document one segment of S tokens at a time and carries a state from each segment to the next. It works on
 B lanes, independent documents side by side, and is cut in two where the recurrence ends:

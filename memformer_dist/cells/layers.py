@@ -11,6 +11,7 @@ Generation keeps every layer's keys and values: `Stack.open` projects the source
 has no dropout.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -99,12 +100,18 @@ class LayersConfig(CellConfig):
     width: PositiveInt = Field(512, description="D, of the hidden states")
     heads: PositiveInt = Field(8, description="H, in every attention")
     feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
-    dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings, attention weights, residual branches")
-    positions: Literal["rotary", "none"] = Field("rotary", description="in self-attention; sources have none")
-    final_norm: bool = Field(True, description="LayerNorm after the last layer of a stack")
-    tie_embeddings: bool = Field(True, description="the head is the embedding")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="rate of dropout on embeddings, attention weights and residual branches"
+    )
+    positions: Literal["rotary", "none"] = Field(
+        "rotary", description="position embedding of self-attention; cross-attention has none"
+    )
+    final_norm: bool = Field(True, description="a LayerNorm after the last layer of a stack")
+    tie_embeddings: bool = Field(True, description="use the embedding as the head's weights")
     attention_bias: bool = Field(False, description="biases in the projections of all attentions")
-    init_std: PositiveFloat = Field(0.02, description="of weights; residual outputs / sqrt(2 layers)")
+    init_std: PositiveFloat = Field(
+        0.02, description="standard deviation of initial weights; those into the residual stream / sqrt(2 layers)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -193,10 +200,12 @@ class Layer(nn.Module):
 
     def __init__(self, config: LayersConfig, output_std: float, *, has_source: bool):
         super().__init__()
+        self.has_source = has_source
         self.self_norm = nn.LayerNorm(config.width)
         self.self_attention = SelfAttention(config, output_std)
-        self.cross_norm = nn.LayerNorm(config.width) if has_source else None
-        self.cross_attention = CrossAttention(config, output_std) if has_source else None
+        if has_source:
+            self.cross_norm = nn.LayerNorm(config.width)
+            self.cross_attention = CrossAttention(config, output_std)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config, output_std)
         self.dropout = nn.Dropout(config.dropout)
@@ -211,7 +220,7 @@ class Layer(nn.Module):
         causal: bool,
     ) -> Tensor:
         hidden = hidden + self.dropout(self.self_attention(self.self_norm(hidden), rotation, mask, causal))
-        if self.cross_attention is not None:
+        if source is not None:
             hidden = hidden + self.dropout(self.cross_attention(self.cross_norm(hidden), source, source_mask))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
@@ -230,7 +239,7 @@ class Layer(nn.Module):
         past.keys[lanes, positions] = keys
         past.values[lanes, positions] = values
         hidden = hidden + self.self_attention.output(attend(queries, past.keys, past.values, mask=mask))
-        if self.cross_attention is not None:
+        if self.has_source:
             normed = self.cross_norm(hidden)
             hidden = hidden + self.cross_attention.read(normed, past.source_keys, past.source_values, source_mask)
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
@@ -246,7 +255,8 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.causal = config, causal
         output_std = config.init_std / (2 * layers) ** 0.5
-        self.layers = nn.ModuleList(Layer(config, output_std, has_source=has_source) for _ in range(layers))
+        made = [Layer(config, output_std, has_source=has_source) for _ in range(layers)]
+        self.layers: Sequence[Layer] = nn.ModuleList(made)  # type: ignore[assignment]  # a list of Layers and nothing else
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -38,17 +38,25 @@ from memformer_dist.segment import Segment
 
 class MemformerConfig(LayersConfig):
     cell: Literal["memformer"] = Field("memformer", description="which cell")
-    layout: Literal["encoder_decoder", "decoder"] = Field("encoder_decoder", description="see the top of memformer.py")
+    layout: Literal["encoder_decoder", "decoder"] = Field(
+        "encoder_decoder", description="the paper's, or the one of its Table 3"
+    )
     width: PositiveInt = Field(512, description="D, of the hidden states and of a slot")
-    encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")
-    decoder_layers: PositiveInt = Field(16, description="causal layers")
+    encoder_layers: NonNegativeInt = Field(
+        4, description="layers that read the memory and the segment before; 0 in the layout decoder"
+    )
+    decoder_layers: PositiveInt = Field(16, description="causal layers that predict the segment")
     heads: PositiveInt = Field(8, description="H, in every attention and in the writer")
     slots: PositiveInt = Field(512, description="M, memory slots per lane")
-    temperature: PositiveFloat = Field(0.25, description="tau of the write attention; below 1 it is sharper")
+    temperature: PositiveFloat = Field(0.25, description="tau of the write attention; sharper below 1")
     bmn_init_norm: PositiveFloat = Field(0.1, description="initial ||v||; memory decays by 1 / (1 + ||v||) per segment")
 
-    memory_norm: bool = Field(True, description="LayerNorm before it is read: slots have norm 1, tokens sqrt(D)")
-    write_first_segment: bool = Field(True, description="false: m(0) stays until the second; encoder_decoder only")
+    memory_norm: bool = Field(
+        True, description="a LayerNorm on the memory before it is read: slots have norm 1, tokens sqrt(D)"
+    )
+    write_first_segment: bool = Field(
+        True, description="false: write from the second segment of a document on (layout encoder_decoder only)"
+    )
     write_projection: bool = Field(False, description="an output projection after the write attention")
 
     def problems(self) -> list[str]:
@@ -225,11 +233,13 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
         context = torch.where(reset[:, None], self.bos_id, state.context)
         length = torch.where(reset, 1, state.context_length)  # so all but the first BOS are padding
         mask = key_mask(length, self.segment_length)
+        assert self.encoder is not None
         return MemformerFeatures(self.encoder(self._embed(context), self._source(memory), mask=mask), length)
 
     def _write(self, memory: Tensor, features: MemformerFeatures, reset: Tensor | None = None) -> Tensor:
+        """`reset` bool [B]: lanes whose first segment this is; None where that makes no difference."""
         written = self.normalise(self.writer(memory, *features))
-        if self.config.write_first_segment:
+        if self.config.write_first_segment or reset is None:
             return written
         return torch.where(reset[:, None, None], memory, written)
 

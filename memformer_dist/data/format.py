@@ -60,7 +60,7 @@ class Shard(BaseModel):
     def _in_this_folder(cls, name: str) -> str:
         # A corpus from a stranger must not make us read other files.
         if name in ("", "..") or "\0" in name or Path(name).name != name:
-            raise ValueError("expected the plain name of a file in the split's folder")
+            raise ValueError(f"found {name!r}, expected the plain name of a file in the split's folder")
         return name
 
 

@@ -13,7 +13,7 @@ for it, because readers ask often. After that it is tried again: the network may
 
 import hashlib
 import json
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -32,6 +32,7 @@ from memformer_dist.files import sha256_of, write_bytes
 FETCHERS = 4  # threads
 REST_S = 60.0  # after a shard could not be fetched, until it is tried again
 POLL_S = 0.05  # while another process fetches what this one needs
+log = logging.getLogger(__name__)
 
 
 class RemoteShards:
@@ -218,11 +219,8 @@ class RemoteShards:
                 self._fetch(number, needed=False)
             except Exception as error:
                 if threading.main_thread().is_alive():
-                    print(
-                        f"{error}; not needed yet; it is tried again when it is, after {REST_S:.0f} s at the earliest",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    later = f"not needed yet; it is tried again when it is, after {REST_S:.0f} s at the earliest"
+                    log.warning("%s; %s", error, later)
 
 
 def fetch_split(url: str, cache: Path, bound: int) -> tuple[Split, Remote, ShardCache]:

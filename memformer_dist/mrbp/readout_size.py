@@ -23,7 +23,7 @@ of kernels, buckets of the collectives, modules that ZeRO-3 gathers, prefetched 
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ def footprint(forward: Callable[..., Any], module: nn.Module, segment: Segment, 
 
 
 @contextlib.contextmanager
-def saved_storages(parameters: list[Tensor]) -> Iterator[dict[StorageWeakRef, int]]:
+def saved_storages(parameters: Sequence[Tensor]) -> Iterator[dict[StorageWeakRef, int]]:
     """Bytes of each storage, those of `parameters` apart, that graphs built inside would keep for the backward.
 
     The graphs keep nothing and cannot go backward. Storages are told apart by weak references, because the memory of one

@@ -50,7 +50,7 @@ class _Advanced(NamedTuple):
 def memory_replay(
     cell: Cell,
     window: Sequence[Tensors],
-    state: Some,
+    state: Tensors,
     *,
     loss_scale: float,
     executor: Executor | None = None,
@@ -101,12 +101,15 @@ def memory_replay(
     states.push(state)
     with torch.no_grad():  # lines 3-6: the rollout fills the replay buffer
         for t in range(last):
-            state = _detached(_unchanged(state, lambda t=t, state=state: executor.rollout(t, window[t], state)))
+            segment, versions = window[t], _versions(state)
+            output = executor.rollout(t, segment, state)
+            _expect_unchanged(state, versions)
+            state = _detached(output)
             states.push(state)
     rollout_s = _wait_for(state) - began
 
     gradient: Gradients = [None] * len(state)  # dL/d(output state of segment t); none behind the window's last
-    final = following = None  # the window's last state; the stored state that segment t was rolled out to
+    final = following = state  # the window's last state; the stored state that segment t was rolled out to
     device = state[0].device
     drift = torch.zeros((), device=device)
     squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=device)  # of the input states' gradients
@@ -115,9 +118,9 @@ def memory_replay(
         advanced: list[_Advanced] = []  # of this group, last to first
         for t in reversed(group):  # line 9: recompute from the replay buffer, with a graph
             segment, inputs = window[t], as_leaves(states.pop())
-            features, output = _unchanged(
-                inputs, lambda t=t, segment=segment, inputs=inputs: executor.advance(t, segment, inputs)
-            )
+            versions = _versions(inputs)
+            features, output = executor.advance(t, segment, inputs)
+            _expect_unchanged(inputs, versions)
             advanced.append(_Advanced(t, segment, inputs, features, output))
             if t == last:
                 final = _detached(output)
@@ -130,7 +133,7 @@ def memory_replay(
         arrived = _read_out(executor, advanced[::-1], loss_scale, readout_parts, observe, last=ending == -1)
         while advanced:
             t, _, inputs, features, output = advanced.pop(0)
-            surrogate = inner_product(features, arrived.pop(), output, gradient)
+            surrogate = inner_product((features, arrived.pop()), (output, gradient))
             if surrogate is not None:
                 executor.backward(surrogate, last=t == ending)  # lines 11-12, in one walk through the graph
             gradient = [x.grad for x in inputs]  # nabla M_t, for the segment before
@@ -142,7 +145,7 @@ def memory_replay(
 def in_order(
     executor: Executor,
     window: Sequence[Tensors],
-    state: Some,
+    state: Tensors,
     *,
     loss_scale: float,
     readout_group: int = 1,
@@ -159,9 +162,9 @@ def in_order(
         advanced: list[_Advanced] = []
         for t in range(start, min(start + readout_group, last + 1)):
             segment, inputs = window[t], _detached(state)
-            features, output = _unchanged(
-                inputs, lambda t=t, segment=segment, inputs=inputs: executor.advance(t, segment, inputs)
-            )
+            versions = _versions(inputs)
+            features, output = executor.advance(t, segment, inputs)
+            _expect_unchanged(inputs, versions)
             advanced.append(_Advanced(t, segment, inputs, features, output))
             state = _detached(output)
         passing = [a.t for a in advanced if _any_flows(a.features)]
@@ -169,7 +172,7 @@ def in_order(
         arrived = _read_out(executor, advanced, loss_scale, readout_parts, observe, last=ending == -1)
         while advanced:
             t, _, _, features, _ = advanced.pop()
-            surrogate = inner_product(features, arrived.pop(), (), [])
+            surrogate = inner_product((features, arrived.pop()))
             if surrogate is not None:
                 executor.backward(surrogate, last=t == ending)
             del features, surrogate
@@ -202,7 +205,7 @@ def _read_out(
     nll = torch.cat(nlls)
     lanes = nll.shape[0] // len(advanced)
     arrived: list[Gradients] = []
-    for position, of in enumerate(advanced):
+    for position in range(len(advanced)):
         rows = slice(position * lanes, (position + 1) * lanes)
         arrived.append([None if leaf.grad is None else leaf.grad[rows] for leaf in leaves])
     for position, of in reversed(list(enumerate(advanced))):
@@ -215,13 +218,13 @@ def as_leaves(tensors: Some) -> Some:
     return tensors._make(x.detach().requires_grad_(differentiable(x)) for x in tensors)
 
 
-def inner_product(features: Tensors, of_features: Gradients, output: Tensors, of_output: Gradients) -> Tensor | None:
-    """A scalar whose gradient with respect to the tensors is what is given for each; None where nothing flows.
+def inner_product(*pairs: tuple[Tensors, Gradients]) -> Tensor | None:
+    """A scalar whose gradient with respect to tensors is what each is paired with; None where nothing flows.
 
     A leaf that nothing reads gets no gradient instead of zeros: 0 times an infinite derivative would be nan.
     """
     totals = []
-    for tensors, gradients in (features, of_features), (output, of_output):
+    for tensors, gradients in pairs:
         terms = [
             (x * g.conj()).real.sum() if x.is_complex() else (x * g).sum()
             for x, g in zip(tensors, gradients)
@@ -232,16 +235,17 @@ def inner_product(features: Tensors, of_features: Gradients, output: Tensors, of
     return sum(totals) if totals else None
 
 
-def _unchanged(state: Tensors, call: Callable[[], Some]) -> Some:
-    """What `call` returns. Raises ValueError where it has written to a leaf of the state, which is stored for the replay."""
-    before = [x._version for x in state]
-    result = call()
-    changed = [name for name, x, version in zip(state._fields, state, before) if x._version != version]
+def _versions(state: Tensors) -> list[int]:
+    return [x._version for x in state]
+
+
+def _expect_unchanged(state: Tensors, versions: list[int]) -> None:
+    """Raises ValueError where a leaf was written to since: the state is stored for the replay."""
+    changed = [name for name, x, version in zip(state._fields, state, versions) if x._version != version]
     if changed:
         raise ValueError(
             f"advance has written in place to its input state ({', '.join(changed)}); it must make new tensors"
         )
-    return result
 
 
 def _detached(tensors: Some) -> Some:

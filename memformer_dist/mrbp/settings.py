@@ -18,8 +18,8 @@ def _number_or_auto(value: Any) -> str | None:
 
 class MrbpConfig(Section):
     window: WindowPlan = Field(
-        description="N, segments a window: the horizon of back-propagation and the tokens of a step; an integer, or a"
-        " schedule by step or by a metric (curriculum.py)"
+        description="N, segments per BPTT window, which is also what one step trains on; an integer, or a plan by step or by"
+        " a metric"
     )
     readout_group: Annotated[
         Annotated[PositiveInt, Tag("<number>")] | Annotated[Literal["auto"], Tag("<auto>")],
@@ -28,22 +28,22 @@ class MrbpConfig(Section):
         ),
     ] = Field(
         1,
-        description="C, segments whose readout runs as one batch; activations of C are alive. More than 1 fills a GPU"
-        " that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times; auto: as many as the free"
-        " memory of the device holds, measured before the first step and kept for the run",
+        description="C, segments whose readout runs as one batch, at the price of C segments' activations. More than 1 fills"
+        " a GPU that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times per window; auto: as many as"
+        " fit into the device's free memory, measured before the first step and kept for the run",
     )
     readout_parts: PositiveInt = Field(
         1,
-        description="parts that a segment's readout is worked through in, lanes after lanes, where activations do not fit"
-        " (readout_group 1)",
+        description="parts into which the lanes of a readout are cut, one after the other, if its activations do not fit"
+        " (with readout_group 1)",
     )
     lanes_per_group: PositiveInt | None = Field(
-        None, description="lanes of a rank worked on at once; null: all of them"
+        None, description="lanes of a rank that are worked on at once; a divisor of the rank's lanes; null: all of them"
     )
     replay: bool = Field(
         True,
-        description="false: no gradient flows from a segment to the one before; segments are run in order, without replay:"
-        " the control of every claim that a memory helps",
+        description="false: no gradient flows from a segment to the one before; segments run in order, without replay: the"
+        " control of every claim that a memory helps",
     )
     state_store: Store = Field(
         "device",
@@ -52,11 +52,12 @@ class MrbpConfig(Section):
     )
     reduce: Reduce = Field(
         "window",
-        description="window: one reduction a step, each rank holds one whole gradient; segment: at every backward,"
-        " about N times the bytes, gradients stay sharded (needs ZeRO 2 or 3): where a whole gradient does not fit",
+        description="window: one reduction per step, every rank holds one whole gradient; segment: a reduction at every"
+        " backward, about N times the bytes, and gradients stay sharded (needs ZeRO 2 or 3): if a whole gradient does not fit",
     )
     keep_gathered: Keep = Field(
         "all",
-        description="ZeRO-3: all: advance's parameters are gathered once a window, the readout's once a group, the"
-        " fewest bytes on the wire; readout: only the latter, where both do not fit; none: every module at every use",
+        description="what ZeRO-3 keeps gathered; all: advance's parameters for the window and the readout's for a readout"
+        " group, the fewest bytes between ranks; readout: only the latter, if both do not fit; none: each module gathers"
+        " for itself at every use",
     )

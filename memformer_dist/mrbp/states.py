@@ -9,22 +9,23 @@ one window to the next. Without a GPU it is the same code without streams.
 """
 
 import contextlib
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from memformer_dist.segment import Tensors
 
 
 class DeviceStates:
     """The states as they are."""
 
     def __init__(self) -> None:
-        self._stack: list[NamedTuple] = []
+        self._stack: list[Tensors] = []
 
-    def push(self, state: NamedTuple) -> None:
+    def push(self, state: Tensors) -> None:
         self._stack.append(state)
 
-    def pop(self) -> NamedTuple:
+    def pop(self) -> Tensors:
         """The newest state that is left."""
         return self._stack.pop()
 
@@ -40,12 +41,12 @@ class HostStates:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._blocks: list[NamedTuple] = []  # of tensors [BLOCK, lanes, ...]
+        self._blocks: list[Tensors] = []  # of tensors [BLOCK, lanes, ...]
         self._held = 0  # states in the blocks
-        self._next: NamedTuple | None = None  # the newest state, on its way back to the device
+        self._next: Tensors | None = None  # the newest state, on its way back to the device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def push(self, state: NamedTuple) -> None:
+    def push(self, state: Tensors) -> None:
         assert self._next is None, "the window's states are being taken back"
         place = self._held % self.BLOCK
         if place == 0:
@@ -57,7 +58,7 @@ class HostStates:
                 if self._stream is not None:
                     tensor.record_stream(self._stream)
 
-    def pop(self) -> NamedTuple:
+    def pop(self) -> Tensors:
         """The newest state that is left, on the device; the one below it sets out. IndexError where none is left."""
         state = self._next or self._fetch()
         if self._stream is not None:
@@ -68,7 +69,7 @@ class HostStates:
         self._next = self._fetch() if self._held else None
         return state
 
-    def _fetch(self) -> NamedTuple:
+    def _fetch(self) -> Tensors:
         blocks = self._blocks[-1]
         self._held -= 1
         place = self._held % self.BLOCK

@@ -1,81 +1,82 @@
-"""From inputs to a corpus, partition by partition, on many workers: encode, write, merge.
+"""From text to a corpus, partition by partition, on many workers: encode, write, merge.
 
-tokenizer/shard.py is the command line; partitions.py holds what the workers do.
+    shard(Path("corpora/books"), Path("books_4k.model"), ["books/train"], ["books/valid"], workers=8)
 
-The inputs are cut into partitions before anything is read (documents.cut_partitions). Workers `encode_partition`, which reads every byte
-of the inputs once; then it is known which documents can be used, and those for validation are chosen; then `write_partition`
-makes of each partition at most one shard for either split, which bears the partition's number. So no shard depends on what another
-worker does, and the corpus is the same bytes for any number of workers.
+The inputs are cut into partitions before anything is read (partitions.py). Workers encode the partitions (encode.py),
+reading every byte of the inputs once; after that it is known which documents are usable, and the validation documents
+are chosen. Then the workers write the shards: for each partition at most one in either split, which bears the
+partition's number. So no shard depends on what another worker does, and the corpus is the same bytes for any number of
+workers.
 
-Until the corpus is whole, everything lies in CORPUS.partial:
-
-    encoded/5d0f...      a partition's tokens (.tokens, .mask, until they are in shards), their columns (.safetensors), what
-                         could not be read (.quarantine) and what was found (.json, last). The name is a hash of the files,
-                         their cuts and the tokenizer: other settings find it again
-    sharding.json        the recipe of the shards: inputs, sizes, times, settings; with another one they are made anew
-    shards/000042.json   the shards of a partition and their figures, written last; 000042-train.safetensors: an index
-    corpus/              what is renamed to CORPUS at the end
-    replaced/            the old corpus, in the moment of --overwrite
-    lock                 held by the process that works here
-
-An interrupted run goes on with the partitions that are not finished.
+Until the corpus is whole, everything lies in CORPUS.partial (workspace.py). An interrupted run resumes with the
+partitions that are not finished.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 import sys
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
 
-from memformer_dist.data.format import (
-    MANIFEST,
-    Index,
-    Shard,
-    WrittenShard,
-    read_split,
-    write_manifest,
-    wrong_size,
-)
+from memformer_dist.data.format import MANIFEST, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
 from memformer_dist.errors import UserError
 from memformer_dist.files import sha256_of
-from memformer_dist.prepare.documents import Partition, cut_partitions, discover
 from memformer_dist.prepare.encode import (
+    QUARANTINE,
     Encoded,
     EncodeTask,
+    ShardRecord,
     WriteTask,
     already_encoded,
-    cannot_write,
     encode_partition,
     finished_record,
-    index_path,
-    load_tokenizer,
-    stem_of,
-    store,
     usable_documents,
     write_partition,
 )
+from memformer_dist.prepare.partitions import Partition, cut_partitions, discover
 from memformer_dist.prepare.pool import Pool, open_pool
+from memformer_dist.prepare.tokenizer import load_tokenizer
+from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, listed
 from memformer_dist.vocabulary import Vocabulary
 
-RECORD = "sharding.json"
 PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
+SHOWN_UNREADABLE = 5  # documents; quarantine.jsonl lists all of them
+
+Task = TypeVar("Task", EncodeTask, WriteTask)
+Result = TypeVar("Result")
+
+
+class SplitReport(TypedDict):
+    fingerprint: str  # sha256 of corpus.json
+    documents: int
+    tokens: int
+    characters: int
+    padding: dict[str, float]  # by segment length: share of the positions
+
+
+class Report(TypedDict):
+    """What the corpus holds and what was left out."""
+
+    splits: dict[str, SplitReport]
+    empty: int  # documents
+    unreadable: int  # documents, listed in quarantine.jsonl
+    ignored: int  # files in folders, for their suffix
 
 
 def shard(
     output: Path,
     tokenizer: Path,
-    inputs: Sequence[str],
-    valid_inputs: Sequence[str] = (),
+    inputs: Sequence[str | Path],
+    valid_inputs: Sequence[str | Path] = (),
     *,
     exclude: Sequence[str] = (),
     valid_fraction: float = 0.05,
@@ -84,115 +85,87 @@ def shard(
     workers: int = 1,
     strict: bool = False,
     overwrite: bool = False,
-) -> dict | None:
-    """Write the corpus, or find it already there; returns the report (under MPI in rank 0, None in the others).
+) -> Report | None:
+    """Make the corpus, or find it already made -> its report; under MPI in rank 0, and None in the others.
 
-    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the partitions that are
-    finished by then stay in CORPUS.partial.
+    The result does not depend on `workers`, nor on MPI. Raises UserError for what a user can put right; the partitions
+    that are finished by then stay in CORPUS.partial.
     """
     with open_pool(workers) as pool:
-        if pool is None:
+        if pool is None:  # another rank: it has worked for rank 0
             return None
-        if not 0 <= valid_fraction < 1:
-            raise UserError(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
-        if not 0 < partition_mib < math.inf:
-            raise UserError(f"--partition-mib {partition_mib}: expected more than 0")
-        if seed < 0:
-            raise UserError(f"--seed {seed}: expected 0 or more")
-        output = Path(os.path.abspath(output))
+        _check_options(valid_fraction, seed, partition_mib)
         model, raw_model = load_tokenizer(tokenizer)
         sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)))
-        recipe = {
-            "version": 2,
-            "tokenizer_sha256": hashlib.sha256(raw_model).hexdigest(),
-            "inputs": _listing(sources, held_out=False),
-            "valid_inputs": _listing(sources, held_out=True),
-            "valid_fraction": valid_fraction,
-            "seed": seed,
-            "partition_mib": partition_mib,
-        }
-        partial = output.with_name(output.name + ".partial")
-        if (partial / "replaced").exists():
-            restore(partial, output)
-        if (output / RECORD).exists():
-            if not overwrite:
-                report = find_existing(output, recipe, strict)
-                if partial.exists() and not (partial / "corpus").exists():  # interrupted when all was done
-                    shutil.rmtree(partial)
-                return report
-        elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise UserError(f"--output: {output} is there and is no corpus; it is not overwritten")
-
         vocabulary = Vocabulary(
             size=model.vocab_size(),
             bos_id=model.bos_id(),
             eos_id=model.eos_id(),
-            tokenizer_sha256=recipe["tokenizer_sha256"],
+            tokenizer_sha256=hashlib.sha256(raw_model).hexdigest(),
         )
-        tasks = [
-            EncodeTask(
-                number,
-                partial,
-                stem_of(partial, source.partition, vocabulary.tokenizer_sha256),
-                source.partition,
-                vocabulary,
-            )
-            for number, source in enumerate(sources)
-        ]
-        with _locked(partial):
-            begin(partial, recipe, {task.stem.name for task in tasks}, raw_model)
-            encoded = work(pool, "tokenising", encode_partition, tasks, sources, already_encoded)
-            unread = sum(partition.unreadable for partition in encoded)
-            first = [_place(line) for line in islice(quarantine(tasks, encoded), 5)]
-            for place in first:
-                print(f"cannot read {place}", file=sys.stderr)
-            if strict and unread:
-                raise UserError(
-                    f"--strict: {unread} documents cannot be read, no corpus is made. {'; '.join(first)}. What could be read"
-                    f" is tokenised in {partial}: without --strict, or when these are mended, the command goes on there"
-                )
-            usable = [usable_documents(task.stem) for task in tasks]
-            valid = held_out_documents(sources, usable, unread, valid_fraction, seed)
-            has_mask = any(partition.masked for partition in encoded)
-            write_tasks = [
-                WriteTask(task.number, partial, task.stem, held_out, vocabulary, has_mask)
-                for task, held_out in zip(tasks, valid)
-            ]
-            records = work(pool, "writing", write_partition, write_tasks, sources, finished_record)
-            splits = merge(partial, vocabulary, has_mask, records)
-            documents = sum(partition.documents for partition in encoded)
-            report = {
-                "splits": splits,
-                "empty": documents - unread - sum(split["documents"] for split in splits.values()),
-                "unreadable": unread,
-                "ignored": ignored,
-            }
-            finish(partial, output, recipe | {"report": report}, quarantine(tasks, encoded))
-        return report
+        recipe = Recipe(
+            version=RECIPE_VERSION,
+            tokenizer_sha256=vocabulary.tokenizer_sha256,
+            inputs=_listing(sources, held_out=False),
+            valid_inputs=_listing(sources, held_out=True),
+            valid_fraction=valid_fraction,
+            seed=seed,
+            partition_mib=partition_mib,
+        )
+        workspace = Workspace(Path(os.path.abspath(output)))
+        workspace.restore()
+        if is_corpus(workspace.output) and not overwrite:
+            report = existing_report(workspace.output, recipe, strict)
+            workspace.remove_leftover()
+            return report
+        with workspace.locked():
+            return Build(workspace, recipe, vocabulary, raw_model, sources, ignored, strict).run(pool)
 
 
-def find_existing(output: Path, recipe: dict, strict: bool) -> dict:
-    """The report of the corpus at `output`. Raises UserError if it was made by another recipe or is damaged."""
+def _check_options(valid_fraction: float, seed: int, partition_mib: float) -> None:
+    problems = []
+    if not 0 <= valid_fraction < 1:
+        problems.append(f"--valid-fraction {valid_fraction}: expected at least 0 and less than 1")
+    if seed < 0:
+        problems.append(f"--seed {seed}: expected 0 or more")
+    if not 0 < partition_mib < math.inf:
+        problems.append(f"--partition-mib {partition_mib}: expected more than 0")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def is_corpus(output: Path) -> bool:
+    """Whether there is a corpus, rather than nothing. Raises UserError where something else is there."""
+    if (output / RECORD).exists():
+        return True
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output: {output} exists and is not a corpus; it is not overwritten")
+    return False
+
+
+def existing_report(output: Path, recipe: Recipe, strict: bool) -> Report:
+    """The report of an existing corpus. Raises UserError where it was made by another recipe or is damaged."""
     try:
         record = json.loads((output / RECORD).read_text())
-        unread = record["report"]["unreadable"]
+        report: Report = record["report"]
+        unreadable = report["unreadable"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{output / RECORD}: is damaged; --overwrite makes the corpus anew") from None
-    if differing := _differing(record, recipe):
-        raise UserError(f"--output: {output} is there, with other {', '.join(differing)}; --overwrite replaces it")
-    if strict and unread:
+        raise UserError(f"{output / RECORD}: is damaged; --overwrite makes the corpus again") from None
+    if differences := recipe.differences(record):
+        raise UserError(f"--output: {output} exists, with other {', '.join(differences)}; --overwrite replaces it")
+    if strict and unreadable:
         raise UserError(
-            f"--strict: {unread} documents could not be read when it was made, see {output}/quarantine.jsonl"
+            f"--strict: {unreadable} documents could not be read when the corpus was made: {output}/quarantine.jsonl"
         )
-    for split in record["report"]["splits"]:
-        for part in read_split(output / split).manifest.shards:
-            if problem := wrong_size(output / split, part):
+    for split in report["splits"]:
+        for entry in read_split(output / split).manifest.shards:
+            if problem := wrong_size(output / split, entry):
                 raise UserError(problem)
-    print(f"{output} is there already, made of the same files with the same settings")
-    return record["report"]
+    print(f"{output} exists already, made of the same files with the same settings")
+    return report
 
 
-# ------------------------------------------------------------------------------------------------- what is to be read
+# ------------------------------------------------------------------------------------------------------------- sources
 
 
 class Source(NamedTuple):
@@ -201,94 +174,157 @@ class Source(NamedTuple):
 
 
 def list_sources(
-    inputs: Sequence[str], valid_inputs: Sequence[str], exclude: Sequence[str], partition_bytes: int
+    inputs: Sequence[str | Path], valid_inputs: Sequence[str | Path], exclude: Sequence[str], partition_bytes: int
 ) -> tuple[list[Source], int]:
-    """The partitions in the order of the corpus, and the number of files that were passed over for their suffix."""
+    """The partitions in the order of the corpus, and how many files in folders are passed over for their suffix."""
     files, ignored = discover(inputs, exclude)
     valid_files, valid_ignored = discover(valid_inputs, exclude)
     if both := {file.path for file in files} & {file.path for file in valid_files}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
-    groups = (files, False), (valid_files, True)
-    sources = [
-        Source(partition, held_out)
-        for group, held_out in groups
-        for partition in cut_partitions(group, partition_bytes)
-    ]
+    sources = [Source(partition, held_out=False) for partition in cut_partitions(files, partition_bytes)]
+    sources += [Source(partition, held_out=True) for partition in cut_partitions(valid_files, partition_bytes)]
     return sources, ignored + valid_ignored
 
 
-def _listing(sources: Sequence[Source], held_out: bool) -> list[list]:
-    """[absolute path, size, time of the last change] of each file."""
+def _listing(sources: Sequence[Source], held_out: bool) -> list[ListedFile]:
     pieces = [piece for source in sources if source.held_out == held_out for piece in source.partition.pieces]
-    files = dict.fromkeys(piece.file for piece in pieces)
-    return [[file.path, file.size, file.changed] for file in files]
+    return [listed(file) for file in dict.fromkeys(piece.file for piece in pieces)]
 
 
-# --------------------------------------------------------------------------------------------------- encode and write
+# ----------------------------------------------------------------------------------------------------- encode and write
 
 
-def work(
-    pool: Pool, what: str, function: Callable, tasks: Sequence, sources: Sequence[Source], earlier: Callable
-) -> list:
-    """The results of all tasks, one for each source; those that an `earlier` run has finished are not done again."""
-    results = [earlier(task) for task in tasks]
-    missing = [task for task, result in zip(tasks, results) if result is None]
-    if len(missing) < len(tasks):
-        print(
-            f"{what}: {len(tasks) - len(missing)} of {len(tasks)} partitions were finished by an earlier run",
-            file=sys.stderr,
+@dataclass(frozen=True)
+class Build:
+    """A corpus that is to be made in a locked workspace."""
+
+    workspace: Workspace
+    recipe: Recipe
+    vocabulary: Vocabulary
+    tokenizer: bytes  # content of its file
+    sources: Sequence[Source]
+    ignored: int  # files
+    strict: bool
+
+    def run(self, pool: Pool) -> Report:
+        """Raises UserError where nothing can be made of the documents, or one cannot be read and `strict` is set."""
+        tasks = [self._encode_task(number, source.partition) for number, source in enumerate(self.sources)]
+        self.workspace.begin(self.recipe, self.tokenizer, encoded={task.stem.name for task in tasks})
+        encoded = self._work(pool, "tokenising", encode_partition, tasks, already_encoded)
+        unreadable = sum(partition.unreadable for partition in encoded)
+        self._show_unreadable(unreadable, quarantine(tasks, encoded))
+        valid = held_out_documents(
+            [source.held_out for source in self.sources],
+            [usable_documents(task.stem) for task in tasks],
+            unreadable,
+            self.recipe.valid_fraction,
+            self.recipe.seed,
         )
-    total, left = (sum(sources[task.number].partition.bytes for task in some) for some in (tasks, missing))
-    with tqdm(desc=what, total=total, initial=total - left, unit="B", unit_scale=True, disable=None) as progress:
-        for number, result in pool.run(function, missing):
-            results[number] = result
-            progress.update(sources[number].partition.bytes)
-    return results
+        has_mask = any(partition.masked for partition in encoded)
+        write_tasks = [
+            WriteTask(task.number, self.workspace, task.stem, held_out, self.vocabulary, has_mask)
+            for task, held_out in zip(tasks, valid, strict=True)
+        ]
+        records = self._work(pool, "writing", write_partition, write_tasks, finished_record)
+        splits = merge(self.workspace, self.vocabulary, has_mask, records)
+        documents = sum(partition.documents for partition in encoded)
+        report: Report = {
+            "splits": splits,
+            "empty": documents - unreadable - sum(split["documents"] for split in splits.values()),
+            "unreadable": unreadable,
+            "ignored": self.ignored,
+        }
+        self.workspace.finish(self.recipe, dict(report), quarantine(tasks, encoded))
+        return report
+
+    def _encode_task(self, number: int, partition: Partition) -> EncodeTask:
+        stem = self.workspace.stem(partition, self.vocabulary.tokenizer_sha256)
+        return EncodeTask(number, self.workspace, stem, partition, self.vocabulary)
+
+    def _work(
+        self,
+        pool: Pool,
+        verb: str,
+        function: Callable[[Task], tuple[int, Result]],
+        tasks: Sequence[Task],
+        finished: Callable[[Task], Result | None],
+    ) -> list[Result]:
+        """The results of all tasks, in their order; what `finished` finds of an earlier run is not done again."""
+        results = dict(enumerate(map(finished, tasks)))
+        missing = [task for task in tasks if results[task.number] is None]
+        sizes = [source.partition.bytes for source in self.sources]
+        total, left = (sum(sizes[task.number] for task in some) for some in (tasks, missing))
+        if len(missing) < len(tasks):
+            print(
+                f"{verb}: {len(tasks) - len(missing)} of {len(tasks)} partitions were finished by an earlier run",
+                file=sys.stderr,
+            )
+        with tqdm(desc=verb, total=total, initial=total - left, unit="B", unit_scale=True, disable=None) as progress:
+            for number, result in pool.run(function, missing):
+                results[number] = result
+                progress.update(sizes[number])
+        return [result for result in results.values() if result is not None]
+
+    def _show_unreadable(self, unreadable: int, lines: Iterator[dict[str, Any]]) -> None:
+        """Print the first documents that cannot be read; raise UserError with `strict`."""
+        places = [_place(line) for line in islice(lines, SHOWN_UNREADABLE)]
+        for place in places:
+            print(f"cannot read {place}", file=sys.stderr)
+        if self.strict and unreadable:
+            raise UserError(
+                f"--strict: {unreadable} documents cannot be read, no corpus is made. {'; '.join(places)}. What could"
+                f" be read is tokenised in {self.workspace.folder}: without --strict, or once these are corrected, the"
+                " command resumes there"
+            )
 
 
-def quarantine(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> Iterator[dict]:
+def quarantine(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> Iterator[dict[str, Any]]:
     """The lines of quarantine.jsonl. Positions in a part of a file become positions in the file."""
-    before: dict[str, int] = {}  # lines of a .jsonl in the partitions up to here
-    for task, partition in zip(tasks, encoded):
+    lines_before: dict[str, int] = {}  # by .jsonl file: its lines in the partitions so far
+    for task, partition in zip(tasks, encoded, strict=True):
         piece = task.partition.pieces[-1]
-        offset = before.get(piece.file.name, 0)
+        offset = lines_before.get(piece.file.name, 0)
         if piece.stop is not None:
-            before[piece.file.name] = offset + partition.lines
+            lines_before[piece.file.name] = offset + partition.lines
         if partition.unreadable:
-            with open(task.stem.with_suffix(".quarantine"), "rb") as file:
+            with open(task.stem.with_suffix(QUARANTINE), "rb") as file:
                 for file_name, position, reason in map(json.loads, file):
                     yield {"file": file_name, "position": position + offset, "reason": reason}
 
 
-def _place(line: dict) -> str:
+def _place(line: dict[str, Any]) -> str:
     position = f", line {line['position']}" if line["position"] else ""
     return f"{line['file']}{position}: {line['reason']}"
 
 
-def held_out_documents(
-    sources: Sequence[Source], usable: Sequence[np.ndarray], unread: int, fraction: float, seed: int
-) -> list[np.ndarray]:
-    """Of each partition the numbers of the validation documents, int64 [n].
+# ------------------------------------------------------------------------------------------------- validation documents
 
-    usable   bool [documents] of each partition
-    Raises UserError where a split would be empty that was asked for.
+
+def held_out_documents(
+    held_out: Sequence[bool], usable: Sequence[np.ndarray], unreadable: int, fraction: float, seed: int
+) -> list[np.ndarray]:
+    """For each partition the numbers of its validation documents, int64 [n].
+
+    held_out   of each partition: its files were given with --valid-input
+    usable     of each partition: bool [documents]
+
+    Raises UserError where a split that was asked for would be empty.
     """
     ends = np.cumsum([0] + [len(partition) for partition in usable])
-    held_out = np.concatenate([np.full(len(partition), source.held_out) for source, partition in zip(sources, usable)])
-    usable = np.concatenate(usable)
-    told = f"{len(usable) - usable.sum() - unread} are empty, {unread} unreadable"
-    given = any(source.held_out for source in sources)
-    for option, chosen in ("--input", ~held_out), ("--valid-input", held_out):
-        if (option == "--input" or given) and not np.any(usable & chosen):
-            raise UserError(f"{option}: no usable document; {told}")
-    valid = held_out if given else choose_validation(usable, fraction, seed)
+    from_valid_input = np.repeat(np.array(held_out, bool), np.diff(ends))
+    is_usable = np.concatenate(usable)
+    left_out = f"{len(is_usable) - is_usable.sum() - unreadable} are empty, {unreadable} unreadable"
+    for option, chosen in ("--input", ~from_valid_input), ("--valid-input", from_valid_input):
+        if (option == "--input" or any(held_out)) and not np.any(is_usable & chosen):
+            raise UserError(f"{option}: no usable document; {left_out}")
+    valid = from_valid_input if any(held_out) else choose_validation(is_usable, fraction, seed)
     if fraction > 0 and not np.any(valid):
         raise UserError(
-            f"--input: found one usable document ({told}) and"
-            " documents are held out whole, so none can be; give others with --valid-input, or a second document"
-            " (one book in two files will do); --valid-fraction 0 writes no validation split, which training needs"
+            f"--input: found one usable document ({left_out}), and documents are held out whole, so none can be:"
+            " give others with --valid-input, or a second document (one book in two files will do);"
+            " --valid-fraction 0 writes no validation split, which training needs"
         )
-    return [np.flatnonzero(valid[start:stop]) for start, stop in zip(ends, ends[1:])]
+    return [np.flatnonzero(valid[start:stop]) for start, stop in pairwise(ends)]
 
 
 def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -302,109 +338,41 @@ def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndar
     return chosen
 
 
-# --------------------------------------------------------------------------------------------------- CORPUS.partial
+# --------------------------------------------------------------------------------------------------------------- merge
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Raises UserError while another process works there, or where the folder cannot be written."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / "lock", "w")
-    except OSError as error:
-        raise cannot_write(partial, error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial}: another process is at work on this corpus") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(partial, error) from None
-
-
-def restore(partial: Path, output: Path) -> None:
-    """Give a corpus its name back whose replacement was killed before it took it."""
-    with _locked(partial):
-        if not output.exists():
-            (partial / "replaced").rename(output)
-
-
-def begin(partial: Path, recipe: dict, partitions: set[str], model: bytes) -> None:
-    """Make CORPUS.partial ready: what an interrupted run has finished of these `partitions` and this recipe stays, all else goes."""
-    record = partial / RECORD
-    differing = _differing(json.loads(record.read_text()), recipe) if record.exists() else ["recipe"]
-    if differing:
-        if record.exists():
-            print(f"{partial} has other {', '.join(differing)}: its shards are made anew", file=sys.stderr)
-        record.unlink(missing_ok=True)  # first: without it no shard there counts
-        for name in "shards", "corpus":
-            shutil.rmtree(partial / name, ignore_errors=True)
-    for name in "encoded", "shards", "corpus/train", "corpus/valid":
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    for path in [
-        *partial.rglob("*.partial"),
-        *(path for path in (partial / "encoded").iterdir() if path.stem not in partitions),
-    ]:
-        path.unlink(missing_ok=True)
-    store(partial / "corpus" / "tokenizer.model", model)
-    if differing:
-        store(record, json.dumps(recipe, indent=1).encode())
-
-
-def merge(partial: Path, vocabulary: Vocabulary, has_mask: bool, records: Sequence[dict]) -> dict[str, dict]:
-    """Index and corpus.json of the splits; returns their figures. Raises UserError where a split has nothing to learn."""
-    figures = {}
+def merge(
+    workspace: Workspace, vocabulary: Vocabulary, has_mask: bool, records: Sequence[dict[str, ShardRecord]]
+) -> dict[str, SplitReport]:
+    """Write index and corpus.json of the splits -> their reports. Raises UserError where a split has no label."""
+    reports: dict[str, SplitReport] = {}
     for split in "train", "valid":
-        partitions = {number: record[split] for number, record in enumerate(records) if split in record}
-        if not partitions:
-            (partial / "corpus" / split).rmdir()
+        shards = {number: record[split] for number, record in enumerate(records) if split in record}
+        if not shards:
+            workspace.split(split).rmdir()
             continue
-        if not sum(partition["labels"] for partition in partitions.values()):
-            shutil.rmtree(partial)
+        if not sum(entry["labels"] for entry in shards.values()):
+            workspace.discard()
             raise UserError(
                 f"{split}: found no label that counts in the loss, expected some: its documents have only parts with"
                 ' "loss": false'
             )
         written = []
-        for number, partition in partitions.items():
-            raw = index_path(partial, number, split).read_bytes()
-            written.append(WrittenShard(Shard(**partition["shard"]), Index(**load_safetensors(raw))))
-        write_manifest(partial / "corpus" / split, vocabulary, written, has_mask=has_mask)
-        fingerprint = sha256_of(partial / "corpus" / split / MANIFEST)
+        for number, entry in shards.items():
+            index = load_safetensors(workspace.shard_index(number, split).read_bytes())
+            written.append(WrittenShard(Shard.model_validate(entry["shard"]), Index(**index)))
+        write_manifest(workspace.split(split), vocabulary, written, has_mask=has_mask)
         lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
-        figures[split] = {
-            "fingerprint": fingerprint,
+        reports[split] = {
+            "fingerprint": sha256_of(workspace.split(split) / MANIFEST),
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
-            "characters": sum(partition["characters"] for partition in partitions.values()),
-            "padding": {
-                str(length): 1 - lengths.sum() / (-(-lengths // length) * length).sum() for length in PADDING_AT
-            },
+            "characters": sum(entry["characters"] for entry in shards.values()),
+            "padding": {str(length): _padding(lengths, length) for length in PADDING_AT},
         }
-    return figures
+    return reports
 
 
-def finish(partial: Path, output: Path, record: dict, unreadable: Iterable[dict]) -> None:
-    """The corpus takes its name, and CORPUS.partial goes, with the corpus that it replaces."""
-    corpus, replaced = partial / "corpus", partial / "replaced"
-    with open(corpus / "quarantine.jsonl", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in unreadable)
-    store(corpus / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    for path in corpus.rglob("*"):
-        if path.is_file() and path.suffix != ".tar":  # these are on the disk already
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-    corpus.rename(output)
-    shutil.rmtree(partial)
-
-
-def _differing(record: dict, recipe: dict) -> list[str]:
-    recipe = json.loads(json.dumps(recipe))
-    return [name for name in recipe if record.get(name) != recipe[name]]
+def _padding(lengths: np.ndarray, segment_length: int) -> float:
+    """Share of the positions that are padding, where every document begins a segment."""
+    return float(1 - lengths.sum() / (-(-lengths // segment_length) * segment_length).sum())

@@ -1,79 +1,81 @@
-"""What workers do with a partition of the inputs: `encode_partition` reads it, `write_partition` makes its shards.
+"""What workers do with one partition of the inputs: `encode_partition` reads it, `write_partition` makes its shards.
 
-Both are called in other processes pool.py, so they are told all they need, and what lasts they write to files.
-Neither torch nor corpus.py is imported here: workers start in a fraction of a second.
+Both run in other processes (pool.py), so a task holds all that they need, and what they make they write to files of
+CORPUS.partial (workspace.py). Neither torch nor data/corpus.py is imported here: workers start in a fraction of a
+second.
 """
 
 import functools
 import hashlib
 import json
-import os
 from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
-from sentencepiece import SentencePieceProcessor, SetMinLogLevel
+from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.data.format import Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
-from memformer_dist.prepare.documents import NO_SPACE, Document, File, Partition, Reader, look
+from memformer_dist.files import flush, write_bytes, write_text
+from memformer_dist.prepare.documents import Document, File, Reader, look
+from memformer_dist.prepare.partitions import Partition
+from memformer_dist.prepare.tokenizer import load_tokenizer
+from memformer_dist.prepare.workspace import Workspace, cannot_write, writing
 from memformer_dist.vocabulary import Vocabulary
 
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 250_000, 2_500  # encoded together; what a worker holds besides the largest document
-BUFFER = 1 << 20  # bytes
-STREAMS = (".tokens", ".mask", ".quarantine")  # of an encoded partition
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 250_000, 2_500  # encoded together; a worker holds these and the largest document
+BUFFER_BYTES = 2**20
+TOKENS, MASK, QUARANTINE = ".tokens", ".mask", ".quarantine"  # suffixes of an encoded partition's files
+COLUMNS, SUMMARY = ".safetensors", ".json"
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
 class EncodeTask(NamedTuple):
-    number: int
-    folder: Path  # CORPUS.partial
-    stem: Path  # of the files with what is encoded
+    number: int  # of the partition, from 0
+    workspace: Workspace
+    stem: Path  # the files of the encoded partition, without their suffix
     partition: Partition
     vocabulary: Vocabulary
 
 
-def stem_of(folder: Path, partition: Partition, tokenizer_sha256: str) -> Path:
-    """Named by what goes in: the same files, cuts and tokenizer, the same name."""
-    pieces = [(file.path, file.size, file.changed, *place) for file, *place in partition.pieces]
-    return folder / "encoded" / hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
-
-
 class Encoded(NamedTuple):
-    """What is known of a partition once its documents are encoded."""
+    """The summary of an encoded partition."""
 
     documents: int
     unreadable: int  # of these; listed in the .quarantine file
-    masked: bool  # some part is not to be learnt
-    lines: int  # where the partition is a part of a .jsonl
+    masked: bool  # the loss of some part does not count
+    lines: int  # of the last file, where it is a .jsonl
 
 
 def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
-    """Read and encode the documents of a partition -> (its number, what was found).
+    """Read and encode the documents of a partition -> (its number, its summary).
 
-    Writes the tokens of all documents, the masks of those that have one, their columns, one row a document, and what
-    cannot be read, a line each: file, position, reason. The record comes last.
+    Writes the tokens of all documents, the masks of those that have one, a row of columns for each document, and for
+    each unreadable one a line of JSON [file, position, reason]. The summary is written last.
     """
-    model = _model(task.folder / "corpus" / "tokenizer.model", task.vocabulary.tokenizer_sha256)
-    dtype = task.vocabulary.token_dtype
-    length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes a number, lists take 36
+    stem, dtype = task.stem, task.vocabulary.token_dtype
+    model = _model(task.workspace.tokenizer, task.vocabulary.tokenizer_sha256)
+    length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes for a number, where a list takes 36
     reader, unreadable = PartitionReader(task.partition), 0
-    record, streams = task.stem.with_suffix(".json"), [task.stem.with_suffix(suffix) for suffix in STREAMS]
-    try:
-        record.unlink(missing_ok=True)  # of tokens that have become shards of other settings
+    streams = [stem.with_suffix(suffix) for suffix in (TOKENS, MASK, QUARANTINE)]
+    summary = stem.with_suffix(SUMMARY)
+    with writing(streams[0]):
+        summary.unlink(missing_ok=True)  # there is one where other settings have made shards of the tokens
         with ExitStack() as stack:
-            files = [stack.enter_context(open(stream, "wb", BUFFER)) for stream in streams]
-            token_file, mask_file, quarantine = files
+            tokens_file, mask_file, quarantine = (
+                stack.enter_context(open(file, "wb", BUFFER_BYTES)) for file in streams
+            )
             for document, tokens, mask in tokenise(reader, model):
-                token_file.write(tokens.astype(dtype))
+                tokens_file.write(tokens.astype(dtype).data)
                 if mask is not None:
-                    mask_file.write(mask)
+                    mask_file.write(mask.data)
                 length.append(len(tokens))
                 characters.append(len(document.text))
                 masked.append(mask is not None)
@@ -81,43 +83,43 @@ def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
                     unreadable += 1
                     line = [document.source, document.position, document.unreadable]
                     quarantine.write(json.dumps(line).encode() + b"\n")
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(streams[0], error) from None
+        for file in streams:
+            flush(file)
     columns = {"length": length, "characters": characters, "masked": masked}
-    store(task.stem.with_suffix(".safetensors"), save_safetensors({k: np.array(x) for k, x in columns.items()}))
     encoded = Encoded(len(length), unreadable, any(masked), reader.lines)
-    store(record, json.dumps(encoded).encode())
+    with writing(stem.with_suffix(COLUMNS)):
+        raw = save_safetensors({name: np.array(column) for name, column in columns.items()})
+        write_bytes(stem.with_suffix(COLUMNS), raw)
+        write_text(summary, json.dumps(encoded))
     return task.number, encoded
 
 
 def already_encoded(task: EncodeTask) -> Encoded | None:
-    """What an earlier run has found, if the tokens are still there, or in shards already."""
-    needed = [".json"] if finished_record(task) is not None else [".json", *STREAMS]
+    """The summary by an earlier run, if the tokens are still there or are in shards by now."""
+    needed = [SUMMARY] if finished_record(task) is not None else [SUMMARY, TOKENS, MASK, QUARANTINE]
     if not all(task.stem.with_suffix(suffix).exists() for suffix in needed):
         return None
-    return Encoded(*json.loads(task.stem.with_suffix(".json").read_text()))
+    return Encoded(*json.loads(task.stem.with_suffix(SUMMARY).read_text()))
 
 
 def usable_documents(stem: Path) -> np.ndarray:
-    """bool [documents of an encoded partition]: those that are neither empty nor unreadable."""
-    return load_safetensors(stem.with_suffix(".safetensors").read_bytes())["length"] > 0
+    """bool [documents of an encoded partition]: neither empty nor unreadable."""
+    return load_safetensors(stem.with_suffix(COLUMNS).read_bytes())["length"] > 0
 
 
 class PartitionReader:
-    """Iterates over the documents of a partition, all of them.
+    """Iterates over the documents of a partition.
 
-    Raises UserError naming a file that is no longer what it was when it was listed.
+    lines   lines of the last file, or part of a file, where it is a .jsonl
+    Raises UserError naming a file that has changed since it was listed.
     """
 
     def __init__(self, partition: Partition):
-        self._unit = partition
-        self.lines = 0  # of the last piece
+        self._partition = partition
+        self.lines = 0
 
     def __iter__(self) -> Iterator[Document]:
-        for piece in self._unit.pieces:
+        for piece in self._partition.pieces:
             _expect_unchanged(piece.file)
             reader = Reader(piece)
             yield from reader
@@ -133,35 +135,36 @@ def _expect_unchanged(file: File) -> None:
     if (now.size, now.changed) != (file.size, file.changed):
         raise UserError(
             f"{file.name}: changed while it was read: {now.size} bytes, changed at {now.changed}; when the inputs were"
-            f" listed {file.size} bytes, {file.changed}. Run again when nobody writes it any more"
+            f" listed {file.size} bytes, {file.changed}. Run the command again when nothing writes to the file any more"
         )
 
 
 def tokenise(
     documents: Iterable[Document], model: SentencePieceProcessor
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Each document with its tokens int32 [n] and its mask uint8 [n], None where every label counts.
+    """Each document with its tokens int32 [n] and its loss mask uint8 [n], None where every label counts.
 
-    The parts of a document are encoded one by one. One that cannot be read has no tokens.
+    The parts of a document are encoded one by one. An unreadable document has no tokens.
     """
     for batch in _batches(documents):
         texts = [part.text for document in batch for part in document.parts]
         encoded = iter(model.encode(texts, out_type="numpy", num_threads=1))
         for document in batch:
-            if len(document.parts) == 1 and document.learnt:
+            if len(document.parts) == 1 and document.has_full_loss:
                 yield document, next(encoded), None
                 continue
             pieces = [next(encoded) for _ in document.parts]
             tokens, mask = np.concatenate([np.empty(0, np.int32), *pieces]), None
-            if not document.learnt:
-                learnt = np.concatenate([np.full(len(piece), part.loss) for piece, part in zip(pieces, document.parts)])
+            if not document.has_full_loss:
+                of_part = [np.full(len(piece), part.loss) for piece, part in zip(pieces, document.parts, strict=True)]
                 # Label i is token i + 1; the last label, EOS, belongs to the part that ends the document.
-                mask = np.append(learnt[1:], document.parts[-1].loss).astype(np.uint8)[: len(tokens)]
+                mask = np.append(np.concatenate(of_part)[1:], document.parts[-1].loss).astype(np.uint8)[: len(tokens)]
             yield document, tokens, mask
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
+    batch: list[Document] = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
@@ -174,7 +177,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @functools.lru_cache(maxsize=1)
 def _model(path: Path, sha256: str) -> SentencePieceProcessor:
-    """Once in a worker."""
+    """Loaded once in each worker."""
     model, raw = load_tokenizer(path)
     assert hashlib.sha256(raw).hexdigest() == sha256
     return model
@@ -184,114 +187,110 @@ def _model(path: Path, sha256: str) -> SentencePieceProcessor:
 
 
 class WriteTask(NamedTuple):
-    number: int
-    folder: Path  # CORPUS.partial
+    number: int  # of the partition, from 0
+    workspace: Workspace
     stem: Path  # of the encoded partition
-    valid: np.ndarray  # int64 [n], numbers of the documents for validation
+    valid: np.ndarray  # int64 [n], numbers within the partition of the documents for validation
     vocabulary: Vocabulary
-    has_mask: bool  # of the whole corpus
+    has_mask: bool  # any partition of the corpus has masks
 
 
-def write_partition(task: WriteTask) -> tuple[int, dict]:
-    """Make the shards of an encoded partition -> (its number, its record). Its tokens are then no longer needed and go."""
-    files = [task.stem.with_suffix(suffix) for suffix in STREAMS[:2]]
-    columns = load_safetensors(task.stem.with_suffix(".safetensors").read_bytes())
-    length, masked = columns["length"], columns["masked"].astype(bool)
-    valid, dtype = frozenset(task.valid.tolist()), task.vocabulary.token_dtype
-    for file, size in zip(files, (dtype.itemsize * length.sum(dtype=np.int64), length[masked].sum(dtype=np.int64))):
-        if file.stat().st_size != size:
-            raise UserError(
-                f"{file}: {file.stat().st_size} bytes, expected {size}; remove {task.folder} and start again"
-            )
-    writers: dict[str, ShardWriter] = {}
-    figures: dict[str, dict] = {}
-    path = task.folder
-    try:
-        with ExitStack() as stack:
-            token_file, mask_file = (stack.enter_context(open(file, "rb", BUFFER)) for file in files)
-            rows = zip(*map(memoryview, (length, columns["characters"], masked)))  # numbers one by one, no lists
-            for number, (count, characters, has_mask) in enumerate(rows):
-                if not count:
-                    continue
-                tokens = np.frombuffer(token_file.read(count * dtype.itemsize), dtype)
-                mask = np.frombuffer(mask_file.read(count), np.uint8) if has_mask else None
-                split = "valid" if number in valid else "train"
-                if split not in writers:
-                    path = task.folder / "corpus" / split / f"shard-{task.number:06d}.tar"
-                    writer = ShardWriter(path, task.number, dtype, task.has_mask)
-                    writers[split] = stack.enter_context(writer)
-                    figures[split] = {"characters": 0, "labels": 0}
-                path = writers[split].path
-                writers[split].add(tokens, mask)
-                figures[split]["characters"] += characters
-                figures[split]["labels"] += count if mask is None else int(mask.sum())
-            for split, writer in writers.items():
-                path = writer.path
-                written = writer.close()
-                figures[split]["shard"] = written.shard.model_dump()
-                index = {name: column for name, column in written.index._asdict().items() if column is not None}
-                store(index_path(task.folder, task.number, split), save_safetensors(index))
-        record = {split: figures[split] for split in sorted(figures)}
-        store(record_path(task.folder, task.number), json.dumps(record).encode())
-        for file in files:
-            file.unlink()
-    except OSError as error:
-        raise cannot_write(path, error) from None
+class ShardRecord(TypedDict):
+    """A shard of a partition, as shards/000042.json keeps it for each split."""
+
+    characters: int
+    labels: int  # that count in the loss
+    shard: dict[str, int | str]  # fields of data/format.py's Shard
+
+
+def write_partition(task: WriteTask) -> tuple[int, dict[str, ShardRecord]]:
+    """Make the shards of an encoded partition -> (its number, its record). Its tokens are then removed.
+
+    The record has an entry for each split in which the partition has documents.
+    """
+    valid = frozenset(task.valid.tolist())
+    with ExitStack() as stack:
+        shards: dict[str, PartitionShard] = {}
+        for number, (tokens, mask, characters) in enumerate(_encoded_documents(task)):
+            if not len(tokens):
+                continue
+            split = "valid" if number in valid else "train"
+            if split not in shards:
+                shards[split] = stack.enter_context(PartitionShard(task, split))
+            shards[split].add(tokens, mask, characters)
+        record = {split: shards[split].close() for split in sorted(shards)}
+    path = task.workspace.shard_record(task.number)
+    with writing(path):
+        write_text(path, json.dumps(record))
+    for suffix in TOKENS, MASK:
+        task.stem.with_suffix(suffix).unlink()
     return task.number, record
 
 
-# ------------------------------------------------------------------------------------------- files of CORPUS.partial
+def _encoded_documents(task: WriteTask) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+    """Tokens, mask if there is one, and characters of each document. Raises UserError where a file is not whole."""
+    tokens_path, mask_path = task.stem.with_suffix(TOKENS), task.stem.with_suffix(MASK)
+    columns = load_safetensors(task.stem.with_suffix(COLUMNS).read_bytes())
+    length, masked, dtype = columns["length"], columns["masked"].astype(bool), task.vocabulary.token_dtype
+    expected = {
+        tokens_path: dtype.itemsize * length.sum(dtype=np.int64),
+        mask_path: length[masked].sum(dtype=np.int64),
+    }
+    for path, size in expected.items():
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f"{path}: {found} bytes, expected {size}; remove {task.workspace.folder} and start again")
+    with open(tokens_path, "rb", BUFFER_BYTES) as tokens_file, open(mask_path, "rb", BUFFER_BYTES) as mask_file:
+        rows = zip(length.data, columns["characters"].data, masked.data, strict=True)  # no lists: these are long
+        for count, characters, has_mask in rows:
+            tokens = np.frombuffer(tokens_file.read(count * dtype.itemsize), dtype)
+            mask = np.frombuffer(mask_file.read(count), np.uint8) if has_mask else None
+            yield tokens, mask, characters
 
 
-def load_tokenizer(path: Path) -> tuple[SentencePieceProcessor, bytes]:
-    """The model and its file's bytes."""
-    SetMinLogLevel(2)  # errors arrive as exceptions
+class PartitionShard:
+    """The shard of a partition in one split, being written. Leaving a `with` block unclosed removes it."""
+
+    def __init__(self, task: WriteTask, split: str):
+        self._path = task.workspace.shard(task.number, split)
+        self._index_path = task.workspace.shard_index(task.number, split)
+        self._characters = self._labels = 0
+        with writing(self._path):
+            self._writer = ShardWriter(self._path, task.number, task.vocabulary.token_dtype, task.has_mask)
+
+    def __enter__(self) -> "PartitionShard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with writing(self._path):
+            self._writer.discard()
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray | None, characters: int) -> None:
+        try:  # not `writing`, which takes as long as the rest of the method
+            self._writer.add(tokens, mask)
+        except OSError as error:
+            raise cannot_write(self._path, error) from None
+        self._characters += characters
+        self._labels += len(tokens) if mask is None else int(mask.sum())
+
+    def close(self) -> ShardRecord:
+        with writing(self._path):
+            written = self._writer.close()
+        columns = {name: column for name, column in written.index._asdict().items() if column is not None}
+        with writing(self._index_path):
+            write_bytes(self._index_path, save_safetensors(columns))
+        return {"characters": self._characters, "labels": self._labels, "shard": written.shard.model_dump()}
+
+
+def finished_record(task: EncodeTask | WriteTask) -> dict[str, ShardRecord] | None:
+    """The record of a partition whose shards an earlier run has written."""
+    workspace, number = task.workspace, task.number
     try:
-        raw = path.read_bytes()
-        model = SentencePieceProcessor(model_proto=raw)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--tokenizer: cannot load {path}: {error}") from None
-    if min(model.bos_id(), model.eos_id()) < 0:
-        raise UserError(f"--tokenizer: {path} has no BOS or no EOS token; train it with tokenizer/train.py")
-    return model, raw
-
-
-def record_path(folder: Path, number: int) -> Path:
-    return folder / "shards" / f"{number:06d}.json"
-
-
-def index_path(folder: Path, number: int, split: str) -> Path:
-    return folder / "shards" / f"{number:06d}-{split}.safetensors"
-
-
-def finished_record(task: EncodeTask | WriteTask) -> dict | None:
-    """The record of a partition whose shards are written."""
-    folder, number = task.folder, task.number
-    try:
-        record = json.loads(record_path(folder, number).read_text())
+        record: dict[str, ShardRecord] = json.loads(workspace.shard_record(number).read_text())
     except FileNotFoundError:
         return None
-    for split, figures in record.items():
-        shard = Shard(**figures["shard"])
-        if not index_path(folder, number, split).exists() or wrong_size(folder / "corpus" / split, shard):
+    for split, shard_record in record.items():
+        shard = Shard.model_validate(shard_record["shard"])
+        if not workspace.shard_index(number, split).exists() or wrong_size(workspace.split(split), shard):
             return None
     return record
-
-
-def store(path: Path, raw: bytes) -> None:
-    """Write a file under another name first: one that is there is whole. Raises UserError where the disk is full."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    full = error.errno in NO_SPACE
-    advice = "; what is finished is kept: with more space, the same command goes on from there" if full else ""
-    return UserError(f"cannot write {error.filename or path}: {error.strerror}{advice}")

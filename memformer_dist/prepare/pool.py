@@ -1,26 +1,28 @@
-"""Functions called side by side: in processes of this machine, or in the ranks of an MPI job.
+"""A function called for many tasks in parallel: in processes of this machine, or in the ranks of an MPI job.
 
     with open_pool(workers=8) as pool:
-        if pool is not None:  # None: this is another rank than 0; it has worked until rank 0 was done
+        if pool is not None:  # None in every rank but 0: it has worked until rank 0 was done
             for result in pool.run(function, tasks):
                 ...
 
-Under `mpirun -n 64 python ...` rank 0 hands out the tasks and 63 ranks work, whatever `workers` says. What is called must
-be a function of a module, its task and its result small: they travel between processes.
+Under `mpirun -n 64 python ...` rank 0 hands out the tasks and the other 63 ranks work, whatever `workers` is.
+Function, task and result travel between processes: the function must be one of a module, the results small.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Callable, Iterator, Sequence, TypeVar
+from typing import TypeVar, cast
 
 from memformer_dist.errors import UserError
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class Pool:
@@ -28,13 +30,13 @@ class Pool:
         self._workers, self._executor = workers, executor
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-        """The results as they come, in any order. Raises what the function raises, and UserError if a worker died."""
+        """The results as they are finished, in any order. Raises what `function` raises, UserError if a worker died."""
         if self._executor is None and min(self._workers, len(tasks)) <= 1:
             yield from map(function, tasks)
             return
         if self._executor is None:
             self._executor = _processes(self._workers)
-        waiting = set()
+        waiting: set[Future[Result]] = set()
         try:
             for task in tasks:
                 waiting.add(self._executor.submit(function, task))
@@ -46,8 +48,8 @@ class Pool:
                 yield from (future.result() for future in done)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died before its time (killed, perhaps for want of memory: fewer --workers take less);"
-                " what is finished is kept, the same command goes on from there"
+                "a worker process died unexpectedly (perhaps killed because memory ran out: fewer --workers need less);"
+                " what is finished is kept, and the same command resumes"
             ) from None
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class Pool:
 
 @contextmanager
 def open_pool(workers: int) -> Iterator[Pool | None]:
-    """After an error processes are ended where they are; ranks finish the task that they are at."""
+    """After an error processes are terminated at once, while MPI ranks finish their current task."""
     if _under_mpi():
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
@@ -66,7 +68,8 @@ def open_pool(workers: int) -> Iterator[Pool | None]:
             if executor is None:
                 yield None
                 return
-            pool = Pool(MPI.COMM_WORLD.Get_size() - 1, executor)
+            # What it returns is an MPIPoolExecutor, whatever its annotation says.
+            pool = Pool(MPI.COMM_WORLD.Get_size() - 1, cast(Executor, executor))
             try:
                 yield pool
             finally:
@@ -85,7 +88,7 @@ def open_pool(workers: int) -> Iterator[Pool | None]:
 
 
 def _under_mpi() -> bool:
-    """Started by mpirun (MPICH, Intel MPI, Open MPI) or srun as one of several ranks."""
+    """Whether mpirun (MPICH, Intel MPI, Open MPI) or srun started this process as one of several ranks."""
     sizes = (os.environ.get(name, "1") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if not any(int(size) > 1 for size in sizes) and "PMIX_RANK" not in os.environ:
         return False
@@ -95,17 +98,18 @@ def _under_mpi() -> bool:
 
 
 def _processes(number: int) -> ProcessPoolExecutor:
-    # Not fork: threads of this process (of fsspec, of torch in tests) may hold locks. The server forks workers that
-    # have imported already what is needed.
+    # Not fork: threads of this process (of fsspec, of torch in tests) may hold locks. The server forks workers after it
+    # has imported what they need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["memformer_dist.prepare.build"])
-    return ProcessPoolExecutor(number, mp_context=context, initializer=_begin)
+    return ProcessPoolExecutor(number, mp_context=context, initializer=_start_worker)
 
 
-def _begin() -> None:
-    """In a worker: Ctrl-C ends it without a word, and so does the end of the process that it works for."""
+def _start_worker() -> None:
+    """Let Ctrl-C end a worker silently, and end it when the process that it works for has ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
         parent.join()

@@ -75,7 +75,7 @@ class Engine:
         self.world, self.mrbp, self.seed = world, mrbp, seed
         # torch's collectives serve; the shared-memory op for CPUs would be compiled at the first start and never used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        ours = {
+        ours: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": gradient_clipping,

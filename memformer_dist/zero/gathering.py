@@ -16,6 +16,7 @@ throws it away when the next step (here: another part of the cell) differs. That
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -34,10 +35,10 @@ class Gathering:
         # Whoever needs a parameter that is on its way waits for it by what this dict holds.
         self._in_flight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
         self.keep = keep
-        self.parameters = list(module.parameters())
+        self.parameters: list[Any] = list(module.parameters())  # with DeepSpeed's attributes
         # Known after the first group: what is kept for the window, and what the readout alone uses.
-        self._lasting: list[nn.Parameter] = []
-        self._readout: list[nn.Parameter] = []
+        self._lasting: list[Any] = []
+        self._readout: list[Any] = []
 
     @contextmanager
     def window(self) -> Iterator[None]:
@@ -77,17 +78,17 @@ class Gathering:
             self._readout = [p for p in others if _is_gathered(p)]
             self._release(others)
 
-    def _send_for(self, parameters: list[nn.Parameter]) -> None:
+    def _send_for(self, parameters: list[Any]) -> None:
         absent = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
         if absent:
             self._in_flight |= dict.fromkeys(absent, absent[0].all_gather_coalesced(absent))
 
     @staticmethod
-    def _hold(parameters: Iterable[nn.Parameter]) -> None:
+    def _hold(parameters: Iterable[Any]) -> None:
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(HELD)
 
-    def _release(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _release(self, parameters: Iterable[Any]) -> None:
         for parameter in parameters:
             if parameter in self._in_flight:  # sent for and not used
                 self._in_flight.pop(parameter).wait()
@@ -96,5 +97,5 @@ class Gathering:
                 parameter.partition()
 
 
-def _is_gathered(parameter: nn.Parameter) -> bool:
+def _is_gathered(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"

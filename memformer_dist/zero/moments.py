@@ -53,7 +53,7 @@ class Moments:
                 else:
                     self.set_whole(parameter, value, key)
 
-    def set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+    def set_whole(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
         """Set a parameter's fp32 weight, or its moment `key`, from the whole tensor. ZeRO 1-3."""
         if self._stage < 3:
             if key is None:

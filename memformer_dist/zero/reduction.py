@@ -17,9 +17,10 @@ it would keep the step's before, and where another rank has one, the ranks would
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memformer_dist.mrbp.settings import Reduce
 
@@ -30,7 +31,7 @@ class Reduction:
     def __init__(self, engine, reduce: Reduce):
         self.engine, self.optimizer, self.reduce = engine, engine.optimizer, reduce
         self.stage = engine.zero_optimization_stage()
-        self.parameters = list(engine.module.parameters())
+        self.parameters: list[Any] = list(engine.module.parameters())
         self.overlaps = reduce == "window" and self.stage > 0 and bool(engine.zero_overlap_comm())
 
     @contextlib.contextmanager
@@ -83,7 +84,7 @@ class Reduction:
         """As `coalesce_grad_reduction()` does, which would reduce all at once when it ends."""
         self.optimizer._coalesce_grad_reduction = self.engine.inside_no_sync_ctxt = on
 
-    def _fill_in_zeros(self, parameters: list[nn.Parameter]) -> None:
+    def _fill_in_zeros(self, parameters: list[Any]) -> None:
         for parameter in parameters:
             if parameter.grad is None:
                 present = parameter.data  # at ZeRO-3 it may be empty, and torch wants a gradient of the same shape

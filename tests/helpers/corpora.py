@@ -12,8 +12,8 @@ from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.dataset import Spans
 from memformer_dist.data.format import SplitWriter
 from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.vocabulary import Vocabulary
-from tokenizer.train import train_tokenizer
 
 EOS = 2
 VOCABULARY = Vocabulary(size=1000, bos_id=1, eos_id=EOS, tokenizer_sha256="0" * 64)

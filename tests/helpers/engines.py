@@ -9,21 +9,28 @@ import torch
 from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig, adamw
 from memformer_dist.segment import Segment, select_rows
 from tests.helpers.memformer import memformer
-from tests.helpers.toy import ToyCell, ToyFeatures, full_bptt, labels_in, random_window
+from tests.helpers.toy import VOCABULARY, PenalisedCell, ToyCell, ToyFeatures, full_bptt, labels_in, random_window
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 STAGES = (0, 1, 2, 3)
 
 
 def new_cell(name: str) -> RecurrentCell:
-    """The toy cell or a Memformer of that layout, always with the same weights, without dropout."""
+    """A toy cell, a plain Transformer or a Memformer of that layout, always with the same weights, without dropout."""
     torch.manual_seed(5)
-    cell = ToyCell() if name == "toy" else memformer(name)
+    if name in ("toy", "auxiliary loss"):
+        cell: RecurrentCell = ToyCell() if name == "toy" else PenalisedCell()
+    elif name == "plain":
+        config = PlainConfig(width=8, heads=2, feed_forward=12, layers=2, init_std=0.3)
+        cell = config.build(vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
+    else:
+        cell = memformer(name)
     for module in cell.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
@@ -58,7 +65,7 @@ def make_optimizer(kind: str, cell: RecurrentCell, learning_rate: float) -> torc
 
 
 def make_engine(cell, optimizer, world, *, settings, precision="fp32", gradient_clipping=0.0, seed=0, **mrbp):
-    """memformer_dist.zero.engine.Engine, imported here because deepspeed wants to know the device."""
+    """An Engine; its section `mrbp` by fields. Imported here because deepspeed wants to know the device first."""
     from memformer_dist.zero.engine import Engine
 
     return Engine(
@@ -73,14 +80,16 @@ def make_engine(cell, optimizer, world, *, settings, precision="fp32", gradient_
     )
 
 
-def reference_run(name, kind, learning_rate, steps, clipping=0.0):
+def reference_run(name, kind, learning_rate, steps, clipping=0.0, detach_memory=False):
     """Plain torch, one process, full BPTT: losses, gradient norms and the parameters at the end."""
     cell = new_cell(name)
     optimizer = make_optimizer(kind, cell, learning_rate)
     state, losses, norms = cell.empty_state(LANES), [], []
     for window in windows(steps):
         optimizer.zero_grad()
-        state, loss = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1 / labels_in(window))
+        state, loss = full_bptt(
+            TorchExecutor(cell, 0), window, state, loss_scale=1 / labels_in(window), detach_memory=detach_memory
+        )
         norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), clipping or float("inf"))
         optimizer.step()
         losses.append(float(loss))
@@ -104,8 +113,10 @@ def engine_run(
     skip=(),
     between=lambda engine: None,
 ):
-    """`reference_run` through the engine, with `groups` lane groups per rank. Steps in `skip` see a window whose loss is not finite;
-    `between(engine)` is called after each."""
+    """`reference_run` through the engine, with `groups` lane groups per rank.
+
+    Steps in `skip` see a window whose loss is not finite; `between(engine)` is called after each.
+    """
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}

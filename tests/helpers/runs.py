@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from memformer_dist import logs
 from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_data
+from memformer_dist.runtime import lock_run_dir
 
 SEGMENT_LENGTH = 16  # tokens
 STEP_TOKENS = 8 * 3 * SEGMENT_LENGTH  # lanes x segments x tokens, padding included
@@ -44,14 +46,14 @@ def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> 
     config = RunConfig.check(raw, world.size)
     run_dir.mkdir(parents=True, exist_ok=True)
     corpora = open_data(config.data)
-    trainer = Trainer(config, run_dir, corpora, world)
-    agreed = trainer._agreed_stop
-    trainer._agreed_stop = lambda: "the test" if trainer.position.step == stop_after else agreed()
-    reason = trainer.fit()
-    assert (reason is not None) == (stop_after is not None)
-    trainer.monitor.close()
-    if trainer.lock is not None:
-        trainer.lock.close()
+    logs.start(world.rank, run_dir / logs.FILE)
+    with lock_run_dir(run_dir, world):
+        trainer = Trainer(config, run_dir, corpora, world)
+        agreed = trainer.stop.agreed
+        trainer.stop.agreed = lambda: "the test" if trainer.position.step == stop_after else agreed()
+        reason = trainer.fit()
+        assert (reason is not None) == (stop_after is not None)
+        trainer.close()
 
 
 def metrics(run_dir: Path) -> list[dict]:

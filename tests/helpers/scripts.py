@@ -1,7 +1,7 @@
 """Programs run as a user starts them, on one process of the CPU, and what they print.
 
     done = run_script("launch/train.py", "--config", path)                  # a fork of the warm server
-    done = run_script("-m", "memformer_dist.inspect.verify", folder)
+    done = run_script("launch/corpus.py", "verify", folder)
     done = run_script("launch/train.py", "--config", path, cold=True)       # an interpreter of its own
 
 A warm program has its own argv, environment, working directory and output, and ends as a cold one ends: with the same code,
@@ -15,6 +15,7 @@ started cold somewhere, and through every launcher:
     evaluate.py     under torchrun          tests/test_evaluate.py
                     alone                   tests/test_evaluate.py
     generate.py     alone                   tests/test_quickstart.py
+    corpus.py       alone                   tests/test_verify.py
     shard.py        alone, interrupted      tests/test_interruption.py, and under mpirun
     tokenizer/train.py  alone               tests/test_tokenizer.py
 

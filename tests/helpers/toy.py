@@ -1,38 +1,40 @@
-"""A small recurrent cell with everything that makes replay hard, and the references that its gradient is compared with.
+"""Small recurrent cells with everything that makes replay hard, and the references that their gradient is compared with.
 
 ToyCell: dropout in both parts, a learned initial state, a reset inside advance, odd-sized parameters (ZeRO pads partitions), a
-parameter that only the writer uses, an integer leaf in the state.
+parameter that only the writer uses, an integer leaf in the state. Its relatives have one thing more each: an auxiliary loss, a
+state of complex numbers, leaves that are empty or that nothing reads.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.layers import within
+from memformer_dist.mrbp.executor import Executor
 from memformer_dist.segment import IGNORE, Segment, concatenate, select_rows
 
-VOCABULARY = 11
+VOCABULARY, SIZE = 11, 6
 
 
 class ToyState(NamedTuple):
-    memory: Tensor  # [lanes, width]
-    seen: Tensor  # int64 [lanes], segments since the reset
+    memory: Tensor  # [B, D]
+    seen: Tensor  # int64 [B], segments since the reset
 
 
 class ToyFeatures(NamedTuple):
-    mixed: Tensor  # [lanes, width]
-    seen: Tensor  # int64 [lanes]
+    mixed: Tensor  # [B, S, D], position i of the memory and the tokens up to i
+    seen: Tensor  # int64 [B]
 
 
 class ToyCell(RecurrentCell):
     memory_leaves = ("memory",)
     dtype = torch.float32  # of the state
 
-    def __init__(self, width: int = 7, dropout: float = 0.0):
+    def __init__(self, width: int = 7, dropout: float = 0.0, segment_length: int = SIZE):
         super().__init__()
-        self.width = width
+        self.width, self.vocab_size, self.segment_length = width, VOCABULARY, segment_length
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.mix = nn.Linear(2 * width, width)
@@ -45,6 +47,7 @@ class ToyCell(RecurrentCell):
         return super().double()
 
     def empty_state(self, lanes, device=None):
+        device = device or self.embedding.weight.device
         memory = torch.zeros(lanes, self.width, device=device, dtype=self.dtype)
         return ToyState(memory, torch.zeros(lanes, dtype=torch.long, device=device))
 
@@ -52,19 +55,80 @@ class ToyCell(RecurrentCell):
         fresh = self.initial(torch.ones_like(state.memory[:, :1])).to(self.dtype)
         memory = torch.where((segment.reset | segment.reset_memory)[:, None], fresh, state.memory)
         seen = torch.where(segment.reset, 0, state.seen)
-        summary = self.dropout(self.embedding(segment.tokens)).mean(1)
-        both = torch.cat([summary, memory], 1)
-        mixed = torch.tanh(self.mix(both))
-        written = torch.tanh(self.write(torch.cat([mixed.to(self.dtype), memory], 1)))
+        real = within(segment.length, segment.tokens.shape[1])[..., None]
+        embedded = self.dropout(self.embedding(segment.tokens)) * real
+        summary = embedded.cumsum(1) / real.cumsum(1).clamp(min=1)  # of the tokens up to each
+        mixed = torch.tanh(self.mix(torch.cat([summary, memory[:, None].expand_as(summary).to(summary.dtype)], 2)))
+        last = (mixed * real).sum(1) / segment.length.clamp(min=1)[:, None]
+        written = torch.tanh(self.write(torch.cat([last.to(self.dtype), memory], 1)))
         return ToyFeatures(mixed, seen), ToyState(written.to(self.dtype), seen + 1)
 
-    def readout(self, segment, features):
+    def logits(self, segment, features):
         hidden = self.dropout(self.embedding(segment.tokens))
-        wide = features.mixed[:, None].expand_as(hidden)
-        logits = self.head(torch.cat([hidden, wide.to(hidden.dtype)], 2)) / (1 + features.seen[:, None, None])
-        return functional.cross_entropy(
-            logits.to(self.dtype).transpose(1, 2), segment.labels, ignore_index=IGNORE, reduction="none"
-        )
+        both = torch.cat([hidden, features.mixed.to(hidden.dtype)], 2)
+        return self.head(both) / (1 + features.seen[:, None, None])
+
+
+class PenalisedFeatures(NamedTuple):
+    mixed: Tensor
+    seen: Tensor
+    penalty: Tensor  # [B], a loss beside that of the labels
+
+
+class PenalisedCell(ToyCell):
+    """With an auxiliary loss of each lane, as rule 7 of cells/base.py has it."""
+
+    def advance(self, segment, state):
+        features, state = super().advance(segment, state)
+        return PenalisedFeatures(*features, state.memory.square().mean(1) * 0.3), state
+
+    def readout(self, segment, features):
+        nll = super().readout(segment, features)
+        penalty = features.penalty - features.penalty.detach()
+        return torch.cat([nll[:, :1] + penalty[:, None].to(nll.dtype), nll[:, 1:]], 1)
+
+
+class OscillatorState(NamedTuple):
+    memory: Tensor  # complex [B, D]
+    nothing: Tensor  # [B, 0]
+    unread: Tensor  # [B], handed on and never looked at
+
+
+class OscillatorFeatures(NamedTuple):
+    mixed: Tensor  # [B, S, D]
+    unread: Tensor  # [B, S, D], made and never looked at
+
+
+class OscillatorCell(ToyCell):
+    """A linear recurrence in complex numbers, as in LRU and S4; leaves that are empty or that nothing reads."""
+
+    def __init__(self, width: int = 6, dropout: float = 0.0, segment_length: int = SIZE):
+        super().__init__(width, dropout, segment_length)
+        self.turn = nn.Linear(1, 2 * width)  # decay and angle of each oscillator
+
+    def empty_state(self, lanes, device=None):
+        device = device or self.embedding.weight.device
+        zeros = torch.zeros(lanes, self.width, device=device, dtype=self.dtype)
+        return OscillatorState(torch.complex(zeros, zeros), zeros[:, :0], zeros[:, 0])
+
+    def advance(self, segment, state):
+        one = torch.ones(1, 1, dtype=self.dtype, device=segment.tokens.device)
+        fresh = self.initial(one).to(self.dtype)
+        start = torch.complex(fresh, fresh.flip(1)).expand_as(state.memory)
+        memory = torch.where((segment.reset | segment.reset_memory)[:, None], start, state.memory)
+        real = within(segment.length, segment.tokens.shape[1])[..., None]
+        embedded = self.dropout(self.embedding(segment.tokens)) * real
+        both = torch.cat([embedded.cumsum(1), memory.real[:, None].expand_as(embedded).to(embedded.dtype)], 2)
+        mixed = torch.tanh(self.mix(both))
+        decay, angle = self.turn(one).to(self.dtype).chunk(2, 1)
+        summary = torch.cat([embedded.sum(1).to(self.dtype), memory.imag], 1)
+        written = memory * torch.polar(torch.sigmoid(decay), angle) + torch.tanh(self.write(summary)).to(self.dtype)
+        unread = torch.where(segment.reset, 1.0, state.unread)
+        return OscillatorFeatures(mixed, mixed * 2), OscillatorState(written, state.nothing, unread)
+
+    def logits(self, segment, features):
+        hidden = self.dropout(self.embedding(segment.tokens))
+        return self.head(torch.cat([hidden, features.mixed.to(hidden.dtype)], 2))
 
 
 def random_window(segments: int, lanes: int, length: int, seed: int, vocabulary: int = VOCABULARY) -> list[Segment]:
@@ -98,7 +162,7 @@ def labels_in(window: list[Segment]) -> int:
     return sum(int((segment.labels != IGNORE).sum()) for segment in window)
 
 
-def full_bptt(executor, window, state, *, loss_scale, readout_group=1, readout_parts=1, detach_memory=False):
+def full_bptt(executor: Executor, window, state, *, loss_scale, readout_group=1, readout_parts=1, detach_memory=False):
     """One graph over the whole window, back-propagated once. The readout is batched as the replay batches it, because dropout
     masks depend on the batch. `detach_memory` cuts the gradient between segments: the negative control."""
     outputs, loss = [], 0.0
@@ -109,7 +173,7 @@ def full_bptt(executor, window, state, *, loss_scale, readout_group=1, readout_p
             state = state._make(x.detach() for x in state)
     for stop in range(len(window), 0, -readout_group):
         group = range(max(0, stop - readout_group), stop)
-        features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group)))
+        features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group), strict=True))
         batch = concatenate([window[t] for t in group])
         bounds = [len(features[0]) * number // readout_parts for number in range(readout_parts + 1)]
         for part, rows in enumerate(map(slice, bounds, bounds[1:])):

@@ -1,0 +1,132 @@
+"""Loss of a trained model on held-out documents, with the memory carried and with it taken away.
+
+    python launch/evaluate.py --run-dir runs/small
+    python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json
+    it.json
+    torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
+    memformer-evaluate --run-dir runs/small                                       # installed
+
+The rows of the table are explained in memformer_dist/evaluate.py. Plain torch in the precision of the weights, fp32: a
+run trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
+"shuffled" reads; with --max-segments it also changes which documents are read.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from memformer_dist import logs
+from memformer_dist.checkpoint import Checkpoint, open_one
+from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.open_data import as_read, open_mixture
+from memformer_dist.errors import UserError, run_program
+from memformer_dist.evaluate import evaluate, summary
+from memformer_dist.metrics import AGES, Losses
+from memformer_dist.world import World
+
+NAMES = {
+    "carried": "memory carried",
+    "no_memory": "memory reset",
+    "no_state": "everything reset",
+    "shuffled": "memory shuffled",
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run-dir", type=Path, required=True, help="a run, whose newest checkpoint is evaluated, or a checkpoint")
+    add("--corpus", help="folder or URL of a corpus (default: the run's)")
+    add("--split", choices=["valid", "train"], default="valid")
+    add("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
+    add("--max-segments", type=int, help="stop after this many segments of every lane (default: all)")
+    add("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    options = parser.parse_args(arguments)
+    for option in ("lanes", "max_segments"):
+        found = getattr(options, option)
+        if found is not None and found < 1:
+            raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: found no folder {options.json.parent}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Raises UserError."""
+    options = parse(arguments)
+    logs.start(int(os.environ.get("RANK", 0)))
+    world = World.start()
+    saved = world.on_all_or_raise(lambda: open_one(options.run_dir))
+    data = saved.contents.config.data
+    lanes = options.lanes or data.lanes
+    dataset = world.on_all_or_raise(lambda: open_documents(saved, options.corpus, options.split, lanes))
+    cell = saved.cell(world.device)
+    losses = evaluate(
+        cell,
+        cell,
+        dataset,
+        world,
+        lanes=lanes,
+        segment_length=data.segment_length,
+        segments=options.max_segments,
+        show=lambda ticks: logs.tracked(ticks, "evaluate", "segments per lane", enabled=world.is_main),
+    )
+    assert losses is not None  # nobody stops it
+    if world.is_main:
+        report(options, saved, dataset, losses)
+
+
+def run() -> None:
+    run_program(main)
+
+
+def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int) -> TokenDataset:
+    """The documents of `corpus`, or of the run's. Raises UserError if they were made with another tokenizer."""
+    data = saved.contents.config.data
+    splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
+    dataset = as_read(splits[split == "valid"], data.mode, lanes)
+    found, expected = (x.tokenizer_sha256 for x in (dataset.vocabulary, saved.contents.vocabulary))
+    if found != expected:
+        raise UserError(
+            f"--corpus: {dataset.path} was made with another tokenizer than the run: found sha256 {found[:16]},"
+            f" expected {expected[:16]}"
+        )
+    return dataset
+
+
+def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset, losses: dict[str, Losses]) -> None:
+    """Print the table, and write --json."""
+    position = saved.contents.position
+    print(
+        f"{saved.path}, {position.tokens:,} tokens; {dataset.path}: {len(dataset.lengths):,} documents,"
+        f" {dataset.total_tokens:,} tokens\n\n{table(losses)}"
+    )
+    if options.json is not None:
+        facts = {
+            "checkpoint": str(saved.path),
+            "step": position.step,
+            "tokens": position.tokens,
+            "corpus": str(dataset.path),
+            "max_segments": options.max_segments,
+        }
+        options.json.write_text(json.dumps(facts | summary(losses), indent=2) + "\n")
+
+
+def table(losses: dict[str, Losses]) -> str:
+    carried = losses["carried"].loss
+    lines = [f"{'':18}{'loss':>9}{'perplexity':>12}{'gap':>9}"]
+    for mode, found in losses.items():
+        gap = "" if mode == "carried" else f"{found.loss - carried:+9.4f}"
+        lines.append(f"{NAMES[mode]:18}{found.loss:9.4f}{found.perplexity:12.2f}{gap:>9}")
+    ages = [age for age in AGES if age in losses["carried"].by_age]
+    lines += ["", f"{'by segment age':18}" + "".join(f"{age:>9}" for age in ages)]
+    for mode, found in losses.items():
+        lines.append(f"{NAMES[mode]:18}" + "".join(f"{found.by_age[age]:9.4f}" for age in ages))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    run()

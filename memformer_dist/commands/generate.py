@@ -1,0 +1,117 @@
+"""Continue a prompt with a trained model, and print the text as it is written.
+
+    python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200 --save it.safetensors
+    python launch/generate.py --run-dir runs/small --continue-from it.safetensors --temperature 0.6
+    python launch/generate.py --run-dir runs/small/checkpoints/step-00002000 --prompt-file chapter.txt
+    memformer-generate --run-dir runs/small --prompt "It was a dark"              # installed
+
+A prompt may be of any length: it is read segment by segment into the memory. The text stops at the end of the document
+(EOS). It goes to standard output, everything else to standard error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from sentencepiece import SentencePieceProcessor
+
+from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.checkpoint import open_one
+from memformer_dist.errors import UserError, run_program, sentences
+from memformer_dist.generate import Generation, Sampling, TextStream
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
+    """Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, about = parser.add_argument, {name: field.description for name, field in Sampling.model_fields.items()}
+    add("--run-dir", type=Path, required=True, help="a run, whose newest checkpoint is used, or a checkpoint")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the beginning of the document, or more of a continued one")
+    prompt.add_argument("--prompt-file", type=Path, help="the same from a file")
+    add("--tokens", type=int, default=200, help="write at most this many (200)")
+    add("--temperature", type=float, default=0.8, help=f"{about['temperature']} (0.8)")
+    add("--top-k", type=int, help=f"{about['top_k']} (all)")
+    add("--top-p", type=float, default=1.0, help=f"{about['top_p']} (1)")
+    add("--seed", type=int, help="of the sampling (0; a continued document also continues its random numbers)")
+    add("--save", type=Path, help="file from which the document can be continued later")
+    add("--continue-from", type=Path, help="a file written by --save, with the same weights")
+    options = parser.parse_args(arguments)
+    try:
+        sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    except ValidationError as error:
+        problems = [sentence.partition(":") for sentence in sentences(error)]
+        raise UserError("\n".join(f"--{field.replace('_', '-')}:{found}" for field, _, found in problems)) from None
+    if options.save is not None and not options.save.parent.is_dir():
+        raise UserError(f"--save: found no folder {options.save.parent}")
+    return options, sampling
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Raises UserError."""
+    options, sampling = parse(arguments)
+    prompt = read_prompt(options)
+    saved = open_one(options.run_dir)
+    tokenizer = saved.tokenizer()
+    cell = saved.cell(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    generation = begin(options, cell, tokenizer)
+    write(generation, tokenizer, prompt, options, sampling)
+    if options.save is not None:
+        generation.save(options.save)
+    if generation.ended[0]:
+        print("(the document has ended)", file=sys.stderr)
+
+
+def run() -> None:
+    run_program(main)
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is None:
+        return options.prompt or ""
+    try:
+        return options.prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file: found {error}, expected a text file in UTF-8") from None
+
+
+def begin(options: argparse.Namespace, cell: RecurrentCell, tokenizer: SentencePieceProcessor) -> Generation:
+    """A new document, or the one of --continue-from."""
+    if options.continue_from is None:
+        generation = Generation(cell, eos_id=tokenizer.eos_id())
+    else:
+        generation = Generation.load(options.continue_from, cell, eos_id=tokenizer.eos_id())
+        if generation.ended[0]:
+            raise UserError(f"--continue-from: the document in {options.continue_from} has ended")
+    if options.seed is not None:
+        generation.generator.manual_seed(options.seed)
+    return generation
+
+
+def write(
+    generation: Generation,
+    tokenizer: SentencePieceProcessor,
+    prompt: str,
+    options: argparse.Namespace,
+    sampling: Sampling,
+) -> None:
+    """Feed the prompt, then sample, printing both."""
+    stream = TextStream(tokenizer)
+    for token in generation.history[0]:  # it may have been saved in the middle of a character
+        stream.push(token)
+    read = tokenizer.encode(prompt)
+    generation.feed([read])
+    if not generation.history[0]:
+        raise UserError("--prompt: found no text, expected some: models do not learn how documents begin")
+    print("".join(map(stream.push, read)), end="", flush=True)
+    for (sampled,) in generation.sample(options.tokens, sampling):
+        if sampled is not None:
+            print(stream.push(sampled), end="", flush=True)
+    # The last bytes of an unfinished character may come when a saved document is continued.
+    print(stream.finish() if options.save is None else "")
+
+
+if __name__ == "__main__":
+    run()

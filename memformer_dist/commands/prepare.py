@@ -1,0 +1,74 @@
+"""Turn text into a corpus: token shards with a training and a validation split.
+
+    python tokenizer/shard.py --input my_texts/ --tokenizer tokenizer_8k.model --output corpora/my_texts
+    mpirun -n 64 python tokenizer/shard.py --input 'crawl/*.zst' --tokenizer tokenizer_8k.model --output corpora/crawl
+
+Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines or Parquet, also compressed
+(.gz, .zst); memformer_dist/prepare/documents.py describes how they are read. They are cut into partitions of about
+--partition-mib, and every partition makes a shard. --workers processes work on the partitions in parallel, or the
+ranks of an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number of them. The
+inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The
+validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single document
+is an error unless --valid-fraction 0 asks for no validation split.
+
+Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
+The corpus takes its name when it is whole. Until then it is CORPUS.partial, where the same command resumes after an
+interruption, and a command with other settings reuses the partitions that are the same. An existing corpus is kept if
+it was made of the same files with the same settings (sharding.json); otherwise it is an error, unless --overwrite is
+given.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from memformer_dist.errors import run_program
+from memformer_dist.prepare.build import PADDING_AT, Report, shard
+
+
+def describe(report: Report) -> str:
+    """A table of the splits, and a line on what was left out."""
+    titles = ["", "documents", "tokens", "characters/token", *(f"padding at {length}" for length in PADDING_AT)]
+    rows = [titles]
+    for split, figures in report["splits"].items():
+        ratio = figures["characters"] / figures["tokens"]
+        padding = [f"{share:.1%}" for share in figures["padding"].values()]
+        rows.append([split, f"{figures['documents']:,}", f"{figures['tokens']:,}", f"{ratio:.2f}", *padding])
+    widths = [len(title) or len("train") for title in titles]
+    table = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return (
+        f"{table}\nleft out: {report['empty']:,} empty documents, {report['unreadable']:,} unreadable "
+        f"(quarantine.jsonl), {report['ignored']:,} files in folders that are not text by their suffix"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="CORPUS", help="the folder to make")
+    add("--tokenizer", type=Path, required=True, metavar="MODEL", help="a SentencePiece model, see tokenizer/train.py")
+    add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
+    add("--valid-input", nargs="+", default=[], help="the validation documents, instead of a share of the input")
+    add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (default: 0.05)")
+    add("--seed", type=int, default=0, help="of the choice of the validation documents (default: 0)")
+    add("--partition-mib", type=float, default=64, metavar="MIB", help="input per partition and shard (default: 64)")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes (default: all cores); not under mpirun",
+    )
+    add("--strict", action="store_true", help="documents that cannot be read are an error")
+    add("--overwrite", action="store_true", help="replace a corpus made of other files or with other settings")
+    options = vars(parser.parse_args(arguments))
+
+    began = time.perf_counter()
+    report = shard(inputs=options.pop("input"), valid_inputs=options.pop("valid_input"), **options)
+    if report is not None:
+        print(f"{options['output']}, {time.perf_counter() - began:.1f} s\n{describe(report)}")
+
+
+def run() -> None:
+    run_program(main)

@@ -1,0 +1,86 @@
+"""Train a memory transformer. The same command starts a run, resumes it, or finds it finished.
+
+    deepspeed launch/train.py --config configs/base.json --run-dir runs/base
+    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set training.seed=1
+    torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
+    python launch/train.py --config configs/small.json            # one process
+    memformer-train --config small                                # the same, installed
+    torchrun --nproc-per-node 2 -m memformer_dist.commands.train --config small
+
+Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
+
+Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT or SIGUSR1 to any of its ranks: it finishes the step, saves a
+checkpoint and ends with exit code 0. Ctrl-C in a terminal and most batch systems signal all processes, which is fine
+too. A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running: use `touch RUN/stop`
+instead. Messages also go to RUN/log.txt.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import memformer_dist
+from memformer_dist import logs
+from memformer_dist.config import RunConfig
+from memformer_dist.data.open_data import open_data
+from memformer_dist.errors import UserError, run_program
+from memformer_dist.world import World, world_size
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a JSON file, or the name of a configuration in configs/")
+    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/NAME of the configuration)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher, which sets LOCAL_RANK too
+    options = parser.parse_args(arguments)
+    options.run_dir = options.run_dir or Path("runs") / Path(options.config).stem
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Raises UserError."""
+    _train(parse(arguments))
+
+
+def run() -> None:
+    options = parse(None)
+    run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = RunConfig.load(find_config(options.config), options.set, world_size())
+    logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
+    world = World.start()
+    corpora = world.on_all_or_raise(lambda: open_data(config.data))
+    from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
+
+    train(config, options.run_dir, corpora, world)
+
+
+def find_config(name: str) -> Path:
+    """The file `name`; or, if there is none, the configuration that is called `name` or `configs/name.json`.
+
+    Raises UserError if there is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    configurations = {file.stem: file for file in sorted(configs_folder().glob("*.json"))}
+    spellings = (Path(path.stem), Path(f"{path.stem}.json"), Path(f"configs/{path.stem}.json"))
+    if path in spellings and path.stem in configurations:
+        return configurations[path.stem]
+    raise UserError(
+        f"--config: found no file {name}, expected a file or one of the configurations {', '.join(configurations)}"
+    )
+
+
+def configs_folder() -> Path:
+    """configs/: inside the installed package, or in the clone."""
+    package = Path(memformer_dist.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,68 @@
+"""Train a SentencePiece tokenizer on text, source code, JSON lines or Parquet.
+
+    python tokenizer/train.py --input my_texts/ --output tokenizer_8k --vocab-size 8192      # writes tokenizer_8k.model
+
+The inputs are those of tokenizer/shard.py. The tokenizer is lossless: decode(encode(text)) == text for any text, with
+spaces, newlines and tabs kept and rare characters spelt in bytes; memformer_dist/prepare/tokenizer.py says how.
+The same inputs and options give the same bytes, whatever the number of cores.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from memformer_dist.errors import UserError, run_program
+from memformer_dist.files import write_bytes
+from memformer_dist.prepare.partitions import discover
+from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
+    add("--output", "--model-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
+    add("--vocab-size", type=int, default=8192, help="number of tokens (default: 8192)")
+    add("--cap-vocabulary", action="store_true", help="use fewer tokens where the text does not support so many")
+    add("--model-type", choices=["unigram", "bpe"], default="unigram")
+    add(
+        "--byte-fallback", action=argparse.BooleanOptionalAction, default=True, help="spell unknown characters in bytes"
+    )
+    add(
+        "--sample-characters",
+        type=int,
+        default=5_000_000,
+        metavar="N",
+        help="train on lines of about N characters in all, 0 for everything (default: 5 million)",
+    )
+    add("--seed", type=int, default=0, help="of the sample (default: 0)")
+    add("--threads", type=int, default=4, help="default: 4; another number may give another model")
+    options = parser.parse_args(arguments)
+
+    began = time.perf_counter()
+    files = [file.name for file in discover(options.input, options.exclude).files]
+    lines = sample_lines(files, options.sample_characters or None, options.seed)
+    print(f"training on {sum(map(len, lines)):,} characters in {len(lines):,} lines ...", flush=True)
+    model = train_tokenizer(
+        lines,
+        vocab_size=options.vocab_size,
+        model_type=options.model_type,
+        byte_fallback=options.byte_fallback,
+        cap_vocabulary=options.cap_vocabulary,
+        threads=options.threads,
+    )
+    path = Path(options.output.removesuffix(".model") + ".model")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, model)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {error.filename or path}: {error.strerror}") from None
+    pieces = SentencePieceProcessor(model_proto=model).vocab_size()
+    print(f"{path}: {pieces:,} tokens ({options.model_type}), {time.perf_counter() - began:.1f} s")
+
+
+def run() -> None:
+    run_program(main)

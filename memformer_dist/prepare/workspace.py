@@ -1,0 +1,176 @@
+"""CORPUS.partial, the folder in which a corpus is made: what lies there, who may work there, how it becomes the corpus.
+
+encoded/5d0f...      a partition's tokens (.tokens and .mask, until they are in shards), their columns (.safetensors),
+                     the documents that could not be read (.quarantine) and a summary (.json, written last). The name is
+                     a hash of the files, their cuts and the tokenizer, so that a run with other settings finds it too
+sharding.json        the recipe of the shards: inputs with sizes and times, settings. Another recipe starts them over
+shards/000042.json   the record of a partition's shards, written last; 000042-train.safetensors: the index of one
+corpus/              becomes CORPUS at the end
+replaced/            the old corpus, for a moment, with --overwrite
+lock                 held by the process that works here
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memformer_dist.errors import UserError
+from memformer_dist.files import NO_SPACE, PARTIAL, flush, try_lock, write_bytes, write_text
+from memformer_dist.prepare.documents import File
+from memformer_dist.prepare.partitions import Partition
+
+RECORD, QUARANTINE, TOKENIZER = "sharding.json", "quarantine.jsonl", "tokenizer.model"
+RECIPE_VERSION = 2
+
+ListedFile = tuple[str, int | None, str]  # absolute path, bytes, mark of the last change
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the shards depend on. With the report of the corpus it is CORPUS/sharding.json."""
+
+    version: int
+    tokenizer_sha256: str
+    inputs: list[ListedFile]
+    valid_inputs: list[ListedFile]
+    valid_fraction: float
+    seed: int
+    partition_mib: float
+
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """The fields in which a sharding.json, parsed, is another recipe."""
+        record, own = upgrade(record), json.loads(json.dumps(vars(self)))
+        return [name for name in own if record.get(name) != own[name]]
+
+
+def upgrade(record: dict[str, Any]) -> dict[str, Any]:
+    """A sharding.json in today's words. Partitions were once called units."""
+    return {"partition_mib" if name == "unit_mib" else name: value for name, value in record.items()}
+
+
+def listed(file: File) -> ListedFile:
+    return file.path, file.size, file.changed
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder of a corpus that is to be at `output`."""
+
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def tokenizer(self) -> Path:
+        return self._corpus / TOKENIZER
+
+    def split(self, name: str) -> Path:
+        return self._corpus / name
+
+    def shard(self, number: int, split: str) -> Path:
+        return self._corpus / split / f"shard-{number:06d}.tar"
+
+    def shard_record(self, number: int) -> Path:
+        return self.folder / "shards" / f"{number:06d}.json"
+
+    def shard_index(self, number: int, split: str) -> Path:
+        return self.folder / "shards" / f"{number:06d}-{split}.safetensors"
+
+    def stem(self, partition: Partition, tokenizer_sha256: str) -> Path:
+        """The files of an encoded partition without their suffix: the same files, cuts and tokenizer, the same name."""
+        pieces = [(*listed(file), *place) for file, *place in partition.pieces]
+        name = hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
+        return self.folder / "encoded" / name
+
+    @property
+    def _corpus(self) -> Path:
+        return self.folder / "corpus"
+
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "replaced"
+
+    @property
+    def _recipe(self) -> Path:
+        return self.folder / RECORD
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Raises UserError while another process works there, or where the folder cannot be written."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "lock", "w") as lock:
+                if not try_lock(lock):
+                    raise UserError(f"{self.folder}: another process is working on this corpus")
+                yield
+
+    def restore(self) -> None:
+        """Give the old corpus its name back, where a run with --overwrite was killed before the new one took it."""
+        if self._replaced.exists():
+            with self.locked():
+                if not self.output.exists():
+                    self._replaced.rename(self.output)
+
+    def remove_leftover(self) -> None:
+        """Remove what is left of a run that was killed when the corpus had its name already."""
+        if self.folder.exists() and not self._corpus.exists():
+            shutil.rmtree(self.folder)
+
+    def begin(self, recipe: Recipe, tokenizer: bytes, encoded: Iterable[str]) -> None:
+        """Keep what an interrupted run finished of the same recipe, and the `encoded` partitions of these names."""
+        keep = set(encoded)
+        differences = recipe.differences(json.loads(self._recipe.read_text())) if self._recipe.exists() else ["recipe"]
+        if differences:
+            if self._recipe.exists():
+                print(f"{self.folder}: has other {', '.join(differences)}; its shards are made again", file=sys.stderr)
+            self._recipe.unlink(missing_ok=True)  # first: without it no shard here counts
+            shutil.rmtree(self.folder / "shards", ignore_errors=True)
+            shutil.rmtree(self._corpus, ignore_errors=True)
+        for name in "encoded", "shards", "corpus/train", "corpus/valid":
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        unfinished = [*self.folder.rglob(f"*{PARTIAL}")]
+        others = [path for path in (self.folder / "encoded").iterdir() if path.stem not in keep]
+        for path in *unfinished, *others:
+            path.unlink(missing_ok=True)
+        write_bytes(self.tokenizer, tokenizer)
+        if differences:
+            write_text(self._recipe, json.dumps(vars(recipe), indent=1))
+
+    def finish(self, recipe: Recipe, report: dict[str, Any], quarantine: Iterable[dict[str, Any]]) -> None:
+        """The corpus takes its name; CORPUS.partial goes, and with it the corpus that is replaced."""
+        with open(self._corpus / QUARANTINE, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in quarantine)
+        (self._corpus / RECORD).write_text(json.dumps(vars(recipe) | {"report": report}, indent=1) + "\n")
+        for path in self._corpus.rglob("*"):
+            if path.suffix != ".tar":  # shards are on the disk already
+                flush(path)
+        if self.output.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self.output.rename(self._replaced)
+        self._corpus.rename(self.output)
+        shutil.rmtree(self.folder)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError naming the file it names, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    advice = "; what is finished is kept: with more space, the same command resumes" if error.errno in NO_SPACE else ""
+    return UserError(f"cannot write {error.filename or path}: {error.strerror}{advice}")
