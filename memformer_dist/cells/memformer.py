@@ -37,8 +37,13 @@ from memformer_dist.segment import Segment
 
 
 class MemformerConfig(LayersConfig):
-    cell: Literal["memformer"] = Field("memformer", description="which cell")
-    layout: Literal["encoder_decoder", "decoder"] = Field("encoder_decoder", description="see the top of memformer.py")
+    cell: Literal["memformer"] = Field(
+        "memformer", description="Memformer: memory slots, read in every layer, written once per segment"
+    )
+    layout: Literal["encoder_decoder", "decoder"] = Field(
+        "encoder_decoder",
+        description="encoder_decoder, the paper's: an encoder reads the segment before; decoder: causal layers alone",
+    )
     width: PositiveInt = Field(512, description="D, of the hidden states and of a slot")
     encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")
     decoder_layers: PositiveInt = Field(16, description="causal layers")

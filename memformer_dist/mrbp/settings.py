@@ -1,4 +1,4 @@
-"""The section `mrbp` of a configuration: how a window is replayed, and what it may take."""
+"""The section `mrbp` of a configuration: the BPTT window, and how time is traded against memory in its replay."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,8 @@ def _number_or_auto(value: Any) -> str | None:
 
 class MrbpConfig(Section):
     window: WindowPlan = Field(
-        description="N, segments a window: the horizon of back-propagation and the tokens of a step; an integer, or a"
-        " schedule by step or by a metric (curriculum.py)"
+        description="N, segments per BPTT window: how far gradients reach, and how much text of every lane one step"
+        " trains on; an integer, or a schedule by step or by a metric"
     )
     readout_group: Annotated[
         Annotated[PositiveInt, Tag("<number>")] | Annotated[Literal["auto"], Tag("<auto>")],
@@ -28,35 +28,39 @@ class MrbpConfig(Section):
         ),
     ] = Field(
         1,
-        description="C, segments whose readout runs as one batch; activations of C are alive. More than 1 fills a GPU"
-        " that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times; auto: as many as the free"
-        " memory of the device holds, measured before the first step and kept for the run",
+        description="C, segments whose readout (decoder, head, loss) runs as one batch; needs the activations of C"
+        " segments. More than 1 fills a GPU that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C"
+        " times instead of N; auto: as many as the free memory allows, measured before the first step and then kept",
     )
     readout_parts: PositiveInt = Field(
         1,
-        description="parts that a segment's readout is worked through in, lanes after lanes, where activations do not fit"
-        " (readout_group 1)",
+        description="split the readout of a segment into this many parts along the lanes, if its activations do not"
+        " fit; needs readout_group 1",
     )
     lanes_per_group: PositiveInt | None = Field(
-        None, description="lanes of a rank worked on at once; null: all of them"
+        None,
+        description="lanes of a rank that are worked on at once (the micro-batch; gradients are accumulated over the"
+        " groups); divides the lanes of a rank; null: all of them",
     )
     replay: bool = Field(
         True,
-        description="false: no gradient flows from a segment to the one before; segments are run in order, without replay:"
-        " the control of every claim that a memory helps",
+        description="false: no gradient flows from a segment to the one before, and segments run in order without"
+        " replay: the control for every claim that learning through the memory helps",
     )
     state_store: Store = Field(
         "device",
-        description="where a window's N states wait for the replay; host: pinned memory of the host, for windows whose"
-        " states (mrbp/state_bytes) do not fit beside the activations",
+        description="where the N states of a window are kept until the replay; host: in pinned memory of the host, for"
+        " windows whose states (metric mrbp/state_bytes) do not fit beside the activations",
     )
     reduce: Reduce = Field(
         "window",
-        description="window: one reduction a step, each rank holds one whole gradient; segment: at every backward,"
-        " about N times the bytes, gradients stay sharded (needs ZeRO 2 or 3): where a whole gradient does not fit",
+        description="when gradients are reduced over the ranks. window: once per step, while each rank holds a whole"
+        " gradient; segment: at every backward, which sends about N times the bytes but keeps gradients sharded, for"
+        " models whose gradient does not fit (needs ZeRO 2 or 3)",
     )
     keep_gathered: Keep = Field(
         "all",
-        description="ZeRO-3: all: advance's parameters are gathered once a window, the readout's once a group, the"
-        " fewest bytes on the wire; readout: only the latter, where both do not fit; none: every module at every use",
+        description="which parameters stay gathered under ZeRO-3. all: those of advance for a window, those of the"
+        " readout for a readout group, which sends the fewest bytes; readout: the latter alone, if both do not fit; none:"
+        " every module is gathered for every use",
     )
