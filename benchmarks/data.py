@@ -127,7 +127,7 @@ def memmap_reader(corpus: Corpus, ticks: int, folder: Path, *, labels: bool) -> 
         now = schedule.at(tick)
         first = now.document * DOCUMENT_TOKENS + now.segment * LENGTH
         count = np.minimum(LENGTH, DOCUMENT_TOKENS - now.segment * LENGTH)
-        ranges.append(list(zip(range(LANES), first.tolist(), (first + count).tolist(), count.tolist())))
+        ranges.append(list(zip(range(LANES), first.tolist(), (first + count).tolist(), count.tolist(), strict=True)))
 
     def read() -> int:
         batch, following = np.zeros((LANES, LENGTH), np.int64), np.zeros((LANES, LENGTH), np.int64)
@@ -311,7 +311,7 @@ def tokenising(folder: Path, model: Path, text: str, rounds: int) -> dict[str, l
 
 def ratio(rounds: dict[str, list[float]], one: str, other: str) -> float:
     """Machines change their speed from minute to minute: what is compared was measured in the same round."""
-    return statistics.median(a / b for a, b in zip(rounds[one], rounds[other]))
+    return statistics.median(a / b for a, b in zip(rounds[one], rounds[other], strict=True))
 
 
 def medians(rounds: dict[str, list[float]]) -> dict[str, float]:

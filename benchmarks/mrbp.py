@@ -171,7 +171,7 @@ def compare(sizes: dict[str, Layout], device: str, repeats: int, quick: bool) ->
     memories = run_in_pairs(once)
     counted = {name: count_flops(layout) for name, layout in sizes.items() if name in METHODS_OF}
     rows = []
-    for (layout, method), memory in zip(pairs, memories):
+    for (layout, method), memory in zip(pairs, memories, strict=True):
         flops = counted[layout.name]
         rows.append(
             {
@@ -215,7 +215,7 @@ def windows(layout: Layout, device: str, lengths: tuple[int, ...]) -> list[dict[
     return [
         {"layout": "windows", "method": "plain", "segments": one.segments, "lanes": one.lanes, "length": one.length}
         | {key: result[key] for key in kept}
-        for one, result in zip(made, results)
+        for one, result in zip(made, results, strict=True)
     ]
 
 

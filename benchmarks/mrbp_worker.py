@@ -111,8 +111,10 @@ def bptt(cell: Memformer, window: RandomWindow, state: NamedTuple, loss_scale: f
         features, state = cell("advance", segment, state)
         waiting.append((segment, features))
         if len(waiting) == group or t == len(window) - 1:
-            segments, made = zip(*waiting)
-            features = features._make(torch.cat(column) for column in zip(*made)) if group > 1 else features
+            segments, made = zip(*waiting, strict=True)
+            features = (
+                features._make(torch.cat(column) for column in zip(*made, strict=True)) if group > 1 else features
+            )
             losses.append(cell("readout", concatenate(segments), features).sum())
             waiting = []
     (torch.stack(losses).sum() * loss_scale).backward()

@@ -7,8 +7,8 @@
 Both commits run in this Python environment, each from a checkout of its own in a temporary folder, on the same texts:
 
     corpora     every byte of train/ and valid/: text files, JSON lines with loss masks, several partitions
-    training    2 ranks, dropout, evaluations on the way, ZeRO 0 to 3, fp32 and both ways of bf16: every number of metrics.jsonl but
-                clocks, and every byte of weights, moments and lane states
+    training    2 ranks, dropout, evaluations on the way, ZeRO 0 to 3, fp32 and both ways of bf16: every number of
+                metrics.jsonl but clocks, and every byte of weights, moments and lane states
     resumed     stopped after a step and started again by the same commit, and started by the old commit and resumed by the new
 """
 
@@ -184,7 +184,7 @@ def differing(old: Path, new: Path) -> list[str]:
     """What is not the same in two runs."""
     before, after = numbers(old), numbers(new)
     found = [f"{len(before)} and {len(after)} records"] if len(before) != len(after) else []
-    for x, y in zip(before, after):
+    for x, y in zip(before, after, strict=True):
         found += [f"step {x['step']}: {key}: {x.get(key)} and {y.get(key)}" for key in x if x[key] != y.get(key)]
     weights, others = tensors(old), tensors(new)
     return found + [name for name in weights.keys() | others.keys() if weights.get(name) != others.get(name)]
@@ -222,7 +222,7 @@ def main() -> None:
             compare(f"corpus {name}", [x for x in before.keys() | after.keys() if before.get(x) != after.get(x)])
         for number, (name, settings) in enumerate(cases(options.quick)):
             runs = [checkout.folder / f"run-{number}" for checkout in (old, new)]
-            for checkout, run in zip((old, new), runs):
+            for checkout, run in zip((old, new), runs, strict=True):
                 checkout.train(run, settings)
             compare(name, differing(*runs))
         whole = old.folder / "run-0"
@@ -247,7 +247,7 @@ def main() -> None:
                     seconds[name].append((long - short) / 60)
             report["processor_s_per_step"] = seconds
             medians = {name: statistics.median(values) for name, values in seconds.items()}
-            ratio = statistics.median(y / x for x, y in zip(seconds["old"], seconds["new"]))
+            ratio = statistics.median(y / x for x, y in zip(seconds["old"], seconds["new"], strict=True))
             print(f"processor s per step: {medians['old']:.4f} and {medians['new']:.4f}; in turns {ratio:.3f} times")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")

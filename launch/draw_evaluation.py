@@ -27,11 +27,12 @@ MODES = {
 
 
 def read(run_dir: Path) -> tuple[list[dict], dict]:
+    """The records of evaluations, and the summary. Raises UserError if the run is not finished."""
     try:
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((run_dir / "summary.json").read_text())
     except FileNotFoundError as error:
-        raise UserError(f"--run-dir: found no {error.filename}, expected a run that is finished") from None
+        raise UserError(f"--run-dir: found no {error.filename}, expected a finished run") from None
     return [record for record in records if "eval/loss" in record], summary
 
 
@@ -46,7 +47,7 @@ def draw(run_dir: Path, output: Path) -> None:
     for name, (label, colour) in CURVES.items():
         along.plot([r["tokens"] / 1e6 for r in records], [r[name] for r in records], color=colour, label=label, lw=1.5)
     along.set(
-        xlabel="million tokens", ylabel="held-out loss, nats a token", title="while training (some held-out segments)"
+        xlabel="million tokens", ylabel="held-out loss, nats per token", title="while training (some held-out segments)"
     )
     along.set_ylim(top=records[0]["eval/loss"] + 0.3)  # a memory model without its state may be far out at first
     along.legend()
@@ -71,7 +72,7 @@ def draw(run_dir: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True, help="a finished run")
     parser.add_argument("--output", type=Path, required=True, help="a .png or .svg file")
     options = parser.parse_args()
     run_program(lambda: draw(options.run_dir, options.output))

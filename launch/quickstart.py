@@ -157,11 +157,15 @@ def table(summary: dict, folder: Path) -> str:
         gap = "" if key == "eval_loss" else f"{summary[key] - summary['eval_loss']:+9.4f}"
         lines.append(f"{name:36}{summary[key]:8.4f}{math.exp(min(summary[key], 700)):12.2f}{gap}")
     lines += [
-        f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
-        f" on {summary['world_size']} ranks",
+        (
+            f"{summary['tokens']:,} tokens in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"
+            f" on {summary['world_size']} ranks"
+        ),
         f"the run: {os.path.relpath(folder)}   its figures: {os.path.relpath(folder / 'summary.json')}",
-        f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')}"
-        f" --logdir {os.path.relpath(folder / 'tensorboard')}",
+        (
+            f"its curves: {os.path.relpath(ROOT / '.venv/bin/tensorboard')}"
+            f" --logdir {os.path.relpath(folder / 'tensorboard')}"
+        ),
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from memformer_dist.mrbp.replay import memory_replay
     from memformer_dist.segment import Segment
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["RecurrentCell", "RunConfig", "Segment", "__version__", "memory_replay"]
 
 _MODULES = {

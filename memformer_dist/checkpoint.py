@@ -34,6 +34,7 @@ from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import flush, sha256_of
+from memformer_dist.mrbp.executor import reseed
 from memformer_dist.progress import Interval, Position
 from memformer_dist.segment import Tensors
 from memformer_dist.upgrade import upgrade
@@ -348,6 +349,20 @@ def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
             f" {found[:16]}, expected {expected[:16]}"
         )
     return initial
+
+
+def initial_cell(config: RunConfig, vocabulary: Vocabulary, resumed: Checkpoint | None) -> RecurrentCell:
+    """The cell with which a run starts: with the weights of a checkpoint or of training.init_from, or with random ones.
+
+    Not collective; the same weights on every rank.
+    """
+    reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU
+    cell = build_cell(config, vocabulary)
+    if resumed is not None:
+        resumed.load_weights(cell)
+    elif config.training.init_from:
+        open_initial(Path(config.training.init_from), vocabulary).load_weights(cell)
+    return cell
 
 
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:

@@ -55,6 +55,11 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def lock(file: IO) -> None:
+    """Lock an open file until it is closed, waiting for whoever has it. Raises OSError on a file system without locks."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def try_lock(file: IO) -> bool:
     """Lock an open file until it is closed, at the latest by the end of the process; False where another holds it.
 

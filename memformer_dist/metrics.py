@@ -54,7 +54,8 @@ class Losses(NamedTuple):
     def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
         """From LossByAge.sums, flat, added up over ranks."""
         nll, labels = sums[: len(ages)], sums[len(ages) :]
-        by_age = {age: n / count for age, n, count in zip(ages, nll, labels, strict=True) if count}
+        # Without sums, as after steps that were all skipped, there are no ages.
+        by_age = {age: n / count for age, n, count in zip(ages, nll, labels, strict=False) if count}
         return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age)
 
     @property

@@ -40,7 +40,8 @@ def reference() -> Iterator[str]:
         elif name == "model":
             for number, (cell, config) in enumerate(cell_configs().items()):
                 yield from [""] * (number > 0)
-                yield from (f"### cell: {cell}", "", *_table(config, name))
+                file = f"{config.__module__.replace('.', '/')}.py"
+                yield from (f"### cell: {cell}", "", f"See [{file}](../{file}).", "", *_table(config, name))
         else:
             annotation: Any = field.annotation
             yield from _table(annotation, name)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from memformer_dist import checkpoint, evaluate, metrics, start
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.checkpoint import Checkpoint, Contents, ReadoutGroup, build_cell
+from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.dataset import TokenDataset
@@ -31,13 +30,11 @@ from memformer_dist.files import write_text
 from memformer_dist.logs import ProgressReport
 from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
 from memformer_dist.monitor import Monitor
-from memformer_dist.mrbp.executor import reseed
 from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Tensors
-from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
 
@@ -103,7 +100,7 @@ class Trainer:
         self.saved = self.position.model_copy()
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
-        cell = _initial_cell(config, self.train_corpus.vocabulary, resumed)
+        cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(
             cell,
@@ -377,17 +374,6 @@ class Trainer:
     def close(self) -> None:
         self.progress.close()
         self.monitor.close()
-
-
-def _initial_cell(config: RunConfig, vocabulary: Vocabulary, resumed: Checkpoint | None) -> RecurrentCell:
-    """The cell with the weights of a checkpoint: the run's, or training.init_from; or else with random ones."""
-    reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU: the same on every rank
-    cell = build_cell(config, vocabulary)
-    if resumed:
-        resumed.load_weights(cell)
-    elif config.training.init_from:
-        checkpoint.open_initial(Path(config.training.init_from), vocabulary).load_weights(cell)
-    return cell
 
 
 def crosses(before: int, after: int, every: int | None) -> bool:

@@ -101,9 +101,9 @@ def circle(imported: dict[str, list[Import]]) -> list[str]:
                 continue
             if entry.module in path:
                 return [*path[path.index(entry.module) :], entry.module]
-            if entry.module in imported and entry.module not in done and room(entry.module):
-                if found := search([*path, entry.module]):
-                    return found
+            known = entry.module in imported and entry.module not in done and room(entry.module)
+            if known and (found := search([*path, entry.module])):
+                return found
         done.add(path[-1])
         return []
 

@@ -274,7 +274,7 @@ def test_readers_of_the_data_benchmark_read_the_same_tokens(tmp_path, monkeypatc
 
 
 def test_small_figures_of_the_data_benchmark(tmp_path, monkeypatch):
-    """Each is the time of what it names and of nothing else: the clock moves for the opening of a corpus and a shuffle alone."""
+    """Each is the time of what it names and of nothing else: the clock moves for opening a corpus and for a shuffle."""
     now = 0.0
 
     def takes(owner: type, name: str, seconds: float, wrapped=lambda function: function) -> None:

@@ -1,5 +1,6 @@
 """Every cell against the contract of cells/base.py. A new cell takes one line in CELLS."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -232,7 +233,7 @@ def test_lanes_do_not_see_one_another(name):
         segment._replace(tokens=torch.cat([segment.tokens[:1].flip(1), segment.tokens[1:]])) for segment in window
     ]
     strange = mid_document(cell, seed=1)
-    changed = state._make(torch.cat([x[:1], y[1:]]) for x, y in zip(strange, state))
+    changed = state._make(torch.cat([x[:1], y[1:]]) for x, y in zip(strange, state, strict=True))
     (before, behind), (after, behind_others) = run(cell, window, state), run(cell, others, changed)
     assert torch.equal(before[:, 1:], after[:, 1:]) and not torch.equal(before[:, 0], after[:, 0])
     rest = slice(1, None)
@@ -300,8 +301,8 @@ def test_empty_states_have_the_shape_of_states(name):
 
 @every_cell
 def test_states_and_losses_are_float32_under_autocast(name):
-    """And the replay repeats the rollout's dropout masks there. The gradient is off by what rounding the weights to bf16 costs in
-    float32 alone, within a factor; other dropout masks, the control, are further off."""
+    """And the replay repeats the rollout's dropout masks there. The gradient is off by what rounding the weights to bf16
+    costs in float32 alone, within a factor; other dropout masks, the control, are further off."""
     cell = new_cell(name, dropout=DROPOUT, dtype=torch.float32)
     window = random_window(5, LANES, SIZE, seed=7)
     expected, _ = replayed(cell, window)
@@ -366,7 +367,7 @@ def test_extend_in_any_pieces_equals_advance_and_readout(name, cuts, length, res
             expected = cell("readout", segment, features)
         cache, pieces = cell.open(generated, segment.reset), []
         bounds = sorted({0, size, *(cut for cut in cuts if cut < size)})
-        for start, stop in zip(bounds, bounds[1:]):
+        for start, stop in itertools.pairwise(bounds):
             logits, cache = cell.extend(segment.tokens[:, start:stop], cache)
             pieces.append(logits)
         generated = cell.close(cache)
@@ -374,7 +375,7 @@ def test_extend_in_any_pieces_equals_advance_and_readout(name, cuts, length, res
             torch.cat(pieces, 1).flatten(0, 1), segment.labels[:, :size].flatten(), reduction="none"
         )
         torch.testing.assert_close(found.view(LANES, size), expected[:, :size], rtol=1e-10, atol=1e-10)
-        for x, y in zip(generated, state):
+        for x, y in zip(generated, state, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 

@@ -355,7 +355,7 @@ def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, w
     rewrite(save(tmp_path, world, 1), rename)
     message = "checkpoint.json: was written by another version of this program; config.mrbp.window: Field required"
     with pytest.raises(UserError, match=message):
-        checkpoint.newest(tmp_path, world).contents
+        _ = checkpoint.newest(tmp_path, world).contents
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -450,7 +450,7 @@ def unpicklers(source: str) -> set[str]:
 
 
 def test_nothing_is_pickled(tmp_path, world):
-    files = [path for path in save(tmp_path, world, 1).iterdir()]
+    files = list(save(tmp_path, world, 1).iterdir())
     assert {path.suffix for path in files} == {".json", ".safetensors"} and len(files) == 5
     sources = [path for folder in ("memformer_dist", "launch", "tokenizer") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 15

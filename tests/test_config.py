@@ -161,7 +161,7 @@ def test_the_cell_is_a_memformer_unless_another_is_named(config):
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    "model, expected",
     [
         ({"cell": "rtm"}, "model.cell: found 'rtm', expected one of memformer, plain"),
         (
@@ -169,7 +169,7 @@ def test_the_cell_is_a_memformer_unless_another_is_named(config):
             "model.cell: found 'memfromer', expected one of memformer, plain; did you mean memformer?",
         ),
         ({"cell": None}, "model.cell: found None, expected one of memformer, plain"),
-        ({"cell": ["plain"]}, "model.cell: found ['plain'], expected one of memformer, plain"),
+        ({"cell": [1]}, "model.cell: found [1], expected one of memformer, plain"),
         ({"cell": "plain", "layer": 3}, "model.layer: unknown key, did you mean layers?"),
         ({"cell": "plain", "n_layers": 3}, "model.n_layers: unknown key, did you mean model.layers?"),
         ({"n_layers": 3}, "model.n_layers: unknown key, did you mean model.decoder_layers?"),
@@ -216,7 +216,7 @@ MEANT = {
 }
 
 
-@pytest.mark.parametrize(("field", "word"), [(field, word) for field, words in MEANT.items() for word in words])
+@pytest.mark.parametrize("field, word", [(field, word) for field, words in MEANT.items() for word in words])
 def test_a_word_of_other_trainers_is_understood_wherever_it_stands(config, tmp_path, field, word):
     (tmp_path / "run.json").write_text(json.dumps(config))
     for section in ("model", "data", "mrbp", "optimizer", "training", "checkpoint", "monitor"):
@@ -229,10 +229,12 @@ def test_a_word_of_other_trainers_is_understood_wherever_it_stands(config, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    "name, meant",
     [
         ("training.window", "mrbp.window"),
+        ("model.lanes", "data.lanes"),
         ("data.Lanes", "data.lanes"),
+        ("training.num-train-epochs", "training.tokens"),
         ("model.learning-rate", "optimizer.learning_rate"),
         ("training.wieght_decay", "optimizer.weight_decay"),
         ("optimizer.gradient_accumulation_steps", "mrbp.lanes_per_group"),
@@ -246,15 +248,13 @@ def test_a_field_in_the_wrong_section(config, name, meant):
     assert problems(config) == [f"{name}: unknown key, did you mean {meant}?"]
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"), [("lr_scheduler", "optimizer"), ("wandb", "monitor"), ("seed", "data.seed")]
-)
+@pytest.mark.parametrize("name, meant", [("lr_scheduler", "optimizer"), ("wandb", "monitor"), ("seed", "data.seed")])
 def test_a_section_that_is_not_there(config, name, meant):
     assert problems(config | {name: {}}) == [f"{name}: unknown section, did you mean {meant}?"]
 
 
 @pytest.mark.parametrize(
-    ("override", "meant"),
+    "override, meant",
     [("lanes=4", "data.lanes"), ("lanes", "data.lanes"), ("window=4", "mrbp.window"), ("seed=1", "data.seed")],
 )
 def test_set_without_a_section(config, tmp_path, override, meant):
@@ -415,7 +415,7 @@ def test_windows(config, window):
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "last"},
-            "mrbp.window.last: missing; segments that the window does",
+            "mrbp.window.last: missing; segments of the longest win",
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "every_steps"},
@@ -565,7 +565,7 @@ def test_all_problems_come_in_one_message(config, tmp_path):
         f"data.corpus: no token shards in {tmp_path / 'gone' / 'valid'}",
     ]
     assert first == f"{file}: 12 problems" and len(lines) == 12
-    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts)] == starts
+    assert [line[2 : 2 + len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
 # ---- the file and --set ----------------------------------------------------------------------------------------------

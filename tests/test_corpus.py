@@ -81,7 +81,7 @@ def test_webdataset_reads_the_shards(split):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     keys = [f"{n:06d}-{d:08d}" for n, shard in enumerate(corpus.manifest.shards) for d in range(shard.documents)]
     assert [sample["__key__"] for sample in samples] == keys
-    for sample, document, mask in zip(samples, documents, masks):
+    for sample, document, mask in zip(samples, documents, masks, strict=True):
         assert np.frombuffer(sample["u16"], "<u2").tolist() == document.tolist()
         assert np.frombuffer(sample["mask"], np.uint8).tolist() == mask.tolist()
 

@@ -212,7 +212,7 @@ def followed_runs(world, cases: dict, folder) -> None:
 def followed(corpus_dir, tmp_path_factory):
     """(folder, configuration by name): each plan with dropout on two ranks, in one go and in parts."""
     folder, cases = tmp_path_factory.mktemp("followed"), {}
-    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2)):
+    for (name, (window, tokens, _, _)), stage in zip(PLANS.items(), (3, 0, 2), strict=True):
         raw = settings(corpus_dir, stage=stage, dropout=0.2, tokens=tokens)
         raw["mrbp"] = {"window": window, "lanes_per_group": 2, "readout_group": 2}
         raw["optimizer"]["warmup_tokens"] = 200
@@ -296,7 +296,7 @@ def test_neither_data_nor_learning_rate_know_of_the_window(followed, name):
     reader = WindowReader(train, schedule, lanes=range(8))
     for part, lane in itertools.product(("whole", "parts"), (0, 2, 4, 6)):
         starts = list(itertools.accumulate(WINDOWS[name], initial=0))
-        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name]))
+        assert windows_read(folder / name / part, lane) == list(zip(starts, WINDOWS[name], strict=True))
     before = 0
     for step, tokens, rate, pad, window, states in records(
         folder / name / "whole", "optim/lr", "data/pad_fraction", "mrbp/window", "mrbp/state_bytes"

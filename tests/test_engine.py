@@ -80,7 +80,7 @@ def adamw_rank(world):
     for stage in STAGES:
         losses, norms, _ = engine_run(world, "encoder_decoder", "adamw", 3e-3, 8, stage=stage, clipping=0.5)
         assert max(norms) > 0.5, "clipping never happened"
-        assert max(abs(x - y) for x, y in zip(losses, expected)) <= 1e-5, f"ZeRO {stage}"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) <= 1e-5, f"ZeRO {stage}"
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def moments_rank(world):
         )
         engine.load_moments(3, lambda name, key: tensors[name][1][key])
         losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=engine)
-        assert max(abs(x - y) for x, y in zip(losses, expected)) < 1e-6, f"ZeRO {stage}"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) < 1e-6, f"ZeRO {stage}"
         forgetful = new_cell("toy")
         for name, parameter in forgetful.named_parameters():
             parameter.data.copy_(tensors[name][0])
@@ -147,7 +147,9 @@ def moments_rank(world):
             settings={"zero_optimization": {"stage": stage}},
         )
         losses, _, _ = engine_run(world, "toy", "adamw", 1e-2, 3, stage=stage, engine=fresh)
-        assert max(abs(x - y) for x, y in zip(losses, expected)) > 1e-4, "without the moments training must differ"
+        assert max(abs(x - y) for x, y in zip(losses, expected, strict=True)) > 1e-4, (
+            "without the moments training must differ"
+        )
 
 
 @pytest.mark.slow

@@ -360,7 +360,7 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
         assert written["eval_loss_by_segment_age"]["no_state"] == pytest.approx(by_age["no_state"], rel=1e-6)
         rows = figures_in(done.stdout)
         assert list(rows) == ["memory carried", "memory reset", "everything reset", "memory shuffled"]
-        for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled")):
+        for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled"), strict=True):
             loss = written[name]
             gap = [] if mode == "carried" else [loss - written["eval_loss"]]
             assert first == pytest.approx([loss, math.exp(loss), *gap], abs=0.006)

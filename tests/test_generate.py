@@ -45,8 +45,8 @@ def portions(draw):
     rest, calls = [list(document) for document in documents], []
     while any(rest):
         sizes = [draw(st.integers(0, min(len(queue), SIZE + 2))) for queue in rest]
-        calls.append([queue[:size] for queue, size in zip(rest, sizes)])
-        rest = [queue[size:] for queue, size in zip(rest, sizes)]
+        calls.append([queue[:size] for queue, size in zip(rest, sizes, strict=True)])
+        rest = [queue[size:] for queue, size in zip(rest, sizes, strict=True)]
         if not any(sizes):  # move on
             calls.append(rest)
             break
@@ -160,7 +160,7 @@ def test_sampled_frequencies(fields):
 def test_a_document_ends_at_its_eos_and_the_others_go_on():
     free = everything(begun(), 12, temperature=0)
     generation = begun()
-    first, second = zip(*free)
+    first, second = zip(*free, strict=True)
     generation.eos_id = next(token for token in second if token not in first[:1])
     stop = second.index(generation.eos_id)
     written = everything(generation, 12, temperature=0)
@@ -304,7 +304,7 @@ def test_command_line(program, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ((), "--prompt: found no text"),
         (("--prompt", "x", "--top-p", "1.5"), "--top-p: found 1.5"),

@@ -294,7 +294,7 @@ def no_trace_rank(world):
         plain[stage], weights = train(world, stage, precision=precision)
         losses, after = train(world, stage, precision=precision, before=choose)
         assert losses == plain[stage], f"ZeRO {stage}, {precision}"
-        assert all(torch.equal(x, y) for x, y in zip(after, weights)), f"ZeRO {stage}, {precision}"
+        assert all(torch.equal(x, y) for x, y in zip(after, weights, strict=True)), f"ZeRO {stage}, {precision}"
 
     def with_a_backward(engine, step, segment, state):
         features, _ = engine("advance", segment, state)

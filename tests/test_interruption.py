@@ -1,4 +1,4 @@
-"""A corpus in the making that is interrupted, killed, short of disk, or worked at twice: the same command brings the same bytes."""
+"""Preparation interrupted, killed, out of disk space, or started twice: the same command makes the same bytes."""
 
 import fcntl
 import os

@@ -47,7 +47,7 @@ def simulate(lengths, seed, lane_count, segment_length, ticks, epochs=None):
 def rows_at(schedule, tick):
     now = schedule.at(tick)
     assert all(column.shape == (schedule.lanes,) for column in now)
-    return list(zip(*(column.tolist() for column in (now.document, now.segment, now.epoch, now.reset))))
+    return list(zip(*(column.tolist() for column in (now.document, now.segment, now.epoch, now.reset)), strict=True))
 
 
 @settings(max_examples=150, deadline=None)
@@ -90,7 +90,7 @@ def test_each_epoch_deals_every_segment_once_and_documents_in_one_piece(
     ]
     assert sorted(live) == sorted(every) and len(every) == epochs * schedule.segments.sum()
     assert any(row[0] >= 0 for row in table[-1])  # `ticks` is not too many
-    for lane in zip(*table):
+    for lane in zip(*table, strict=True):
         for (document, segment, epoch, _), following in itertools.pairwise(lane):
             if document >= 0 and (segment + 1) * segment_length < lengths[document]:
                 assert following == (document, segment + 1, epoch, False)
@@ -159,7 +159,7 @@ def test_threads_may_share_a_schedule():
     try:
         for _ in range(10):
             shared = LaneSchedule(lengths, seed=0, lanes=4, segment_length=4)
-            ticks = random.sample(range(300), 300) + [*range(300)]
+            ticks = [*random.sample(range(300), 300), *range(300)]
             with ThreadPoolExecutor(4) as threads:
                 found = list(threads.map(rows_at, itertools.repeat(shared), ticks))
             assert found[300:] == expected

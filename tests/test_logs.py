@@ -35,7 +35,7 @@ class Clock:
         return self.now
 
 
-# ---- log lines ---------------------------------------------------------------------------------------------------------
+# ---- log lines ----------------------------------------------------------------------------------------------------
 
 
 def report_all(name: str) -> None:
@@ -100,7 +100,7 @@ def test_deepspeed_reports_warnings_alone():
     assert "of interest" in done.stdout + done.stderr and "chatter" not in done.stdout + done.stderr
 
 
-# ---- progress without a terminal ------------------------------------------------------------------------------------------
+# ---- progress without a terminal -------------------------------------------------------------------------------------
 
 
 def lines_of(capsys) -> list[str]:
@@ -157,7 +157,7 @@ def test_tracked_yields_everything_and_ends_the_report_where_it_is_left(start, c
     assert lines_of(capsys)[-1].startswith("evaluate: 1 of 3 segments (33%)")
 
 
-# ---- on a terminal, and a whole run -----------------------------------------------------------------------------------
+# ---- on a terminal, and a whole run ------------------------------------------------------------------------------
 
 
 PROGRAM = """

@@ -74,7 +74,7 @@ class Reference:
         for i, query in enumerate(queries):
             allowed = [j for j in range(len(keys)) if seen(i, j)]
             weights = torch.stack([torch.exp(query @ keys[j] / math.sqrt(self.head_size)) for j in allowed])
-            rows.append(sum(w * values[j] for w, j in zip(weights / weights.sum(), allowed)))
+            rows.append(sum(w * values[j] for w, j in zip(weights / weights.sum(), allowed, strict=True)))
         return torch.stack(rows)
 
     def layer(self, name, x, source, seen, source_seen):
@@ -82,12 +82,15 @@ class Reference:
         q, k, v = self.linear(f"{name}.self_attention.query_key_value", normed).chunk(3, dim=-1)
         mixed = [
             self.attention(self.rotated(q), self.rotated(k), v, seen)
-            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v))
+            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v), strict=True)
         ]
         x = x + self.linear(f"{name}.self_attention.output", torch.cat(mixed, dim=-1))
         q = self.linear(f"{name}.cross_attention.query", self.norm(f"{name}.cross_norm", x))
         k, v = self.linear(f"{name}.cross_attention.key_value", source).chunk(2, dim=-1)
-        mixed = [self.attention(q, k, v, source_seen) for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v))]
+        mixed = [
+            self.attention(q, k, v, source_seen)
+            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v), strict=True)
+        ]
         x = x + self.linear(f"{name}.cross_attention.output", torch.cat(mixed, dim=-1))
         inner = self.linear(f"{name}.feed_forward.0", self.norm(f"{name}.feed_forward_norm", x))
         return x + self.linear(f"{name}.feed_forward.2", 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))))
@@ -123,13 +126,13 @@ class Reference:
         own = self.linear("writer.value", memory) if self.mistake == "self value projected" else memory
         v = torch.cat([own, self.linear("writer.value", x)])
         mixed = []
-        for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v)):
-            scores = torch.exp(q @ k.T / (math.sqrt(self.head_size) * tau)) * mask
+        for one_q, one_k, one_v in zip(self.heads(q), self.heads(k), self.heads(v), strict=True):
+            scores = torch.exp(one_q @ one_k.T / (math.sqrt(self.head_size) * tau)) * mask
             if self.mistake == "two softmaxes":
                 parts = scores.split([slots, SIZE], dim=1)
                 scores = torch.cat([part / part.sum(-1, keepdim=True).clamp(min=1e-300) for part in parts], dim=1)
             weights = scores / scores.sum(-1, keepdim=True)
-            mixed.append(weights @ v)
+            mixed.append(weights @ one_v)
         mixed = torch.cat(mixed, dim=-1)
         return self.bmn(self.linear("writer.output", mixed) if self.config.write_projection else mixed)
 
@@ -169,7 +172,7 @@ class Reference:
         head = self.weights["embedding.weight" if self.config.tie_embeddings else "head.weight"]
         nll = [
             -torch.log(torch.exp(head @ x)[label] / torch.exp(head @ x).sum()) if label != IGNORE else x.new_zeros(())
-            for x, label in zip(hidden, segment.labels[lane].tolist())
+            for x, label in zip(hidden, segment.labels[lane].tolist(), strict=True)
         ]
         return torch.stack(nll), written, tokens[:length]
 
@@ -181,12 +184,12 @@ class Reference:
             for segment in ticks:
                 nll, memory, context = self.tick(segment, lane, memory, context)
                 trace.append((nll, memory))
-            lanes.append([torch.stack(column) for column in zip(*trace)])
-        return [torch.stack(column, dim=1) for column in zip(*lanes)]
+            lanes.append([torch.stack(column) for column in zip(*trace, strict=True)])
+        return [torch.stack(column, dim=1) for column in zip(*lanes, strict=True)]
 
 
 def difference(found, expected) -> float:
-    return max(float((a - b).detach().abs().max()) for a, b in zip(found, expected))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(found, expected, strict=True))
 
 
 def gradients(cell: Memformer, outputs) -> list[torch.Tensor]:
@@ -246,7 +249,7 @@ ENCODER_MISTAKES = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "mistake"),
+    "layout, mistake",
     [("encoder_decoder", mistake) for mistake in sorted(MISTAKES | ENCODER_MISTAKES)]
     + [("decoder", mistake) for mistake in sorted(MISTAKES)],
 )
@@ -259,7 +262,7 @@ def test_the_comparison_notices(layout, mistake):
 # ------------------------------------------------------------------------------------------- memory: bias and resets
 
 
-@pytest.mark.parametrize(("norm", "factor"), [(0.1, 0.91), (0.45, 0.69), (1.15, 0.47), (3.2, 0.24)])
+@pytest.mark.parametrize("norm, factor", [(0.1, 0.91), (0.45, 0.69), (1.15, 0.47), (3.2, 0.24)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_slot_that_keeps_to_itself_decays_towards_its_bias(layout, norm, factor):
     """What is perpendicular to v shrinks by 1 / (1 + ||v||), as does its gradient. A dry lane has only itself."""
@@ -400,7 +403,7 @@ def test_lanes_do_not_see_one_another():
 def test_autocast_keeps_states_and_losses_in_float32(layout):
     cell = make(layout, dtype=torch.float32)
     with torch.no_grad():
-        nll, memory = run_cell(cell, TICKS)
+        nll, _ = run_cell(cell, TICKS)
         with torch.autocast("cpu", torch.bfloat16):
             low_nll, low_memory = run_cell(cell, TICKS)
     assert low_nll.dtype == low_memory.dtype == torch.float32
@@ -427,12 +430,12 @@ def test_dropout_repeats_with_the_seed_and_spares_the_writer(layout):
         features, after = cell.advance(segment, state)
         return features.hidden, after.memory, cell.readout(segment, features)
 
-    assert all(torch.equal(a, b) for a, b in zip(run(1), run(1)))
-    assert not any(torch.allclose(a, b) for a, b in zip(run(1), run(2)))
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(1), strict=True))
+    assert not any(torch.allclose(a, b) for a, b in zip(run(1), run(2), strict=True))
     features, _ = cell.advance(segment, state)
     assert torch.equal(cell.writer(state.memory, *features), cell.writer(state.memory, *features))
     cell.eval()
-    assert all(torch.equal(a, b) for a, b in zip(run(1), run(2)))
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(2), strict=True))
 
 
 @pytest.mark.parametrize("dropped", ["embedding", "attention", "residual"])
@@ -498,7 +501,7 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields, message",
     [
         ({"width": 10, "heads": 4}, "width: found 10, expected a multiple of heads"),
         ({"width": 6, "heads": 2}, "found 3, expected an even number"),

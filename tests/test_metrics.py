@@ -1,4 +1,4 @@
-"""The figures of a run: each one's formula on numbers worked out by hand; what runs log and docs describe; FLOPs and peaks."""
+"""The figures of a run: every formula on numbers worked out by hand; what a run logs; FLOPs and peaks."""
 
 import fnmatch
 import json
@@ -104,7 +104,8 @@ def test_skipped_steps_have_no_part_in_the_loss():
 
 def test_every_scalar_of_an_evaluation():
     losses = {
-        mode: Losses(loss, {}) for mode, loss in zip(("carried", "no_memory", "no_state", "shuffled"), (1, 3, 6, 10))
+        mode: Losses(loss, {})
+        for mode, loss in zip(("carried", "no_memory", "no_state", "shuffled"), (1, 3, 6, 10), strict=True)
     }
     assert metrics.evaluation_scalars("final", losses) == {
         "final/loss": 1,
@@ -180,7 +181,7 @@ def test_flops_per_token(layout):
 
 
 @pytest.mark.parametrize(
-    ("name", "configured", "expected"),
+    "name, configured, expected",
     [
         ("NVIDIA H200", None, 989e12),
         ("NVIDIA A100-SXM4-80GB", None, 312e12),

@@ -35,7 +35,7 @@ def test_proportions_are_exact(sources, seed):
     order = EpochSampler(
         [
             WeightedDocuments(np.arange(a, b), weight)
-            for (a, b), (_, weight) in zip(itertools.pairwise(bounds), sources)
+            for (a, b), (_, weight) in zip(itertools.pairwise(bounds), sources, strict=True)
         ],
         seed=seed,
     )
@@ -43,7 +43,7 @@ def test_proportions_are_exact(sources, seed):
     for epoch in range(7):
         dealt.update(order(epoch).tolist())
         assert np.array_equal(order(epoch), order(epoch))
-        for (first, last), (size, weight) in zip(itertools.pairwise(bounds), sources):
+        for (first, last), (size, weight) in zip(itertools.pairwise(bounds), sources, strict=True):
             counts = [dealt[document] for document in range(first, last)]
             assert sum(counts) == (epoch + 1) * weight * size // 1
             assert max(counts) - min(counts) <= 1

@@ -84,7 +84,7 @@ def test_gradient_equals_full_bptt(cell_name, readout_group, segments):
     expected, reference_loss, state = reference(cell, window, readout_group=readout_group)
     assert relative_error(found, expected) <= TOLERANCE
     assert abs(loss - reference_loss) <= 1e-12 * abs(reference_loss)
-    assert all(torch.equal(x, y) for x, y in zip(result.state, state))
+    assert all(torch.equal(x, y) for x, y in zip(result.state, state, strict=True))
     assert result.drift == 0
 
 
@@ -218,7 +218,7 @@ def test_a_long_window_with_states_on_the_host_equals_full_bptt(cell_name, reado
     cell.zero_grad()
     final, _ = full_bptt(TorchExecutor(cell, 0), window, state, loss_scale=1.0, readout_group=readout_group)
     assert relative_error(found, gradients(cell)) <= TOLERANCE
-    assert all(torch.equal(x, y) for x, y in zip(result.state, final))
+    assert all(torch.equal(x, y) for x, y in zip(result.state, final, strict=True))
     with pytest.raises(IndexError):
         store.pop()
 
@@ -296,7 +296,7 @@ def test_host_states_are_copies_in_the_order_of_a_stack():
     expected = [state.memory.clone() for state in pushed]
     for state in pushed:
         state.memory.zero_()
-    for memory, state in zip(expected[::-1], pushed[::-1]):
+    for memory, state in zip(expected[::-1], pushed[::-1], strict=True):
         found = store.pop()
         assert torch.equal(found.memory, memory) and torch.equal(found.seen, state.seen)
 

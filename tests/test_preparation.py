@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -182,7 +183,7 @@ def test_units_are_whole_files_or_parts_of_large_ones(tmp_path):
     ]
     groups = [partition[0] for partition in described(2000) if partition[0][0] == "g.parquet"]
     assert groups[0][1] == 0 and groups[-1][2] == 10 and len(groups) == 5
-    assert all(before[2] == after[1] for before, after in zip(groups, groups[1:]))
+    assert all(before[2] == after[1] for before, after in itertools.pairwise(groups))
     assert len(described(10**6)) == 1
     assert described(100) == described(100)
 

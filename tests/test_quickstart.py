@@ -125,7 +125,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "segment_length", "expected"),
+    "lengths, segment_length, expected",
     [
         ([32_000] * 100, 32, 1_600_000),  # enough text, whole segments: what the configuration says
         ([32 * 50 + 16] * 10_000, 32, 1_600_000 * 1616 // 1632),  # the same number of steps
@@ -141,7 +141,7 @@ def test_budget(monkeypatch, tmp_path, lengths, segment_length, expected):
     assert quickstart.budget(tmp_path, config) == pytest.approx(expected, abs=1)
 
 
-@pytest.mark.parametrize(("ranks", "lanes"), [(1, 32), (2, 32), (3, 33), (8, 32), (24, 48), (64, 64)])
+@pytest.mark.parametrize("ranks, lanes", [(1, 32), (2, 32), (3, 33), (8, 32), (24, 48), (64, 64)])
 def test_lanes_on_any_number_of_gpus(ranks, lanes):
     assert quickstart.lanes_for(ranks, {"data": {"lanes": 32}}) == lanes
 

@@ -274,7 +274,7 @@ def test_every_metric_is_described(trained_run: Path):
     assert {"loss/by_segment_age/*", "memory/*"} <= described
     assert all(any(name.startswith(prefix) for name in written) for prefix in stands_for)
     assert json.loads((trained_run / "summary.json").read_text()).keys() <= described
-    computed = {metric.name for metric in (*metrics.TRAINING, metrics.BOUNDARY_NORMS)}
+    computed = {metric.name for metric in metrics.TRAINING} | {metrics.BOUNDARY_NORMS}
     computed |= {f"eval/{metric.name}" for metric in metrics.EVALUATION}
     assert computed <= described
 

@@ -278,7 +278,7 @@ def test_a_cache_that_cannot_be(server, tmp_path):
 
 
 def test_a_damaged_cache_is_found_out(server, folder, tmp_path):
-    """A file that changed in the cache: of another size or with another hash (index) it is fetched again, else its documents are damaged."""
+    """A file that changed in the cache is fetched again if its size or hash (index) differs; else its documents are damaged."""
     assert_reads_all(opened(server, tmp_path), folder)
     (place,) = tmp_path.iterdir()
     (place / "shard-000000.tar").write_bytes(b"cut short")
@@ -389,7 +389,7 @@ def test_windows_through_a_small_cache(server, folder, tmp_path, taken):
         assert there.prepare(tick, 8) is None
         expected, found = here.window(tick, 8), there.window(tick, 8)
         for t in [*range(8), *reversed(range(8))]:
-            assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t]))
+            assert all(torch.equal(x, y) for x, y in zip(found[t], expected[t], strict=True))
     full = (2 * lanes + 1) * corpus.manifest.shards[0].bytes
     filled = taken.index(full)
     assert set(taken[filled:]) == {full}, (
@@ -536,7 +536,7 @@ def test_open_corpora_over_http_and_file(corpus_dir, tmp_path):
     with FileServer(corpus_dir) as server:
         for url in (server.url, f"{server.url}/", f"file://{corpus_dir}"):
             corpora = open_corpora(url, cache=tmp_path / "cache")
-            for there, here in zip(corpora, local):
+            for there, here in zip(corpora, local, strict=True):
                 assert there.fingerprint == here.fingerprint
                 assert there.tokenizer().read_bytes() == (corpus_dir / "tokenizer.model").read_bytes()
                 for document in range(len(here.lengths)):

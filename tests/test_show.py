@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,7 +87,9 @@ def test_every_document_is_shown_as_it_is(corpus, split):
             assert text.endswith("⟨EOS⟩") and text.count("⟨EOS⟩") == 1
             counted = re.sub("⟦.*?⟧", "", text.replace("\n", " ")).removesuffix("⟨EOS⟩")
             mask = opened.mask(number, 0, 10**9)[:-1].astype(bool)  # of tokens 1 and on
-            learned = [token for token, counts in zip(tokens, [mask[0] if len(mask) else True, *mask]) if counts]
+            learned = [
+                token for token, counts in zip(tokens, [mask[0] if len(mask) else True, *mask], strict=True) if counts
+            ]
             # A text that begins with a space is decoded without it.
             assert counted.strip() == tokenizer.decode(learned).replace("\n", " ").strip()
             assert ("⟦" in text) == (not mask.all())
@@ -98,7 +101,7 @@ def test_the_place_is_where_the_tokens_lie(corpus):
     for heading, _ in blocks(show(dataset, schedule, lane=1, segments=range(5, 30))):
         found = re.search(r"document (\d+), tokens (\d+) to (\d+) of \d+, epoch (\d+).*, (\S+) at byte (\d+)$", heading)
         number, first, last, epoch = map(int, found.groups()[:4])
-        raw = open(found[5], "rb").read()
+        raw = Path(found[5]).read_bytes()
         expected = dataset.tokens(number, first, last + 1)
         assert np.array_equal(np.frombuffer(raw, expected.dtype, last + 1 - first, int(found[6])), expected)
         tick = int(re.match(r"segment (\d+)", heading)[1])
@@ -124,7 +127,7 @@ def test_tokens_one_by_one(corpus):
 def test_a_run_and_a_stream(trained_run, corpus_dir, tmp_path):
     """The settings of the run: its lanes, its segment length, its order; a stream has no document of its own."""
     config = json.loads((trained_run / "config.json").read_text())
-    train, schedule = open_run(trained_run, "train")
+    _, schedule = open_run(trained_run, "train")
     expected = lane_schedule(open_corpora(corpus_dir)[0], seed=0, lanes=4, segment_length=16)
     assert all(np.array_equal(schedule.at(t).document, expected.at(t).document) for t in range(50))
     assert open_run(trained_run, "valid")[1].ticks > 0

@@ -52,7 +52,7 @@ def windows(lanes):
     for step, used in enumerate(USED):
         marks = [torch.tensor([int(t in used and lane in lanes) for lane in range(LANES)]) for t in range(SEGMENTS)]
         window = random_window(SEGMENTS, LANES, 6, seed=step)
-        made.append([segment._replace(document=mark) for segment, mark in zip(window, marks)])
+        made.append([segment._replace(document=mark) for segment, mark in zip(window, marks, strict=True)])
     return made
 
 
@@ -97,7 +97,7 @@ def everywhere_rank(world):
     for stage, options in ways:
         found, found_norms = engine_run(world, EVERYWHERE, stage, **options)
         assert largest_difference(found, expected) <= 1e-6, f"ZeRO {stage}, {options}"
-        assert max(abs(x - y) for x, y in zip(found_norms, norms)) <= 1e-6, f"ZeRO {stage}, {options}"
+        assert max(abs(x - y) for x, y in zip(found_norms, norms, strict=True)) <= 1e-6, f"ZeRO {stage}, {options}"
     stale, _ = engine_run(world, EVERYWHERE, 3, fill_in=False)
     assert largest_difference(stale, expected) > 1e-3, "DeepSpeed has changed: ZeRO-3 forgets old gradients by itself"
 

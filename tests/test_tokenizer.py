@@ -259,7 +259,7 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path, model_file):
     report = shard(tmp_path / "corpus", model_file, [texts])
     assert (report["empty"], report["unreadable"], report["ignored"]) == (2, 3, 1)
     assert sum(split["documents"] for split in report["splits"].values()) == 7
-    listed = [json.loads(line) for line in open(tmp_path / "corpus" / "quarantine.jsonl")]
+    listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
     assert [(Path(entry["file"]).name, entry["position"]) for entry in listed] == [
         ("cut.txt.gz", 0),
         ("latin.txt", 0),

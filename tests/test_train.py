@@ -141,7 +141,7 @@ def test_one_and_two_ranks_train_alike(corpus_dir, tmp_path):
     for name in ("two", "grouped"):
         found = records(tmp_path / name, "data/documents_started", "loss/train")
         assert [row[:3] for row in found] == [row[:3] for row in expected]
-        assert max(abs(x[3] - y[3]) for x, y in zip(found, expected)) <= 1e-5
+        assert max(abs(x[3] - y[3]) for x, y in zip(found, expected, strict=True)) <= 1e-5
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_masked_labels_count_alike_on_one_and_two_ranks(corpus_dir, tmp_path):
     run_ranks(2, several_runs, [(raw, tmp_path / "two", None)])
     one, two = (records(tmp_path / name, "loss/train") for name in ("one", "two"))
     assert [row[:2] for row in one] == [row[:2] for row in two] and len(one) > 5
-    assert max(abs(x[2] - y[2]) for x, y in zip(one, two)) <= 1e-5
+    assert max(abs(x[2] - y[2]) for x, y in zip(one, two, strict=True)) <= 1e-5
     corpus = open_corpora(tmp_path / "masked")[0]
     reader = WindowReader(corpus, LaneSchedule(corpus.lengths, lanes=8, segment_length=16), lanes=range(8))
     counts = [sum(int((reader.segment(tick).labels >= 0).sum()) for tick in range(3 * n, 3 * n + 3)) for n in range(6)]
@@ -177,7 +177,7 @@ def test_a_run_moves_to_other_ranks_and_another_stage(corpus_dir, tmp_path):
     for name in ("a", "b"):
         found = records(tmp_path / name, "loss/train")
         assert [row[:2] for row in found] == [row[:2] for row in expected]
-        assert max(abs(x[2] - y[2]) for x, y in zip(found, expected)) <= 2e-5, name
+        assert max(abs(x[2] - y[2]) for x, y in zip(found, expected, strict=True)) <= 2e-5, name
 
 
 def test_the_window_may_change_on_resume(corpus_dir, tmp_path, capfd):
@@ -227,7 +227,8 @@ def chosen_rank(world, cases) -> None:
     for raw, run_dir, stop_after, choice in cases:
         asked = []
 
-        def choose(engine, segment, state, world, *, window):
+        def choose(engine, cell, segment, state, world, *, window, reserved):
+            assert reserved == engine.first_step_bytes(state, window) > 0
             asked.append(window)
             assert len(segment.tokens) == len(state.memory)
             return Choice(choice, 3 << 20, 64 << 20)

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_version_1(folder):
 
 
 def test_a_run_of_version_1_resumes(folder):
-    """Its losses and weights are those that the commit which began it came to; the last digits may be another processor's."""
+    """To the losses and weights that commit 1e99b32 came to; the last digits may be those of another processor."""
     done = run_script(
         *("launch/train.py", "--config", folder / "run" / "config.json", "--run-dir", folder / "run"),
         *("--set", f"data.corpus={folder / 'corpus'}"),
@@ -95,8 +95,10 @@ def test_a_run_of_version_1_resumes(folder):
     found, expected = records(folder / "run" / "metrics.jsonl"), records(OLD / "expected" / "metrics.jsonl")
     expected = [record for record in expected if record["step"] > 7]
     assert [record["step"] for record in found] == [record["step"] for record in expected] and len(found) > 7
-    for one, other in zip(found, expected):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
     weights = load_file(OLD / "expected" / "weights-00000.safetensors")
     last = Checkpoint(max((folder / "run" / "checkpoints").glob("step-*")))
     assert last.contents.version == CHECKPOINT_VERSION and last.contents.config.model.cell == "memformer"

@@ -7,6 +7,7 @@ import re
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import pyarrow
@@ -23,7 +24,7 @@ from tests.helpers.corpora import documents, encode, mib, read_back
 class Ranges(SimpleHTTPRequestHandler):
     """Serves byte ranges too; `faults` are taken one by one by requests for files: the number of bytes to break off at."""
 
-    faults: list[int] = []
+    faults: ClassVar[list[int]] = []
     ranges = lengths = True  # `lengths`: a body says how long it is
     encoding: str | None = None  # Content-Encoding of .gz files
     unavailable = 0  # the next requests, whatever they are for, are answered with 503

@@ -114,7 +114,7 @@ def test_all_problems_are_listed(corpus):
         rf"{valid}/shard-000002.tar: \d+ bytes, expected \d+ bytes",
     ]
     assert len(found) == len(patterns)
-    for problem, pattern in zip(found, patterns):
+    for problem, pattern in zip(found, patterns, strict=True):
         assert re.match(pattern, problem), (problem, pattern)
 
 

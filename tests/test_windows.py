@@ -155,7 +155,9 @@ def test_lane_groups(corpus):
     whole = reader.window(3, 4)
     for group in range(4, 8), range(8, 12):
         rows = slice(group.start - 4, group.stop - 4)
-        assert all(same(part, select_rows(full, rows)) for part, full in zip(reader.window(3, 4, group), whole))
+        assert all(
+            same(part, select_rows(full, rows)) for part, full in zip(reader.window(3, 4, group), whole, strict=True)
+        )
 
 
 ORDERS = {
@@ -190,7 +192,7 @@ def test_chunks_do_not_change_what_is_read(corpus, monkeypatch):
     readers, sizes = [make_reader(corpus) for _ in range(3)], set()
     for tick in [*range(70), 3, 200, 64]:
         segments = []
-        for reader, limit in zip(readers, (0, 200, 10**9)):
+        for reader, limit in zip(readers, (0, 200, 10**9), strict=True):
             monkeypatch.setattr(segments_module, "CHUNK_BYTES", limit)
             segments.append(reader.segment(tick))
             chunks = reader._segments._chunks

@@ -101,12 +101,18 @@ class LayersConfig(CellConfig):
     width: PositiveInt = Field(512, description="D, of the hidden states")
     heads: PositiveInt = Field(8, description="H, in every attention")
     feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
-    dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings, attention weights, residual branches")
-    positions: Literal["rotary", "none"] = Field("rotary", description="in self-attention; sources have none")
-    final_norm: bool = Field(True, description="LayerNorm after the last layer of a stack")
-    tie_embeddings: bool = Field(True, description="the head is the embedding")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="rate of dropout on embeddings, attention weights and residual branches"
+    )
+    positions: Literal["rotary", "none"] = Field(
+        "rotary", description="position embedding of self-attention; cross-attention has none"
+    )
+    final_norm: bool = Field(True, description="a LayerNorm after the last layer of a stack")
+    tie_embeddings: bool = Field(True, description="use the embedding as the head's weights")
     attention_bias: bool = Field(False, description="biases in the projections of all attentions")
-    init_std: PositiveFloat = Field(0.02, description="of weights; residual outputs / sqrt(2 layers)")
+    init_std: PositiveFloat = Field(
+        0.02, description="standard deviation of initial weights; those into the residual stream / sqrt(2 layers)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

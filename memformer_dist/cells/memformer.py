@@ -42,18 +42,24 @@ class MemformerConfig(LayersConfig):
     )
     layout: Literal["encoder_decoder", "decoder"] = Field(
         "encoder_decoder",
-        description="encoder_decoder, the paper's: an encoder reads the segment before; decoder: causal layers alone",
+        description="the paper's: an encoder reads the segment before; decoder, its Table 3: causal layers alone",
     )
     width: PositiveInt = Field(512, description="D, of the hidden states and of a slot")
-    encoder_layers: NonNegativeInt = Field(4, description="read memory and context; 0 in the layout decoder")
-    decoder_layers: PositiveInt = Field(16, description="causal layers")
+    encoder_layers: NonNegativeInt = Field(
+        4, description="layers that read the memory and the segment before; 0 in the layout decoder"
+    )
+    decoder_layers: PositiveInt = Field(16, description="causal layers that predict the segment")
     heads: PositiveInt = Field(8, description="H, in every attention and in the writer")
     slots: PositiveInt = Field(512, description="M, memory slots per lane")
-    temperature: PositiveFloat = Field(0.25, description="tau of the write attention; below 1 it is sharper")
+    temperature: PositiveFloat = Field(0.25, description="tau of the write attention; sharper below 1")
     bmn_init_norm: PositiveFloat = Field(0.1, description="initial ||v||; memory decays by 1 / (1 + ||v||) per segment")
 
-    memory_norm: bool = Field(True, description="LayerNorm before it is read: slots have norm 1, tokens sqrt(D)")
-    write_first_segment: bool = Field(True, description="false: m(0) stays until the second; encoder_decoder only")
+    memory_norm: bool = Field(
+        True, description="a LayerNorm on the memory before it is read: slots have norm 1, tokens sqrt(D)"
+    )
+    write_first_segment: bool = Field(
+        True, description="false: write from the second segment of a document on (layout encoder_decoder only)"
+    )
     write_projection: bool = Field(False, description="an output projection after the write attention")
 
     def problems(self) -> list[str]:

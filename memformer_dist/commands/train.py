@@ -1,8 +1,8 @@
 """Train a memory transformer. The same command starts a run, resumes it, or finds it finished.
 
     deepspeed launch/train.py --config configs/base.json --run-dir runs/base
-    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set
-    optimizer.learning_rate=1e-4 torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
+    deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set training.seed=1
+    torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
     python launch/train.py --config configs/small.json            # one process
     memformer-train --config small                                # the same, installed
     torchrun --nproc-per-node 2 -m memformer_dist.commands.train --config small

@@ -14,7 +14,6 @@ that are needed last. A file that is removed while a process has it mapped stays
 disk until it is unmapped.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from memformer_dist.errors import UserError
-from memformer_dist.files import PARTIAL, try_lock
+from memformer_dist.files import PARTIAL, lock, try_lock
 
 CACHE_FOLDER = "~/.cache/memformer_dist"
 CACHE_GIB = 32.0
@@ -39,7 +38,7 @@ class Reservation:
         self.path = cache.folder / (name + PARTIAL)
         self._cache, self._target = cache, cache.folder / name
         self._file = self.path.open("wb")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        lock(self._file)
 
     def keep(self) -> None:
         with self._cache.locked(), self._file:
@@ -66,7 +65,7 @@ class ShardCache:
             with self.locked():
                 number, _ = tempfile.mkstemp(prefix="reader-", suffix=".json", dir=folder)
                 self._reader: IO[str] = os.fdopen(number, "w")
-                fcntl.flock(self._reader, fcntl.LOCK_EX)
+                lock(self._reader)
                 self._announce([])
                 self._remove_abandoned()
                 for name, entry in self._present().items():
@@ -113,7 +112,7 @@ class ShardCache:
     def locked(self) -> Iterator[None]:
         """Alone in the folder. Takes a few milliseconds at most: nothing is fetched or hashed meanwhile."""
         with (self.folder / "lock").open("a") as file:  # opened each time: threads must exclude each other, too
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             yield
 
     def _present(self) -> dict[str, os.DirEntry[str]]:

@@ -250,8 +250,10 @@ def _damage(file: Path, shard: Shard, rows: ShardRows, manifest: Manifest) -> li
         outside += _problem_of_padding(file, raw, end, len(raw))
     if 2 * len(damaged) > shard.documents and (headers or shard.documents > 1):
         return [
-            f"{file}: is another shard, or none: {len(damaged)} of its {shard.documents} documents are not those of the"
-            " index"
+            (
+                f"{file}: is another shard, or none: {len(damaged)} of its {shard.documents} documents are not those of the"
+                " index"
+            )
         ]
     if len(raw) > shard.bytes:
         outside = [f"{file}: continues after its end at byte {shard.bytes}"]

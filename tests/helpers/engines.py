@@ -113,8 +113,10 @@ def engine_run(
     skip=(),
     between=lambda engine: None,
 ):
-    """`reference_run` through the engine, with `groups` lane groups per rank. Steps in `skip` see a window whose loss is not finite;
-    `between(engine)` is called after each."""
+    """`reference_run` through the engine, with `groups` lane groups per rank.
+
+    Steps in `skip` see a window whose loss is not finite; `between(engine)` is called after each.
+    """
     if engine is None:
         cell = new_cell(name)
         settings = {"zero_optimization": {"stage": stage}}

@@ -61,7 +61,7 @@ def run_cell(cell: Memformer, ticks: list[Segment]) -> list[torch.Tensor]:
     for segment in ticks:
         features, state = cell("advance", segment, state)
         trace.append((cell("readout", segment, features), state.memory))
-    return [torch.stack(column) for column in zip(*trace)]
+    return [torch.stack(column) for column in zip(*trace, strict=True)]
 
 
 def memformer(layout: str) -> Memformer:

@@ -173,7 +173,7 @@ def full_bptt(executor: Executor, window, state, *, loss_scale, readout_group=1,
             state = state._make(x.detach() for x in state)
     for stop in range(len(window), 0, -readout_group):
         group = range(max(0, stop - readout_group), stop)
-        features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group)))
+        features = outputs[0]._make(torch.cat(column) for column in zip(*(outputs[t] for t in group), strict=True))
         batch = concatenate([window[t] for t in group])
         bounds = [len(features[0]) * number // readout_parts for number in range(readout_parts + 1)]
         for part, rows in enumerate(map(slice, bounds, bounds[1:])):
