@@ -98,7 +98,9 @@ def test_a_run_of_version_1_resumes(folder):
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
+            is_loss = name.startswith("loss/") or name == "eval/loss"
+            rel, least = (1e-6, 0.0) if is_loss else (1e-5, 1e-6)  # norms, ratios and differences amplify rounding
+            assert one[name] == pytest.approx(other[name], rel=rel, abs=least), name
     weights = load_file(OLD / "expected" / "weights-00000.safetensors")
     last = Checkpoint(max((folder / "run" / "checkpoints").glob("step-*")))
     assert last.contents.version == CHECKPOINT_VERSION and last.contents.config.model.cell == "memformer"
