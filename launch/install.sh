@@ -1,10 +1,11 @@
 # Sourced by launch/quickstart.sh, tests/run.sh and .ci/run: makes .venv beside this folder and installs the pinned packages
-# into it, those of development included. Once, and again when setup.py or constraints.txt have changed.
+# into it, with the extras of setup.py that $extras names. Once, and again when setup.py or constraints.txt have changed.
 # PYTHON names another interpreter than python3. Afterwards `python` is the environment's.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stamp=$(cat "$root/setup.py" "$root/constraints.txt" | sha256sum | cut -d' ' -f1)
-if [ "$(cat "$root/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
+installed="$root/.venv/installed-${extras:-none}"
+if [ "$(cat "$installed" 2>/dev/null)" != "$stamp" ]; then
     python_for_venv=${PYTHON:-python3}
     if ! "$python_for_venv" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "error: $python_for_venv is $("$python_for_venv" --version 2>&1); Python 3.10 or newer is needed (set PYTHON)" >&2
@@ -15,7 +16,7 @@ if [ "$(cat "$root/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
     pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     # torch before deepspeed: left to themselves, the latter's requirements take the newest torch there is.
     "${pip[@]}" "$(grep '^torch==' "$root/constraints.txt")" numpy -c "$root/constraints.txt"
-    "${pip[@]}" -e "$root[test,dev]" -c "$root/constraints.txt"
-    echo "$stamp" > "$root/.venv/installed"
+    "${pip[@]}" -e "$root${extras:+[$extras]}" -c "$root/constraints.txt"
+    echo "$stamp" > "$installed"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -8,6 +8,7 @@
 #
 # A test leaves a tier by its marker, `slow` or `full` (pyproject.toml).
 set -euo pipefail
+extras=test,dev
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/install.sh"
 cd "$root"
 tier="not full"

@@ -24,7 +24,7 @@ ROOMS = [
     "zero",
     "data",
     "prepare",
-    "upgrade config reference checkpoint metrics monitor evaluate generate train",
+    "upgrade config reference checkpoint metrics monitor evaluate generate start train",
     "inspect",
     "commands",
 ]

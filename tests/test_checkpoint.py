@@ -57,7 +57,6 @@ def contents(step: int, *, keep: int = 2, anchor: bool = False, model: dict = MO
     vocabulary = Vocabulary(size=11, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
     position = Position(step=step, tick=2 * step, tokens=7 * step, updates=step, seconds=0.1 * step)
     return Contents(
-        version=checkpoint.VERSION,
         position=position,
         curriculum=Progress(window=step + 1, steps=step, nll=step / 3, labels=7.0),
         readout_group=ReadoutGroup(segments=2, lanes=4),
@@ -353,7 +352,7 @@ def test_a_whole_checkpoint_of_another_version_is_not_called_damaged(tmp_path, w
         raw["config"]["mrbp"]["renamed"] = raw["config"]["mrbp"].pop("window")
 
     rewrite(save(tmp_path, world, 1), rename)
-    message = "checkpoint.json: was written by another version of this program; config.mrbp.window: Field required"
+    message = "checkpoint.json: was written by another version of this program: config.mrbp.window: missing"
     with pytest.raises(UserError, match=message):
         _ = checkpoint.newest(tmp_path, world).contents
     assert names(tmp_path) == ["step-00000001"]

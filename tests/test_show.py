@@ -119,7 +119,7 @@ def test_tokens_one_by_one(corpus):
         if position >= dataset.lengths[document]:
             assert line.split() == [str(position), "padding"]
             continue
-        label = text[position + 1] if position + 1 < len(text) else dataset.eos_id
+        label = text[position + 1] if position + 1 < len(text) else dataset.vocabulary.eos_id
         assert line.split()[:2] == [str(position), str(text[position])]
         assert line.split("-> ")[1].split()[0] == (str(label) if mask[position] else "masked")
 

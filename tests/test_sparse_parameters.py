@@ -37,7 +37,7 @@ class SometimesCell(ToyCell):
     def readout(self, segment, features):
         chosen = segment.document == 1
         if chosen.any():
-            features = features._replace(mixed=features.mixed + self.late(features.mixed) * chosen[:, None])
+            features = features._replace(mixed=features.mixed + self.late(features.mixed) * chosen[:, None, None])
         return super().readout(segment, features)
 
 

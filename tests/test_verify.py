@@ -175,7 +175,7 @@ def test_no_corpus(tmp_path):
 
 
 def test_the_program(corpus_dir, tmp_path):
-    done = run_script("launch/corpus.py", "verify", corpus_dir)
+    done = run_script("launch/corpus.py", "verify", corpus_dir, cold=True)
     assert done.returncode == 0 and re.match(
         rf"{corpus_dir}: whole; \d+ shards, 40 documents, [\d,]+ tokens, [\d.]+ MB in [\d.]+ s \([\d,]+ MB/s\)\n$",
         done.stdout,

@@ -43,7 +43,7 @@ def verify(corpus: Path, *, threads: int = 1, quiet: bool = True) -> CorpusRepor
     """Check a corpus, or one split of it. Raises UserError where there is none.
 
     threads   shards that are read at the same time
-    quiet     show no progress
+    quiet     show no progress, which is otherwise shown on a terminal
     """
     splits = [split for split in (corpus / "train", corpus / "valid") if split.is_dir()]
     if splits:
@@ -78,7 +78,7 @@ def _verify_split(split: Path, tokenizer: Path, threads: int, quiet: bool) -> tu
     problems += _strays(split, IN_A_SPLIT | {shard.name for shard in manifest.shards})
     problems += _problems_of_tokenizer(tokenizer, split, manifest)
     total = sum(shard.bytes for shard in manifest.shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(split), disable=quiet) as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(split), disable=quiet or None) as progress:
         problems += _problems_of_shards(split, manifest, index, threads, progress.update)
     return manifest.shards, problems
 

@@ -15,6 +15,7 @@ started cold somewhere, and through every launcher:
     evaluate.py     under torchrun          tests/test_evaluate.py
                     alone                   tests/test_evaluate.py
     generate.py     alone                   tests/test_quickstart.py
+    corpus.py       alone                   tests/test_verify.py
     shard.py        alone, interrupted      tests/test_interruption.py, and under mpirun
     tokenizer/train.py  alone               tests/test_tokenizer.py
 
