@@ -103,7 +103,7 @@ def test_a_run_of_version_1_resumes(folder):
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            is_loss = name.startswith("loss/") or name == "eval/loss"
+            is_loss = name.startswith(("loss/", "eval/loss"))
             rel, least = (1e-6, 0.0) if is_loss else (1e-5, 1e-6)  # norms, ratios and differences amplify rounding
             assert one[name] == pytest.approx(other[name], rel=rel, abs=least), name
     weights = load_file(OLD / "expected" / "weights-00000.safetensors")
