@@ -9,10 +9,12 @@
 
 Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
 
-Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT or SIGUSR1 to any of its ranks: it finishes the step, saves a
-checkpoint and ends with exit code 0. Ctrl-C in a terminal and most batch systems signal all processes, which is fine
-too. A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running: use `touch RUN/stop`
-instead. Messages also go to RUN/log.txt.
+Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU to any of its ranks: it
+finishes the step, saves a checkpoint and ends with exit code 75, "start the same command again"; a finished run ends
+with 0. A second signal ends it at once, without saving. Ctrl-C in a terminal and most batch systems signal all
+processes, which is fine too. Signals that are ignored when it starts (nohup) stay ignored. A SIGTERM to the `deepspeed`
+command alone ends that command and leaves the ranks running: use `touch RUN/stop` instead. Messages also go to
+RUN/log.txt.
 """
 
 import argparse
@@ -20,11 +22,8 @@ import os
 from pathlib import Path
 
 import memformer_dist
-from memformer_dist import logs
-from memformer_dist.config import RunConfig
-from memformer_dist.data.open_data import open_data
-from memformer_dist.errors import UserError, run_program
-from memformer_dist.world import World, world_size
+from memformer_dist import logs, signals
+from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,23 +38,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Raises UserError."""
+    """Raises UserError, and Stopped if the run was stopped before its end."""
     _train(parse(arguments))
 
 
 def run() -> None:
+    signals.note_stop_requests()
+    logs.survive_lost_output()
     options = parse(None)
     run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
 
 
 def _train(options: argparse.Namespace) -> None:
+    # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
+    from memformer_dist.config import RunConfig
+    from memformer_dist.data.open_data import open_data
+    from memformer_dist.world import World, world_size
+
     config = RunConfig.load(find_config(options.config), options.set, world_size())
     logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
     world = World.start()
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
-    from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
+    from memformer_dist.train import train
 
-    train(config, options.run_dir, corpora, world)
+    stopped = train(config, options.run_dir, corpora, world) is None
+    code = code_of_a_stopped_run() if stopped else 0
+    signals.everything_is_saved(code)
+    if stopped:
+        raise Stopped(exit_code=code)
+
+
+def code_of_a_stopped_run() -> int:
+    """STOPPED; 0 where torchrun would take any other code for a failure and start the ranks again (--max-restarts)."""
+    restarts, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return STOPPED if restarts >= limit else 0
 
 
 def find_config(name: str) -> Path:
