@@ -10,10 +10,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:  # it takes a tenth of a second, and programs import this module before they hear signals
     from pydantic import ValidationError
@@ -107,6 +107,43 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+class Output:
+    """Standard output or standard error, which may lose its reader or the room on its disk at any time.
+
+    `on_loss` is called when something cannot be written for the first time, and may raise. What cannot be written after
+    that is dropped.
+    """
+
+    def __init__(self, stream: TextIO, on_loss: Callable[[OSError], None]):
+        self._stream, self._on_loss, self._lost = stream, on_loss, False
+
+    @classmethod
+    def around(cls, stream: TextIO | None, on_loss: Callable[[OSError], None]) -> Any:
+        """Takes the place of `stream`, which is None where its descriptor was closed when the program started."""
+        return cls(open(os.devnull, "w") if stream is None else stream, on_loss)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                self._on_loss(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run_program(program: Callable[[], None], error_log: Path | None = None, *, interrupted: str = "stopped") -> None:
     """Run a program's main function and end the process with its exit code.
 
@@ -117,69 +154,68 @@ def run_program(program: Callable[[], None], error_log: Path | None = None, *, i
     Args:
         interrupted: the line that is printed on Ctrl-C (KeyboardInterrupt).
     """
-    code, rank = 0, os.environ.get("RANK", "0")
+    code, lost = 0, []
 
-    def report(text: str) -> None:
-        with suppress(OSError, ValueError):  # nobody may be reading any more
-            print(text, file=sys.stderr, flush=True)
-        if error_log is not None:
-            with suppress(OSError):  # the disk may be full
-                error_log.parent.mkdir(parents=True, exist_ok=True)
-                with error_log.open("a", encoding="utf-8") as log:  # in the format of logs.py
-                    log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}  {text}\n")
+    def lose(error: OSError) -> None:
+        lost.append(error)
+        raise error
 
+    sys.stdout, sys.stderr = Output.around(sys.stdout, lose), Output.around(sys.stderr, lose)
     try:
         program()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except Stopped as stopped:
         code = stopped.exit_code
         if str(stopped):
-            _print_last_line(str(stopped))
+            _print_last(str(stopped))
+    except SystemExit as end:  # of argparse: after --help, or after a message about the command line
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            _print_last(end.code)
     except KeyboardInterrupt:
         code = 130
-        _print_last_line(interrupted)
+        _print_last(interrupted)
     except Exception as error:
-        lost = _lost_output() if isinstance(error, OSError) or isinstance(error.__context__, OSError) else None
-        if lost is not None and lost.errno in NOBODY_READS:
-            code = READER_GONE
-        elif lost is not None:
-            code = 2
-            report(f"error: standard output cannot be written: {lost.strerror}")
-        elif isinstance(error, UserError):
-            code = 2
-            if rank == "0":
-                report(f"error: {error}")
-        else:
-            code = 1
-            report(traceback.format_exc().rstrip("\n"))
+        code, message = _failed(error, lost)
+        if message:
+            _print_last(message)
+            _append(error_log, message)
     _leave(code)
 
 
-def _print_last_line(text: str) -> None:
-    with suppress(OSError, ValueError):
+def _failed(error: Exception, lost: list[OSError]) -> tuple[int, str]:
+    """The exit code, and what is to be said; called while the error is handled.
+
+    Args:
+        lost: why standard output or standard error could not be written.
+    """
+    if lost and lost[0] in (error, error.__context__):
+        if lost[0].errno in NOBODY_READS:
+            return READER_GONE, ""
+        return 2, f"error: standard output cannot be written: {lost[0].strerror}"
+    if isinstance(error, UserError):
+        return 2, f"error: {error}" if os.environ.get("RANK", "0") == "0" else ""
+    return 1, traceback.format_exc().rstrip("\n")
+
+
+def _append(error_log: Path | None, text: str) -> None:
+    if error_log is None:
+        return
+    with suppress(OSError):  # the disk may be full
+        error_log.parent.mkdir(parents=True, exist_ok=True)
+        with error_log.open("a", encoding="utf-8") as log:  # in the format of logs.py
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', '0')}  {text}\n")
+
+
+def _print_last(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody may be reading any more
         print(text, file=sys.stderr, flush=True)
 
 
-def _lost_output() -> OSError | None:
-    """Why standard output or standard error cannot be written: what has not arrived is still waiting in its buffer."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError as error:
-            return error
-    return None
-
-
 def _leave(code: int) -> None:
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):  # Python would report it once more when it shuts down
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     distributed: Any = sys.modules.get("torch.distributed")  # whoever has imported it may have joined a process group
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)

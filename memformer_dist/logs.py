@@ -22,13 +22,15 @@ end.
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
+
+from memformer_dist.errors import Output
 
 PACKAGE = "memformer_dist"
 FILE = "log.txt"  # in a run's folder
@@ -78,47 +80,14 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-class Output:
-    """Standard output or standard error, which may lose its reader or the room on its disk at any time.
-
-    What cannot be written is dropped; `on_loss` is called at the first time.
-    """
-
-    def __init__(self, stream: TextIO, on_loss: Callable[[OSError], None]):
-        self._stream, self._on_loss, self._lost = stream, on_loss, False
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, function: Callable[[], object]) -> None:
-        try:
-            function()
-        except OSError as error:
-            if not self._lost:
-                self._lost = True
-                self._on_loss(error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def survive_lost_output() -> None:
     """From here on nothing that is printed in this process can end it. The log says once what is lost."""
 
     def on_loss(name: str) -> Callable[[OSError], None]:
         return lambda error: log.warning("%s cannot be written any more (%s); training goes on", name, why(error))
 
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None:
-            setattr(sys, name, Output(stream, on_loss(f"standard {'output' if name == 'stdout' else 'error'}")))
+    sys.stdout = Output.around(sys.stdout, on_loss("standard output"))
+    sys.stderr = Output.around(sys.stderr, on_loss("standard error"))
 
 
 def why(error: OSError) -> str:
