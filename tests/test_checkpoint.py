@@ -299,6 +299,25 @@ def test_a_checkpoint_that_cannot_be_removed_gives_up_its_name(tmp_path, world, 
     assert names(tmp_path) == ["damaged-step-00000002", "step-00000001", "step-00000003"]
 
 
+def test_an_anchor_that_cannot_be_read_at_the_moment_is_kept(tmp_path, world, monkeypatch, caplog):
+    """It was taken for one that nothing could resume from, and removed."""
+    read_bytes = Path.read_bytes
+
+    def stale(path):
+        if path.parent.name == "step-00000001":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_bytes(path)
+
+    save(tmp_path, world, 1, anchor=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        for step in (2, 3, 4):
+            save(tmp_path, world, step)
+    assert "step-00000001: is kept for the time being, since it cannot be read: Stale file handle" in caplog.text
+    save(tmp_path, world, 5)
+    assert names(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
 @pytest.mark.parametrize("what", ["weights-", "moments-", "lanes-"])
 def test_nothing_of_a_checkpoint_stays_open(tmp_path, world, what):
     """The run that resumed from it kept its files mapped."""
