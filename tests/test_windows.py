@@ -385,7 +385,15 @@ def test_segments_are_pinned_by_the_reading_thread_and_copied_by_the_consumer(co
     window, visits = reader.window(0, 5), ORDERS["replay"](5)
     for t in visits:
         window[t]
-    assert Counter(calls) == {("pin", False): len(visits), ("copy", gpu, True): len(visits)}
+    assert len(visits) == 9
+    assert Counter(calls) == {("pin", False): 5, ("copy", gpu, True): 5}, "a segment stays for its second visit"
+    assert not window._kept, "and no longer"
+    calls.clear()
+    monkeypatch.setattr(windows, "KEPT_BYTES", 100)
+    window = reader.window(0, 5)
+    for t in visits:
+        window[t]
+    assert Counter(calls) == {("pin", False): 9, ("copy", gpu, True): 9}, "a window too large to be kept"
     calls.clear()
     reader.segment(0)
     assert not calls, "a single segment stays on the CPU"
