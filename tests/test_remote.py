@@ -345,8 +345,24 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, taken, shards_
     assert max(taken) == shards_held * size, "the bound, and all the room that it gives"
     prefetch(corpus, [])
     finish_fetching(corpus)
-    maps = Path("/proc/self/maps").read_text()
-    assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
+    assert not deleted_maps(tmp_path)
+
+
+def deleted_maps(cache):
+    """Shards that this process has mapped although they are no longer in the cache: they keep their space on the disk."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if f"{cache}/" in line and "shard-" in line and "deleted" in line]
+
+
+def test_maps_of_removed_shards_are_closed(server, folder, tmp_path):
+    """Also where nothing is announced: as another shard takes the room."""
+    corpus = opened(server, tmp_path, shards_held=1)
+    for number in range(SHARDS):
+        assert_reads_all(corpus, folder, [number * PER_SHARD])
+        assert not deleted_maps(tmp_path)
+    held = corpus.tokens((SHARDS - 1) * PER_SHARD, 0, 10)
+    assert_reads_all(corpus, folder, [0])
+    assert len(deleted_maps(tmp_path)) == 1 and held.any(), "the control: whoever has a view keeps the map"
 
 
 def test_a_cached_shard_that_somebody_emptied(server, tmp_path):
