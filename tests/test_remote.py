@@ -432,6 +432,27 @@ def test_a_bound_that_is_too_small(server, folder, tmp_path):
         check(opened(server, tmp_path, shards_held=0), 0)
 
 
+def test_whose_shards_make_room(tmp_path):
+    """Two processes announce three shards to a cache of two."""
+    sizes = dict.fromkeys("xyz", 10)
+    ours, theirs = (ShardCache(tmp_path, sizes, bound=20) for _ in range(2))
+
+    def fetch(cache, name, needed):
+        reservation = cache.reserve(name, needed=needed)
+        if reservation is not None:
+            reservation.path.write_bytes(bytes(sizes[name]))
+            reservation.keep()
+        return {path.name for path in tmp_path.iterdir()} & set(sizes)
+
+    fetch(ours, "y", needed=True), fetch(ours, "z", needed=True)
+    assert theirs.prefetch(["z"]) == [] and ours.prefetch(["y", "x"]) == ["x"]
+    assert fetch(ours, "x", needed=False) == {"y", "z"}, "both are needed sooner"
+    assert ours.prefetch(["x", "y"]) == ["x"]
+    assert fetch(ours, "x", needed=True) == {"x", "y"}, "theirs goes, although ours is needed later"
+    assert theirs.prefetch(["z"]) == ["z"], "announced again, it is to be fetched again"
+    assert fetch(theirs, "z", needed=False) == {"x", "z"}, "what is needed last goes first"
+
+
 def test_other_corpora_and_the_living_are_left_alone(server, folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "shard-000000.tar").write_bytes(b"of another corpus")
