@@ -274,7 +274,7 @@ def count_flops(layout: Layout) -> SegmentFlops:
         counts.append(counter.get_total_flops())
         nll = cell("readout", segment, features)
         counts.append(counter.get_total_flops())
-        (nll.sum() + inner_product((), [], state, [torch.ones_like(x) for x in state])).backward()
+        (nll.sum() + inner_product((state, [torch.ones_like(x) for x in state]))).backward()
         counts.append(counter.get_total_flops())
     forward, both, whole = (count * layout.lanes for count in counts)
     return SegmentFlops(forward, both - forward, whole - both)

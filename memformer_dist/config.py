@@ -1,70 +1,100 @@
 """RunConfig: the one typed configuration of a run, read from one JSON file and `--set section.field=value`.
 
-Unknown keys are rejected and all problems are reported in one error, because a job that waited a night in a queue should
-not die of the second typo. Each section is a model of its own, beside the code that it configures where that is possible; what
-relates two sections is checked here, one function per subject.
+    config = RunConfig.load(Path("configs/base.json"), ["mrbp.window=64"], world_size=8)
+
+Unknown keys are rejected and all problems are reported in one error, because a job that waited a night in a queue
+should not fail on a second typo. Most sections are defined next to the code that they configure. What relates two
+sections is checked here, one function per subject. docs/configuration.md lists all fields.
 """
 
+import difflib
 import json
+import logging
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from memformer_dist import suggest
-from memformer_dist.cells import ModelConfig
-from memformer_dist.curriculum import SHAPES, WindowByMetric
+from memformer_dist.cells import DEFAULT_CELL, ModelConfig
+from memformer_dist.cells.base import CellConfig
+from memformer_dist.curriculum import WindowByMetric, plan_model
 from memformer_dist.data.open_data import DataConfig, is_url
 from memformer_dist.errors import UserError, sentences
 from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.section import Section
-from memformer_dist.upgrade import upgrade
+from memformer_dist.upgrade import outdated_fields, upgrade
 from memformer_dist.zero.settings import NO_FP16, PASSED_THROUGH, deepspeed_problems, zero_stage
+
+log = logging.getLogger(__name__)
 
 
 class TrainingConfig(Section):
-    tokens: PositiveInt = Field(description="labels to train on, over all lanes and epochs: when the run ends")
+    """The section `training`."""
+
+    tokens: PositiveInt = Field(
+        description="labels to train on, over all lanes and epochs: the run ends with the step that reaches them"
+    )
     seed: int = Field(0, ge=0, description="seed of the initial weights and of dropout")
     precision: Literal["fp32", "bf16", "bf16_parameters"] = Field(
         "fp32",
-        description="bf16: autocast over fp32 parameters, fp32 gradients; bf16_parameters: bf16 parameters over sharded"
-        " fp32 master weights and gradients, where fp32 parameters do not fit (needs mrbp.reduce segment)",
+        description="fp32: everything in fp32; bf16: autocast over fp32 parameters, gradients in fp32; bf16_parameters:"
+        " bf16 parameters with sharded fp32 master weights and gradients, for models whose fp32 parameters do not fit"
+        ' (needs mrbp.reduce "segment")',
     )
     init_from: str | None = Field(
-        None, description="run directory or checkpoint whose weights alone start a fresh run; null: random weights"
+        None,
+        description="run directory or checkpoint whose weights a fresh run starts from, and nothing else of it; null:"
+        " random weights",
     )
     evaluate_every_tokens: PositiveInt | None = Field(
         None, description="tokens between evaluations during training; null: evaluate only at the end"
     )
     evaluate_segments: PositiveInt | None = Field(
-        None, description="segments per lane in evaluations during training; null: all of the validation split"
+        None,
+        description="segments per lane that an evaluation during training reads; null: the whole validation split",
     )
     skipped_steps_limit: PositiveInt = Field(
-        10, description="steps in a row with a non-finite gradient after which the run ends with an error"
+        10, description="the run ends with an error after this many steps in a row whose gradient is not finite"
     )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _not_fp16(cls, precision: Any) -> Any:
+        if precision == "fp16":
+            raise ValueError(f"found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}")
+        return precision
 
 
 class CheckpointConfig(Section):
+    """The section `checkpoint`."""
+
     every_tokens: PositiveInt | None = Field(
         None, description="tokens between checkpoints; null: only at the end and when the run is stopped"
     )
-    keep: int = Field(2, ge=2, description="newest checkpoints kept; at least two, so that a damaged one is survived")
+    keep: int = Field(
+        2, ge=2, description="how many of the newest checkpoints are kept; with two, one may turn out damaged"
+    )
     anchor_every_tokens: PositiveInt | None = Field(
-        None, description="the first checkpoint after each multiple of these tokens is never removed; null: none"
+        None, description="the first checkpoint after each multiple of this many tokens is never removed; null: none"
     )
 
 
 class MonitorConfig(Section):
-    log_every_steps: PositiveInt = Field(10, description="steps per record of metrics.jsonl and TensorBoard")
+    """The section `monitor`."""
+
+    log_every_steps: PositiveInt = Field(10, description="steps per record in metrics.jsonl and TensorBoard")
     device_peak_tflops: PositiveFloat | None = Field(
-        None, description="peak TFLOP/s of a device, for perf/mfu; null: known for some GPUs"
+        None, description="peak TFLOP/s of one device, for perf/mfu; null: looked up, for the GPUs that are known"
     )
 
 
-# What a resumed run may change: prefixes of field names. The corpus may move; its fingerprint is compared elsewhere.
+# What a resumed run may change: prefixes of field names. The corpus may move; checkpoint.py compares its fingerprint.
 MAY_CHANGE = (
     "mrbp.",
     "optimizer.",
@@ -82,14 +112,23 @@ MAY_CHANGE = (
 
 
 class RunConfig(Section):
-    model: ModelConfig = Field(description="the cell and its size; `cell` names it")
-    data: DataConfig = Field(description="what is read, and how it is laid out in lanes")
-    mrbp: MrbpConfig = Field(description="memory replay back-propagation")
+    model: ModelConfig = Field(
+        description="the model: `cell` names its architecture, the other fields are that cell's own"
+    )
+    data: DataConfig = Field(description="the corpus, and how lanes read it")
+    mrbp: MrbpConfig = Field(
+        description="memory replay back-propagation: the BPTT window, and the trade of time against memory"
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its learning rate")
-    training: TrainingConfig = Field(description="how long, in which precision, and evaluations during training")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written and removed")
+    training: TrainingConfig = Field(description="length of the run, precision, evaluations during training")
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="when checkpoints are written, and which are kept"
+    )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is logged")
-    deepspeed: dict[str, Any] = Field({}, description="handed to DeepSpeed, e.g. zero_optimization")
+    deepspeed: dict[str, Any] = Field(
+        {},
+        description="passed on to DeepSpeed, for example zero_optimization; what other sections set may not be set here",
+    )
 
     @property
     def zero_stage(self) -> int:
@@ -100,16 +139,30 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = (), world_size: int = 1) -> Self:
-        """Read, override and check. Raises UserError with every problem found."""
+        """Read a file, apply `--set` overrides, and check. Raises UserError with every problem found.
+
+        A field of an earlier version is taken under its old name, with one warning.
+
+        Args:
+            overrides: "section.field=value", the value in JSON or else a string; a later one replaces an earlier one.
+        """
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
         except ValueError as error:  # not UTF-8, or not JSON
             raise UserError(f"{path}: not JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: found {type(raw).__name__}, expected an object with the sections of a run")
-        problems = _override(raw, overrides)
+        outdated, problems = outdated_fields(raw), []
+        raw = upgrade(raw)
+        for override in overrides:
+            problems += _override(raw, override)
+            outdated |= outdated_fields(raw)
+            raw = upgrade(raw)
+        if os.environ.get("RANK", "0") == "0":
+            for old, new in outdated.items():
+                log.warning("%s is now called %s; the old name still works", old, new)
         return cls.check(raw, world_size, source=str(path), problems=problems)
 
     @classmethod
@@ -121,27 +174,21 @@ class RunConfig(Section):
         source: str = "configuration",
         problems: Iterable[str] = (),
     ) -> Self:
-        """The configuration that `raw` is, of this version or an earlier one. Raises UserError with every problem found.
+        """Validate a configuration of this or an earlier version. Raises UserError with every problem found.
 
         Args:
-            raw: the sections as read from JSON.
-            source: where they are from, for the message.
-            problems: what was found wrong before.
+            raw: the sections, as read from JSON.
+            source: where they were read from; the message begins with it.
+            problems: what has already been found wrong; reported first.
         """
         raw, problems = upgrade(raw), list(problems)
         known = known_fields(raw.get("model"))
-        problems += [
-            f"{name}: unknown section{suggest.nearest(name, '', known)}"
-            for name in raw.keys() - cls.model_fields.keys()
-        ]
-        sections: dict[str, Any] = {}
-        for name in cls.model_fields:
-            if name == "deepspeed":
-                sections[name] = raw.get(name, {})
-                problems += deepspeed_problems(sections[name], lambda key: suggest.nearest(key, "deepspeed", known))
-            else:
-                sections[name], found = _section(name, raw, known)
-                problems += found
+        problems += [f"{name}: unknown section{suggest.nearest(name, '', known)}" for name in raw if name not in known]
+        sections: dict[str, Any] = {"deepspeed": raw.get("deepspeed", {})}
+        for name in (name for name in known if name != "deepspeed"):
+            sections[name], found = _section(name, raw, known)
+            problems += found
+        problems += deepspeed_problems(sections["deepspeed"], lambda key: suggest.nearest(key, "deepspeed", known))
         problems += _relations(sections, world_size)
         problems += _missing_shards(raw.get("data"))
         if problems:
@@ -153,9 +200,9 @@ class RunConfig(Section):
         return self.model_dump_json(indent=2) + "\n"
 
     def changes_since(self, saved: Self) -> dict[str, tuple[Any, Any]]:
-        """Fields whose value differs from `saved`, as {name: (saved, now)}.
+        """Return the fields whose value differs from `saved`, as {name: (saved, now)}.
 
-        Raises UserError naming those that a resumed run may not change.
+        Raises UserError, naming all of them, if a resumed run may not change some.
         """
         then, now = _flat(saved.model_dump()), _flat(self.model_dump())
         changes = {name: (then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)}
@@ -177,98 +224,102 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# ---- one section ---------------------------------------------------------------------------------------------------------
+# ---- one section ---------------------------------------------------------------------------------------------------
 
 
-def cell_configs() -> dict[str, type[BaseModel]]:
-    """The kinds of the section `model`, by the name of the cell."""
-    members = get_args(get_args(ModelConfig)[0])
+def cell_configs() -> dict[str, type[CellConfig]]:
+    """Return the kinds of the section `model`, by the name of the cell."""
+    members = (get_args(tagged)[0] for tagged in get_args(get_args(ModelConfig)[0]))
     return {member.model_fields["cell"].default: member for member in members}
 
 
 def known_fields(model: Any = None) -> dict[str, Collection[str]]:
-    """The names of the fields of every section; of `model` those of the cell that the raw section names, else of the first."""
+    """Return the names of every section's fields. Those of `model` are the cell's that the raw section `model` names."""
     cells = cell_configs()
-    cell = str(model.get("cell")) if isinstance(model, dict) else ""
-    known: dict[str, Any] = {"model": cells.get(cell, next(iter(cells.values()))).model_fields}
+    fields: dict[str, Collection[str]] = {}
     for name, field in RunConfig.model_fields.items():
-        if name not in ("model", "deepspeed"):
-            known[name] = field.annotation.model_fields  # type: ignore[union-attr]  # every other section is a model
-    return {name: known.get(name, PASSED_THROUGH) for name in RunConfig.model_fields}
+        if name == "model":
+            fields[name] = cells.get(_named_cell(model), cells[DEFAULT_CELL]).model_fields
+        elif name == "deepspeed":
+            fields[name] = PASSED_THROUGH
+        else:
+            fields[name] = _section_type(field).model_fields
+    return fields
 
 
-def _section(name: str, raw: dict[str, Any], known: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The section, None where it has problems -> and these."""
+def _named_cell(model: Any) -> str:
+    return str(model.get("cell", DEFAULT_CELL)) if isinstance(model, dict) else DEFAULT_CELL
+
+
+def _section_type(field: FieldInfo) -> type[Section]:
+    assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    return field.annotation
+
+
+def _section(name: str, raw: dict[str, Any], known: dict[str, Collection[str]]) -> tuple[Section | None, list[str]]:
+    """Return the validated section, None if there are problems that prevent it, and the problems."""
     field, found = RunConfig.model_fields[name], raw.get(name, {})
-    annotation: Any = field.annotation
     if name == "model":
-        cells = cell_configs()
-        cell = found.get("cell", "memformer") if isinstance(found, dict) else "memformer"
+        cells, cell = cell_configs(), _named_cell(found)
         if cell not in cells:
-            return None, [f"model.cell: found {cell!r}{suggest.nearest(str(cell), 'cells', {'cells': cells})}"]
-        annotation = cells[cell]
+            close = difflib.get_close_matches(cell, cells, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            return None, [f"model.cell: found {found['cell']!r}, expected one of {', '.join(cells)}{meant}"]
+        section_type: type[Section] = cells[cell]
+    else:
+        section_type = _section_type(field)
+
+    def fields_at(path: str) -> dict[str, FieldInfo]:
+        """The fields of the object that a field belongs to: the section, or a schedule of windows within it."""
+        plan = plan_model(found["window"]) if path.startswith("mrbp.window.") else None
+        return section_type.model_fields if plan is None else plan.model_fields
 
     def unknown(path: str) -> str:
         if path.startswith("mrbp.window."):
-            shape = next(x for x in SHAPES.values() if x and x.model_fields.keys() & raw["mrbp"]["window"].keys())
-            return suggest.nearest(path.rpartition(".")[2], "window", {"window": shape.model_fields})
-        return suggest.nearest(path.partition(".")[2], name, known)
+            return suggest.nearest(path.rpartition(".")[2], "window", {"window": fields_at(path)})
+        key = path.removeprefix(f"{name}.")
+        if name == "model" and (others := [other for other in cells if key in cells[other].model_fields]):
+            return f", a field of the cell {' and of '.join(others)}, not of {cell}"
+        return suggest.nearest(key, name, known)
 
     def missing(path: str) -> str:
-        fields = annotation.model_fields
-        for shape in (x for x in SHAPES.values() if x and path.startswith("mrbp.window.")):
-            fields = fields | shape.model_fields
-        field = fields.get(path.rpartition(".")[2])
-        return f"; {(field and field.description) or 'required'}"
+        field = fields_at(path).get(path.rpartition(".")[2])
+        return f"; {field.description if field and field.description else 'required'}"
 
     try:
-        section = TypeAdapter(annotation).validate_python(found)
+        section = section_type.model_validate(found)
     except ValidationError as error:
-        if name == "training" and isinstance(found, dict) and found.get("precision") == "fp16":
-            return None, [
-                f"training.precision: found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}"
-                if ": found 'fp16'" in x
-                else x
-                for x in sentences(error, name, unknown=unknown, missing=missing)
-            ]
         return None, sentences(error, name, unknown=unknown, missing=missing)
-    if name not in raw and field.is_required():  # and all of its fields have defaults
+    if name not in raw and field.is_required():  # and all of its own fields have defaults
         return section, [f"{name}: missing section"]
     return section, []
 
 
-def _override(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Apply `a.b=value` (JSON, or else a string) in place; return what could not be."""
-    problems = []
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        *parents, last = path.split(".")
-        if not equals or not path or not (parents or last in RunConfig.model_fields):
-            meant = suggest.elsewhere(last, "", known_fields(raw.get("model"))) if path else None
-            problems.append(
-                f"--set {override}: expected section.field=value{f', did you mean {meant}?' if meant else ''}"
-            )
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                problems.append(f"--set {override}: {parent} is not a section")
-                break
-        else:
-            node[last] = value
-    return problems
+def _override(raw: dict[str, Any], override: str) -> list[str]:
+    """Apply `a.b=value` in place; return what is wrong with it."""
+    path, equals, text = override.partition("=")
+    *parents, last = path.split(".")
+    if not equals or not path or not (parents or last in RunConfig.model_fields):
+        meant = suggest.elsewhere(last, "", known_fields(raw.get("model"))) if path else None
+        return [f"--set {override}: expected section.field=value{f', did you mean {meant}?' if meant else ''}"]
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            return [f"--set {override}: {parent} is not a section"]
+    node[last] = value
+    return []
 
 
-# ---- what relates sections -----------------------------------------------------------------------------------------------
+# ---- what relates sections -----------------------------------------------------------------------------------------
 
 
 def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
-    """Problems that take two fields, or a field and the number of ranks, to see; a section with problems of its own is None."""
+    """Problems between fields, or between a field and the number of ranks. A section with problems of its own is None."""
     data, mrbp, training = (sections.get(name) for name in ("data", "mrbp", "training"))
     stage = zero_stage(sections["deepspeed"])
     if data is not None:

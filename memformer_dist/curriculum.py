@@ -2,32 +2,39 @@
 
 `mrbp.window` is a number of segments, or a schedule:
 
-    {"by_step": {"0": 2, "1000": 8, "5000": 16}}    2 segments a window from step 0, 8 from step 1000, 16 from step 5000
+    {"by_step": {"0": 2, "1000": 8, "5000": 16}}    2 segments from step 0, 8 from step 1000, 16 from step 5000
     {"first": 1, "last": 10, "metric": "loss/train", "threshold": 1.2, "every_steps": 50}
                                                     one segment more whenever the mean loss of 50 steps is below 1.2
 
-A dependency over many segments is often found only by a model that has learned it over few. Elsewhere such a curriculum
-is a chain of runs; here it is part of one.
+    curriculum = Curriculum(config.mrbp.window)
+    train_on(curriculum.window)                     # segments of the next step's window
+    change = curriculum.after_step(step, nll, labels)
 
-Every rank comes to the same window, and a resumed run to the one it would have had: the metrics are sums over all
-ranks, equal to the last bit on each, and what has been added up of them is part of the checkpoint. Neither data nor
-learning rate know of the window: the one goes on by ticks, the other by tokens.
+Models often learn a dependency over many segments only after they have learned it over few. Other programs need a chain
+of runs for such a curriculum; here it is part of one run.
+
+Every rank chooses the same window, and a resumed run the one that it would have had without the interruption: the
+metrics are sums over all ranks, equal to the last bit on each of them, and a mean that is not complete yet is part of
+the checkpoint. The window influences neither the order of the data, which advances by segments, nor the learning rate,
+which depends on tokens.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator
 
 
 class WindowByStep(BaseModel, extra="forbid", frozen=True):
-    """The window may also shrink. A step is one window trained on, skipped ones included."""
+    """A schedule by step. The window may also shrink. Steps are counted with those whose update was skipped."""
 
-    by_step: dict[int, PositiveInt] = Field(description='segments per window from a step on, e.g. {"0": 2, "1000": 8}')
+    by_step: dict[int, PositiveInt] = Field(
+        description='segments per window from a step on, for example {"0": 2, "1000": 8}; the first step is 0'
+    )
 
     @field_validator("by_step")
     @classmethod
-    def _begins_at_0_and_increases(cls, by_step: dict[int, int]) -> dict[int, int]:
+    def _start_at_0_and_increase(cls, by_step: dict[int, int]) -> dict[int, int]:
         steps = list(by_step)
         if steps[:1] != [0] or steps != sorted(steps):
             found = ", ".join(map(str, steps)) or "none"
@@ -46,17 +53,20 @@ class WindowByStep(BaseModel, extra="forbid", frozen=True):
 
 
 class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A window that grows by one segment whenever a metric passes a threshold."""
+
     first: PositiveInt = Field(description="segments of the first window")
-    last: PositiveInt = Field(description="segments beyond which the window does not grow")
+    last: PositiveInt = Field(description="segments of the longest window; at least `first`")
     metric: Literal["loss/train", "eval/loss", "eval/gap"] = Field(
-        description="the window grows by one segment when a loss is below the threshold, or the gap above it"
+        description="what is compared with the threshold: the window grows by one segment when a loss is below it, or"
+        " when the gap is above it"
     )
-    threshold: float = Field(description="value of the metric at which the window grows")
+    threshold: float = Field(description="threshold of the metric, in nats per token")
     every_steps: PositiveInt | None = Field(
         None,
         validate_default=True,
-        description="steps over which loss/train is averaged before it is compared; null for the metrics of evaluations,"
-        " which are compared at each evaluation",
+        description="for loss/train, steps of one window over which the loss is averaged before each comparison; null"
+        " for the other two, which are compared at each evaluation",
     )
 
     @field_validator("last")
@@ -88,18 +98,21 @@ class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
         return f"from {self.first} to {self.last}, one more whenever {self.metric} is {side} {self.threshold:g}"
 
 
-# Names of the shapes in pydantic's account of where an error lies; no key of a configuration looks like them.
-SHAPES: dict[str, type[BaseModel] | None] = {"<number>": None, "<by step>": WindowByStep, "<by metric>": WindowByMetric}
+PLANS: dict[str, type[BaseModel]] = {"<by step>": WindowByStep, "<by metric>": WindowByMetric}  # by their tags
 
 
-def _shape(value) -> str | None:
-    """Which one is meant: the errors are then of that one alone."""
-    if isinstance(value, (int, float)):
+def plan_model(value: Any) -> type[BaseModel] | None:
+    """Return which schedule a raw or validated `mrbp.window` is meant to be, None if it is not one."""
+    return PLANS.get(_tag(value) or "")
+
+
+def _tag(value: Any) -> str | None:
+    """Which member of the union is meant, so that pydantic reports the errors of that one alone."""
+    if isinstance(value, int | float):
         return "<number>"
-    if isinstance(value, WindowByStep) or (isinstance(value, dict) and "by_step" in value):
-        return "<by step>"
-    if isinstance(value, WindowByMetric) or (isinstance(value, dict) and value.keys() & WindowByMetric.model_fields):
-        return "<by metric>"
+    for tag, plan in PLANS.items():
+        if isinstance(value, plan) or (isinstance(value, dict) and value.keys() & plan.model_fields):
+            return tag
     return None
 
 
@@ -108,7 +121,7 @@ WindowPlan = Annotated[
     | Annotated[WindowByStep, Tag("<by step>")]
     | Annotated[WindowByMetric, Tag("<by metric>")],
     Discriminator(
-        _shape,
+        _tag,
         custom_error_type="window",
         custom_error_message='expected an integer, or {"by_step": {"0": 2, "1000": 8}}, or {"first": 1, "last": 10,'
         ' "metric": "loss/train", "threshold": 1.2, "every_steps": 50}',
@@ -117,24 +130,24 @@ WindowPlan = Annotated[
 
 
 class Progress(BaseModel, extra="forbid"):
-    """Of a curriculum, as a checkpoint holds it. The sums are over all ranks, those of the mean that is under way."""
+    """The state of a curriculum, part of a checkpoint. The sums are over all ranks and belong to the current mean."""
 
     window: int  # segments of the next window
-    steps: int = 0  # applied
-    nll: float = 0.0
+    steps: int = 0  # in the sums
+    nll: float = 0.0  # sum over labels, in nats
     labels: float = 0.0
 
 
 class Curriculum:
-    """The window of the next step. Told of every step and evaluation, in the same words on every rank.
+    """Chooses the window of the next step. Call `after_step` and `after_evaluation` with equal numbers on every rank.
 
     Args:
         plan: mrbp.window.
         step: windows trained on so far.
-        saved: of the checkpoint that the run goes on from.
-        changed: whether the checkpoint was written under another mrbp.window. A number and a schedule by step are
-            followed from here as if they had always been there; one by metric goes on from the window that the run had,
-            brought into first ... last, with a new mean.
+        saved: the progress held by the checkpoint that is resumed.
+        changed: whether the checkpoint was written under another mrbp.window. A number or a schedule by step then holds
+            from here as if the run had always had it. A schedule by metric continues from the run's window, clamped to
+            first ... last, and starts a new mean.
     """
 
     def __init__(self, plan: WindowPlan, step: int = 0, saved: Progress | None = None, changed: bool = False):
@@ -156,15 +169,16 @@ class Curriculum:
 
     @property
     def largest(self) -> int:
-        """Segments of the longest window to come."""
+        """Segments of the longest window that the plan allows."""
         return self.plan if isinstance(self.plan, int) else self.plan.largest
 
     def after_step(self, step: int, nll: float, labels: float) -> str | None:
-        """What changes, in words, after `step` windows.
+        """Count a step; return a message if the window changes, else None.
 
         Args:
-            nll, labels: of the last window, over all ranks. A skipped step (0 labels) and a loss that is not finite count in
-                no mean.
+            step: windows trained on so far.
+            nll, labels: sum and count of the last window, over all ranks. Skipped steps (0 labels) and losses that are
+                not finite do not enter the mean.
         """
         plan, progress = self.plan, self.progress
         if isinstance(plan, WindowByStep):
@@ -184,14 +198,14 @@ class Curriculum:
         return self._compare(plan, mean, f" over {plan.every_steps} steps")
 
     def after_evaluation(self, loss: float, gap: float) -> str | None:
-        """What changes, in words, after an evaluation during training, by eval/loss or eval/gap."""
+        """Take eval/loss and eval/gap of an evaluation; return a message if the window changes, else None."""
         plan = self.plan
         if not isinstance(plan, WindowByMetric) or plan.metric == "loss/train" or self.window == plan.last:
             return None
         return self._compare(plan, gap if plan.metric == "eval/gap" else loss, "")
 
     def _compare(self, plan: WindowByMetric, value: float, of: str) -> str | None:
-        if not plan.passes(value):  # nor does nan
+        if not plan.passes(value):  # nan does not pass either
             return None
         side = "above" if plan.metric == "eval/gap" else "below"
         because = f"{plan.metric} was {value:.4f}{of}, {side} {plan.threshold:g}"

@@ -1,14 +1,14 @@
-"""What a user can put right, and how a program says so. No torch in here: the workers of preparation start without it.
+"""A user's mistakes: their exceptions, the sentences about them, and how a program reports them and ends.
 
 Every program ends through `run_program`: exit code 0 when it is done, 2 with one message for the user's mistakes, 1
-with a traceback for ours.
+with a traceback for ours. Without torch, because the worker processes of preparation import this module.
 """
 
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ class CorpusError(UserError):
     """
 
 
+class Problems(ValueError):
+    """What one validator of a pydantic model has found, several problems at once.
+
+    Args:
+        problems: one sentence each, beginning with the name of its field: "width: found 10, expected ...".
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
 def sentences(
     error: ValidationError,
     prefix: str = "",
@@ -35,37 +47,44 @@ def sentences(
     unknown: Callable[[str], str] = lambda field: "",
     missing: Callable[[str], str] = lambda field: "",
 ) -> list[str]:
-    """What pydantic found, one sentence per problem: the field, what was found, what was expected.
+    """A pydantic error in our words, one sentence per problem: the field, what was found, what was expected.
 
     Args:
-        prefix: the name of what was validated, put before the fields' own; "" for none.
-        unknown, missing: given the whole name of a field that is unknown or missing, how the sentence about it ends.
+        prefix: the name of what was validated, put in front of the fields' names; "" for none.
+        unknown, missing: from the full name of a field that is unknown or missing to the end of the sentence about it.
     """
-    return [_sentence(problem, prefix, unknown, missing) for problem in error.errors()]
+    return [sentence for problem in error.errors() for sentence in _sentences(problem, prefix, unknown, missing)]
 
 
-def _sentence(problem: Any, prefix: str, unknown: Callable[[str], str], missing: Callable[[str], str]) -> str:
-    # Names in angle brackets are those of the members of a union: where the error lies for pydantic, not in the file.
+def _sentences(
+    problem: Any, prefix: str, unknown: Callable[[str], str], missing: Callable[[str], str]
+) -> Iterator[str]:
+    # pydantic's location also has the tags of unions, which we write in angle brackets; the file does not have them.
     location = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("<")]
     field = ".".join(filter(None, [prefix, *location]))
     start = f"{field}: " if field else ""
     if problem["type"] == "extra_forbidden":
-        return f"{start}unknown key{unknown(field)}"
-    if problem["type"] == "missing":
-        return f"{start}missing{missing(field)}"
-    if problem["type"] == "value_error":  # of a validator of ours, in its own words
-        return f"{start}{problem['ctx']['error']}"
-    return f"{start}found {_shown(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        yield f"{start}unknown key{unknown(field)}"
+    elif problem["type"] == "missing":
+        yield f"{start}missing{missing(field)}"
+    elif problem["type"] == "value_error":  # raised by one of our validators, in its own words
+        found = problem["ctx"]["error"]
+        if isinstance(found, Problems):
+            yield from (f"{field}.{sentence}" if field else sentence for sentence in found.problems)
+        else:
+            yield f"{start}{found}"
+    else:
+        yield f"{start}found {_shown(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _shown(value: Any) -> str:
-    """What was found, cut where it is long: it may be a whole document."""
+    """The value as Python writes it, cut off if it is long: it may be a whole document."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of the `sentences`."""
+    """The first sentence alone, for files that a program wrote: there the first problem says enough."""
     return sentences(error)[0]
 
 

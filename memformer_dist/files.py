@@ -1,4 +1,4 @@
-"""How every file is written and locked: beside, flushed to the disk, renamed. A file that has its name is whole."""
+"""Write, lock and hash files. A file is written beside its place, flushed to disk and renamed: one that exists is whole."""
 
 import errno
 import fcntl
@@ -16,9 +16,9 @@ READ_BYTES = 2**20  # at once, where a file is hashed
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Where to write what `path` shall hold; it takes its name when the block ends, and is removed where it fails.
+    """Yield the path to write to. It is renamed to `path` when the block ends, and removed if the block fails.
 
-    Raises OSError where the disk is full or the folder cannot be written; what stood at `path` is then left as it was.
+    Raises OSError if the disk is full or the folder cannot be written to; what was at `path` then stays as it was.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -33,18 +33,18 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`written`, of bytes at hand."""
+    """Write a file as `written` does."""
     with written(path) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """`written`, of text at hand, in UTF-8."""
+    """Write a file in UTF-8 as `written` does."""
     write_bytes(path, content.encode())
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk. File systems that cannot flush folders are let be."""
+    """Wait until a file, or the entries of a folder, are on disk. A file system that cannot flush folders is no error."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,9 +61,9 @@ def lock(file: IO) -> None:
 
 
 def try_lock(file: IO) -> bool:
-    """Lock an open file until it is closed, at the latest by the end of the process; False where another holds it.
+    """Lock an open file until it is closed, at the latest by the end of the process. False if another process holds it.
 
-    True on a file system without locks: there the user has to see to it.
+    Returns True on a file system without locks, where it protects nobody.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +75,7 @@ def try_lock(file: IO) -> bool:
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda read: None) -> str:
-    """Of a file's bytes, in hexadecimal. `progress` is called with the bytes of each piece that was read."""
+    """The sha256 of a file, in hexadecimal. `progress` is called with the size of each piece that was read, in bytes."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(READ_BYTES))

@@ -1,4 +1,4 @@
-"""How much memory a rank may still take, on a GPU or on a host that it shares."""
+"""How much memory a rank can still allocate, on its GPU or on the host that it shares with other ranks."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from memformer_dist.world import ranks_of_this_host
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that this rank may still take.
+    """Bytes of `device` that this rank can still allocate.
 
-    Of a GPU, what the driver has free and what torch's allocator holds without using it. Of a host, what the system can give
-    without swapping or what the limits of a batch job or container (cgroups) leave, whichever is less, in equal shares for the
-    ranks of the host.
+    On a GPU: what the driver reports free, and what torch's allocator has reserved without using it. On a host: what the
+    system can give without swapping, or what the limits of a batch job or container (cgroups) leave, whichever is less,
+    divided equally among the host's ranks.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -20,8 +20,8 @@ def free_bytes(device: torch.device) -> int:
     return host_free_bytes(Path("/")) // ranks_of_this_host()
 
 
-# Where a hierarchy of cgroups is mounted, by its controller in /proc/self/cgroup (version 2 names none); its files of limit
-# and usage; and the entry of its memory.stat for page cache that is given back first: counted as used, yet free.
+# By controller in /proc/self/cgroup (version 2 names none): where the hierarchy is mounted, its files for limit and usage,
+# and the entry of memory.stat for page cache that is reclaimed first, which counts as used although it is free.
 CGROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -29,14 +29,14 @@ CGROUPS = {
 
 
 def host_free_bytes(root: Path) -> int:
-    """As free_bytes, for all ranks of the host together; `root` is where /proc and /sys are."""
+    """Bytes that all ranks of the host together can still allocate. `root`: where /proc and /sys are."""
     room = int(_table(root / "proc/meminfo")["MemAvailable:"]) * 1024
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controller, path = line.split(":", 2)
         if controller not in CGROUPS:
             continue
         mount, limit, used, cache = CGROUPS[controller]
-        # The groups above have limits too. In a container the path may be the host's and lead nowhere: its end is the mount.
+        # Parent groups have limits too. In a container the path may be the host's and not exist here, up to the mount.
         own = root / mount / path.lstrip("/")
         for group in (own, *own.parents):
             if not group.is_relative_to(root / mount):

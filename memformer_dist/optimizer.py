@@ -1,4 +1,4 @@
-"""AdamW: its section of the configuration, which weights it decays, and its learning rate."""
+"""AdamW: its section of the configuration, its parameter groups, and its learning rate."""
 
 import math
 
@@ -10,21 +10,23 @@ from memformer_dist.section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW; the learning rate rises linearly over warmup_tokens and falls along a cosine until training.tokens."""
+    """The section `optimizer`: AdamW, with a linear warm-up and a cosine down to training.tokens."""
 
-    learning_rate: PositiveFloat = Field(3e-4, description="peak, reached after the warm-up")
+    learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate, reached at the end of the warm-up")
     final_learning_rate_ratio: float = Field(
-        0.1, ge=0, le=1, description="share of the peak that the cosine has fallen to at training.tokens"
+        0.1, ge=0, le=1, description="learning rate at training.tokens, as a fraction of the peak"
     )
-    warmup_tokens: int = Field(0, ge=0, description="tokens over which the rate rises linearly from 0")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
-    epsilon: PositiveFloat = Field(1e-8, description="added to the root of AdamW's second moment")
-    weight_decay: float = Field(0.1, ge=0, description="on the weights of linear layers alone")
-    gradient_clipping: float = Field(1.0, ge=0, description="largest norm of the global gradient; 0 does not clip")
+    warmup_tokens: int = Field(0, ge=0, description="labels trained on while the learning rate rises from 0")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
+    epsilon: PositiveFloat = Field(1e-8, description="added to AdamW's denominator")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, of the weights of linear layers alone")
+    gradient_clipping: float = Field(
+        1.0, ge=0, description="largest norm of the gradient over all parameters and ranks; 0: no clipping"
+    )
 
 
 def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers alone: norms, embeddings and the memory's forgetting vectors are not."""
+    """Return AdamW with weight decay on linear layers' weights alone: not on norms, embeddings, or a cell's own vectors."""
     linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
     groups = [
         {"params": [p for p in cell.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
@@ -34,7 +36,12 @@ def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
-    """Linear warm-up, then a cosine down to the final ratio, as a function of consumed tokens (this step's included)."""
+    """Return the learning rate of a step: linear warm-up, then a cosine down to the final ratio.
+
+    Args:
+        tokens: labels trained on, those of this step included.
+        total_tokens: training.tokens, where the cosine ends.
+    """
     if tokens < config.warmup_tokens:
         return config.learning_rate * tokens / config.warmup_tokens
     progress = min(1.0, (tokens - config.warmup_tokens) / max(1, total_tokens - config.warmup_tokens))

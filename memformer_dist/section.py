@@ -4,4 +4,4 @@ from pydantic import BaseModel
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A section of the configuration: unknown keys are errors, values do not change. JSON has no infinity to save."""
+    """A section of the configuration: unknown keys are errors, values cannot be changed, numbers are finite (as in JSON)."""

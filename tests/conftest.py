@@ -1,4 +1,4 @@
-"""Fixtures of several test modules: a corpus and a tiny configuration, made once per session, and a run trained with them."""
+"""Fixtures that several test modules use: a corpus and a tiny configuration, made once per session, and a trained run."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Imports of the package go one way, and test modules share nothing but tests/helpers. Read from the sources, not run."""
+"""The package's imports go one way, and test modules share nothing but tests/helpers. Read from the sources, not run."""
 
 import ast
 from collections.abc import Iterator
@@ -12,23 +12,21 @@ from tests.helpers import ROOT
 
 PACKAGE = "memformer_dist"
 
-# The rooms of docs/architecture.md. A module may import what stands in an earlier line; within a line and within a folder
-# modules import one another as needed, but never in a circle. Imports inside functions count: a lazy import must not hide one;
-# what only a type checker imports may go round in one.
-ROOMS = [
-    "errors files suggest",
-    "vocabulary section segment world host_memory runtime logs",
-    "progress curriculum optimizer",
-    "mrbp",
-    "cells",
-    "zero",
-    "data",
-    "prepare",
-    "upgrade config reference checkpoint metrics monitor evaluate generate start train",
-    "inspect",
-    "commands",
-]
-LINE_OF = {room: number for number, line in enumerate(ROOMS) for room in line.split()}
+
+def rooms() -> list[list[str]]:
+    """The lines under "The order of imports" in docs/architecture.md: modules, or a folder and what it is.
+
+    A module may import from earlier lines; within a line and within a folder modules import one another as needed, but
+    never in a circle. Imports inside functions count, because a lazy import must not hide a circle; what only a type
+    checker imports may close one.
+    """
+    text = (ROOT / "docs/architecture.md").read_text().partition("\n## The order of imports\n")[2].partition("\n## ")[0]
+    lines = [line.split() for line in text.splitlines() if line.startswith("    ")]
+    return [[words[0].rstrip("/")] if words[0].endswith("/") else words for words in lines]
+
+
+ROOMS = rooms()
+LINE_OF = {room: number for number, line in enumerate(ROOMS) for room in line}
 
 # Imported by the worker processes of preparation and by every program before it knows its mistake: without torch.
 WITHOUT_TORCH = ["errors", "files", "vocabulary", "section", "prepare.documents", "prepare.encode", "prepare.build"]
@@ -198,3 +196,18 @@ def test_no_function_is_written_twice():
                 if body.count("\n"):  # one line may well be the same
                     places.setdefault(body, []).append(f"{module}.{node.name}")
     assert [names for names in places.values() if len(names) > 1] == []
+
+
+def test_the_inner_tier_touches_every_module():
+    """tests/run.sh --quick runs something of every module, but of those whose subject as a whole is `full`."""
+    left_out = []
+    for module, path in TESTS.items():
+        tests = [
+            " ".join(map(ast.unparse, node.decorator_list))
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
+        slow, full = ([mark in markers for markers in tests] for mark in ("pytest.mark.slow", "pytest.mark.full"))
+        if any(slow) and all(map(max, slow, full)):
+            left_out.append(module)
+    assert left_out == []

@@ -22,6 +22,7 @@ from memformer_dist.data import lanes
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.windows import WindowReader
+from tests.helpers.engines import make_engine
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy import ToyCell, labels_in, random_window
 
@@ -83,15 +84,13 @@ def hooks_rank(process):
 
 def deepspeed_rank(process):
     """What DeepSpeed issues for a window and a step, at every stage, against the events that gloo itself records."""
-    from memformer_dist.zero.engine import Engine
-
     for stage in range(4):
         torch.manual_seed(5)
         cell = ToyCell(width=8)
         numbers = sum(parameter.numel() for parameter in cell.parameters())
         padded = sum(-(-parameter.numel() // WORLD) * WORLD for parameter in cell.parameters())
         settings = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-        engine = Engine(cell, torch.optim.SGD(cell.parameters(), lr=0.1), process, settings=settings)
+        engine = make_engine(cell, torch.optim.SGD(cell.parameters(), lr=0.1), process, settings=settings)
         window = Window(random_window(2, 2, 4, seed=1))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             with Collectives() as window_seen:
@@ -198,7 +197,8 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("options", [["--quick"], pytest.param(["--repeats", "2", "--long"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quick"], ["--repeats", "2", "--long"]])
 def test_whole_benchmark(monkeypatch, tmp_path, capsys, options):
     """On tiny models, its measurements in this process: rows, table and JSON of what was measured."""
     measured = []

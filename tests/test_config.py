@@ -4,13 +4,14 @@ import json
 import re
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
-from memformer_dist import suggest
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.config import RunConfig, cell_configs, known_fields
-from memformer_dist.errors import UserError
+from memformer_dist.curriculum import WindowByMetric, WindowByStep
+from memformer_dist.errors import Problems, UserError, sentences
 from memformer_dist.reference import reference
+from memformer_dist.suggest import SYNONYMS
 from memformer_dist.zero.settings import SET_BY_US
 from tests.helpers import ROOT
 
@@ -69,7 +70,7 @@ def test_the_configuration_of_the_other_tests_is_good(config):
             "optimizer.gradient_clipping: found inf; input should be a finite",
         ),
         ("checkpoint.keep", 1, "checkpoint.keep: found 1; input should be greater than or equal to 2"),
-        ("model.heads", 3, "model: width: found 16, expected a multiple of heads (3)"),
+        ("model.heads", 3, "model.width: found 16, expected a multiple of heads (3)"),
         ("deepspeed", 3, "deepspeed: found 3, expected an object"),
         ("deepspeed.zero_optimization", 2, "deepspeed.zero_optimization: found 2, expected an object"),
         (
@@ -101,6 +102,14 @@ def test_what_has_no_default_must_be_there(config, name):
 def test_missing_sections_name_their_fields(config):
     del config["model"], config["mrbp"], config["training"]
     assert [problem.split(":")[0] for problem in problems(config)] == ["model", "mrbp.window", "training.tokens"]
+
+
+def test_every_setting_that_does_not_fit_another_is_a_problem_of_its_own(config):
+    config["model"] |= {"heads": 3, "encoder_layers": 0}
+    assert [problem.split(", expected")[0] for problem in problems(config)] == [
+        "model.width: found 16",
+        "model.encoder_layers: found 0",
+    ]
 
 
 def test_misspelt_key_of_deepspeed(config):
@@ -137,6 +146,218 @@ def test_what_is_ours_is_refused_in_the_section_deepspeed(config):
 def test_every_zero_stage_is_taken(config, stage):
     config["deepspeed"] = {"zero_optimization": {"stage": stage}}
     assert RunConfig.check(config).zero_stage == stage
+
+
+# ---- the cell --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cell_is_a_memformer_unless_another_is_named(config):
+    assert "cell" not in config["model"]
+    assert RunConfig.check(config) == RunConfig.check(config | {"model": {"cell": "memformer"} | config["model"]})
+    config["model"] = {"cell": "plain", "width": 16, "heads": 2, "layers": 3}
+    checked = RunConfig.check(config)
+    assert isinstance(checked.model, PlainConfig) and checked.model.layers == 3
+    assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ({"cell": "rtm"}, "model.cell: found 'rtm', expected one of memformer, plain"),
+        (
+            {"cell": "memfromer"},
+            "model.cell: found 'memfromer', expected one of memformer, plain; did you mean memformer?",
+        ),
+        ({"cell": None}, "model.cell: found None, expected one of memformer, plain"),
+        ({"cell": [1]}, "model.cell: found [1], expected one of memformer, plain"),
+        ({"cell": "plain", "layer": 3}, "model.layer: unknown key, did you mean layers?"),
+        ({"cell": "plain", "n_layers": 3}, "model.n_layers: unknown key, did you mean model.layers?"),
+        ({"n_layers": 3}, "model.n_layers: unknown key, did you mean model.decoder_layers?"),
+        ({"cell": "plain", "slots": 3}, "model.slots: unknown key, a field of the cell memformer, not of plain"),
+        ({"layers": 3}, "model.layers: unknown key, a field of the cell plain, not of memformer"),
+        ({"cell": "plain", "layers": 0}, "model.layers: found 0; input should be greater than 0"),
+    ],
+)
+def test_mistakes_are_those_of_the_named_cell(config, model, expected):
+    config["model"] = {"width": 16, "heads": 2} | model
+    assert problems(config) == [expected]
+
+
+def test_a_resumed_run_keeps_its_cell(config):
+    saved = RunConfig.check(config)
+    config["model"] = {"cell": "plain", "width": 16, "heads": 2}
+    with pytest.raises(UserError, match="  model.cell: found 'plain', the run has 'memformer'\n"):
+        RunConfig.check(config).changes_since(saved)
+
+
+# ---- did you mean ----------------------------------------------------------------------------------------------------
+
+MEANT = {
+    "data.lanes": ["batch_size", "per_device_train_batch_size", "global_batch_size"],
+    "data.segment_length": ["seq_len", "block_size", "context_length", "max_seq_length", "n_ctx"],
+    "data.corpus": ["dataset", "path", "data_path"],
+    "mrbp.lanes_per_group": ["micro_batch_size", "gradient_accumulation_steps"],
+    "mrbp.window": ["bptt", "n_segments"],
+    "model.width": ["d_model", "n_embd", "hidden_size", "dim"],
+    "model.heads": ["n_heads", "num_heads", "n_head", "num_attention_heads"],
+    "model.feed_forward": ["d_ff", "ffn_dim", "intermediate_size"],
+    "model.slots": ["mem_tokens", "mem_len", "n_mem", "num_mem_tokens"],
+    "model.decoder_layers": ["n_layers", "n_layer", "num_hidden_layers"],
+    "optimizer.learning_rate": ["lr", "max_lr"],
+    "optimizer.warmup_tokens": ["warmup_steps", "warmup_iters", "warmup"],
+    "optimizer.gradient_clipping": ["max_norm", "grad_clip", "max_grad_norm", "clip_grad"],
+    "optimizer.betas": ["beta1", "beta2", "adam_beta1"],
+    "optimizer.epsilon": ["eps", "adam_epsilon"],
+    "training.tokens": ["max_steps", "steps", "epochs", "num_train_epochs", "max_iters"],
+    "training.precision": ["dtype", "bf16", "fp16", "mixed_precision"],
+    "training.evaluate_every_tokens": ["eval_every", "eval_steps", "eval_interval"],
+    "checkpoint.every_tokens": ["save_every", "save_steps"],
+    "--run-dir": ["output_dir", "out_dir"],
+}
+
+
+@pytest.mark.parametrize("field, word", [(field, word) for field, words in MEANT.items() for word in words])
+def test_a_word_of_other_trainers_is_understood_wherever_it_stands(config, tmp_path, field, word):
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    for section in ("model", "data", "mrbp", "optimizer", "training", "checkpoint", "monitor"):
+        wrong = config | {section: config[section] | {word: 1}}
+        assert problems(wrong) == [f"{section}.{word}: unknown key, did you mean {field}?"]
+    assert problems(config | {word: 1}) == [f"{word}: unknown section, did you mean {field}?"]
+    with pytest.raises(UserError) as caught:
+        RunConfig.load(tmp_path / "run.json", [f"{word}=1"])
+    assert str(caught.value).endswith(f"  --set {word}=1: expected section.field=value, did you mean {field}?")
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("training.window", "mrbp.window"),
+        ("model.lanes", "data.lanes"),
+        ("data.Lanes", "data.lanes"),
+        ("training.num-train-epochs", "training.tokens"),
+        ("model.learning-rate", "optimizer.learning_rate"),
+        ("training.wieght_decay", "optimizer.weight_decay"),
+        ("optimizer.gradient_accumulation_steps", "mrbp.lanes_per_group"),
+        ("deepspeed.lr", "optimizer.learning_rate"),
+        ("deepspeed.stage", "deepspeed.zero_optimization"),
+        ("model.every_tokens", "checkpoint.every_tokens"),
+    ],
+)
+def test_a_field_in_the_wrong_section(config, name, meant):
+    put(config, name, 1)
+    assert problems(config) == [f"{name}: unknown key, did you mean {meant}?"]
+
+
+@pytest.mark.parametrize("name, meant", [("lr_scheduler", "optimizer"), ("wandb", "monitor"), ("seed", "data.seed")])
+def test_a_section_that_is_not_there(config, name, meant):
+    assert problems(config | {name: {}}) == [f"{name}: unknown section, did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    "override, meant",
+    [("lanes=4", "data.lanes"), ("lanes", "data.lanes"), ("window=4", "mrbp.window"), ("seed=1", "data.seed")],
+)
+def test_set_without_a_section(config, tmp_path, override, meant):
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        RunConfig.load(tmp_path / "run.json", [override])
+    assert str(caught.value).endswith(f"  --set {override}: expected section.field=value, did you mean {meant}?")
+
+
+def test_synonyms_are_of_fields_that_exist_and_are_no_fields_themselves():
+    """A renamed field must be renamed in the table too, or its words would be lost silently."""
+    cells = [known_fields({"cell": cell}) for cell in cell_configs()]
+    for field, words in SYNONYMS.items():
+        section, _, name = field.partition(".")
+        assert field == "--run-dir" or any(section in known and (not name or name in known[section]) for known in cells)
+        own = (
+            {other for known in cells for other in (known[section] if name else known)}
+            if section in cells[0]
+            else set()
+        )
+        assert not own & set(words.split()), field
+        assert len(set(words.split())) == len(words.split()), field
+    elsewhere = [word for field, words in SYNONYMS.items() if not field.startswith("model.") for word in words.split()]
+    assert len(set(elsewhere)) == len(elsewhere), "one word for two fields"
+
+
+# ---- the translation of pydantic's errors ----------------------------------------------------------------------------
+
+
+class Inner(BaseModel, extra="forbid"):
+    size: int
+
+
+class Outer(BaseModel, extra="forbid"):
+    name: str
+    inner: Inner
+    several: list[Inner] = []
+
+    @field_validator("name")
+    @classmethod
+    def _not_empty(cls, name: str) -> str:
+        if not name:
+            raise ValueError("found no name, expected one")
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Outer":
+        if self.inner.size < 0:
+            raise Problems(["inner.size: found less than 0, expected more", "name: found another"])
+        return self
+
+
+def sentences_about(raw: dict, *arguments, **endings) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(raw)
+    return sentences(caught.value, *arguments, **endings)
+
+
+def test_one_sentence_for_each_problem():
+    raw = {"name": "", "inner": {"size": "x"}, "several": [{"size": 1}, {"sise": 2}], "more": 1}
+    assert sentences_about(raw) == [
+        "name: found no name, expected one",
+        "inner.size: found 'x'; input should be a valid integer, unable to parse string as an integer",
+        "several.1.size: missing",
+        "several.1.sise: unknown key",
+        "more: unknown key",
+    ]
+    endings = {"unknown": lambda field: f", {field}!", "missing": lambda field: f", {field}?"}
+    assert sentences_about(raw, "file", **endings)[2:4] == [
+        "file.several.1.size: missing, file.several.1.size?",
+        "file.several.1.sise: unknown key, file.several.1.sise!",
+    ]
+
+
+def test_several_problems_of_one_validator():
+    raw = {"name": "a", "inner": {"size": -1}}
+    expected = ["inner.size: found less than 0, expected more", "name: found another"]
+    assert sentences_about(raw) == expected
+    assert sentences_about(raw, "model") == [f"model.{problem}" for problem in expected]
+
+
+def test_a_long_value_is_cut_off():
+    (sentence,) = sentences_about({"name": ["x" * 1000], "inner": {"size": 1}})
+    assert len(sentence) < 200 and " ...; input should be a valid string" in sentence
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_current():
+    """Else: python -m memformer_dist.reference > docs/configuration.md."""
+    assert (ROOT / "docs" / "configuration.md").read_text().splitlines() == list(reference())
+
+
+def test_the_reference_has_every_field(config):
+    text = "\n".join(reference())
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    configs = [RunConfig.check(config), RunConfig.check(config | {"model": {"cell": "plain"}})]
+    names = [field for one in configs for name, section in one if name != "deepspeed" for field, _ in section]
+    assert all(any(row.startswith(f"| `{name}`") for row in rows) for name in [*names, *SET_BY_US])
+    starred = sum(" \\* |" in row for row in rows)
+    # The fields that a resume may change, without the section deepspeed and with those of the schedules of windows.
+    assert starred == len(ALLOWED) - 1 + len(WindowByStep.model_fields) + len(WindowByMetric.model_fields)
 
 
 # ---- the window as a schedule ----------------------------------------------------------------------------------------
@@ -194,7 +415,7 @@ def test_windows(config, window):
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "last"},
-            "mrbp.window.last: missing; segments beyond which the win",
+            "mrbp.window.last: missing; segments of the longest win",
         ),
         (
             {k: v for k, v in BY_METRIC.items() if k != "every_steps"},
@@ -474,105 +695,3 @@ def test_all_refused_changes_come_in_one_message(config):
     text = str(caught.value)
     assert "  data.seed: found 3, the run has 0\n" in text and "  model.slots: found 5, the run has 4\n" in text
     assert "mrbp.window" not in text
-
-
-# ---- the reference ---------------------------------------------------------------------------------------------------
-
-
-def test_the_reference_is_current():
-    """docs/configuration.md is what `python -m memformer_dist.reference` prints."""
-    assert (ROOT / "docs" / "configuration.md").read_text() == "\n".join(reference()) + "\n"
-
-
-def test_every_field_has_a_description():
-    for name, field in RunConfig.model_fields.items():
-        configs = cell_configs().values() if name == "model" else [] if name == "deepspeed" else [field.annotation]
-        for config in configs:
-            assert all(found.description for found in config.model_fields.values()), name
-
-
-# ---- the cell --------------------------------------------------------------------------------------------------------
-
-
-def test_the_cell_names_the_fields_of_the_model(config):
-    config["model"] = {"cell": "plain", "width": 16, "heads": 2, "layers": 2}
-    checked = RunConfig.check(config)
-    assert type(checked.model) is PlainConfig
-    assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
-    config["model"]["slots"] = 4
-    (problem,) = problems(config)
-    assert problem.startswith("model.slots: unknown key, expected one of cell, width, heads, feed_forward, ")
-    del config["model"]["slots"]
-    config["model"]["layer"] = 3
-    assert problems(config) == ["model.layer: unknown key, did you mean layers?"]
-
-
-def test_without_a_cell_the_model_is_a_memformer(config):
-    assert "cell" not in config["model"]
-    checked = RunConfig.check(config)
-    assert checked.model.cell == "memformer" and json.loads(checked.to_json())["model"]["cell"] == "memformer"
-
-
-def test_an_unknown_cell(config):
-    config["model"] = {"cell": "memforme", "width": "wide"}
-    assert problems(config) == ["model.cell: found 'memforme', did you mean memformer?"]
-    config["model"]["cell"] = "rmt"
-    assert problems(config) == ["model.cell: found 'rmt', expected one of memformer, plain"]
-
-
-# ---- did you mean ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, meant",
-    [
-        ("data.batch_size", "data.lanes"),
-        ("training.batch_size", "data.lanes"),
-        ("data.micro_batch_size", "mrbp.lanes_per_group"),
-        ("data.seq_len", "data.segment_length"),
-        ("model.block_size", "data.segment_length"),
-        ("model.context_length", "data.segment_length"),
-        ("optimizer.lr", "optimizer.learning_rate"),
-        ("training.lr", "optimizer.learning_rate"),
-        ("optimizer.warmup_steps", "optimizer.warmup_tokens"),
-        ("optimizer.max_norm", "optimizer.gradient_clipping"),
-        ("training.grad_clip", "optimizer.gradient_clipping"),
-        ("mrbp.bptt", "mrbp.window"),
-        ("mrbp.n_segments", "mrbp.window"),
-        ("model.d_model", "model.width"),
-        ("model.n_embd", "model.width"),
-        ("model.hidden_size", "model.width"),
-        ("model.n_heads", "model.heads"),
-        ("model.d_ff", "model.feed_forward"),
-        ("model.mem_tokens", "model.slots"),
-        ("model.mem_len", "model.slots"),
-        ("training.max_steps", "training.tokens"),
-        ("training.steps", "training.tokens"),
-        ("training.num-train-epochs", "training.tokens"),
-        ("training.save_every", "checkpoint.every_tokens"),
-        ("training.dtype", "training.precision"),
-        ("training.window", "mrbp.window"),  # a field of ours, in another section
-        ("model.lanes", "data.lanes"),
-        ("batch_size", "data.lanes"),  # no section at all
-        ("learning_rate", "optimizer.learning_rate"),
-    ],
-)
-def test_the_words_of_other_trainers_are_known(config, tmp_path, name, meant):
-    put(config, name, 4)
-    (problem,) = problems(config)
-    *section, _ = name.split(".")
-    suggested = meant.removeprefix(f"{section[0]}.") if section else meant
-    assert problem.partition(", did you mean ")[2] in (f"{meant}?", f"{suggested}?")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=re.escape(f"did you mean {'' if section else meant}")):
-        RunConfig.load(tmp_path / "run.json", [f"{name}=4"])
-
-
-def test_every_synonym_names_a_field_that_exists():
-    known = {
-        f"{name}.{field}" for cell in cell_configs() for name, x in known_fields({"cell": cell}).items() for field in x
-    }
-    for field in suggest.SYNONYMS:
-        assert field in known or field.startswith("deepspeed.zero_optimization."), field
-    words = [word for words in suggest.SYNONYMS.values() for word in words.split()]
-    assert len(words) > 100 and all(word == word.lower() for word in words)

@@ -350,7 +350,7 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     one = ("launch/evaluate.py", "--run-dir", trained_run, "--json", tmp_path / "one.json")
     two = ("-m", "torch.distributed.run", "--nproc-per-node", 2, *one[:-1], tmp_path / "two.json", "--lanes", 6)
     for command in (one, two):
-        done = run_script(*command)
+        done = run_script(*command, cold=True)
         assert done.returncode == 0, done.stderr
         assert "rank 0  evaluate: " in done.stderr and "(100%)\n" in done.stderr and "\r" not in done.stderr
         written = json.loads(command[command.index("--json") + 1].read_text())

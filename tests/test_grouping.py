@@ -331,6 +331,7 @@ def first_step_rank(world):
         assert expected == pytest.approx(held, rel=0.02), f"ZeRO {stage}, {reduce}"
 
 
+@pytest.mark.slow
 def test_what_the_first_step_allocates_is_known_before():
     run_ranks(WORLD, first_step_rank)
 

@@ -14,7 +14,8 @@ from tests.helpers.waiting import wait_until
 
 PROGRAM = """
 import json, os, sys
-print(json.dumps([__name__, sys.argv[1:], sys.path[0], os.getcwd(), os.environ.get("GREETING"), os.environ.get("RANK")]))
+facts = [__name__, sys.argv[1:], sys.path[0], os.getcwd(), *map(os.environ.get, ("GREETING", "RANK"))]
+print(json.dumps(facts))
 print("to the other stream", file=sys.stderr)
 exec(sys.argv[1])
 """

@@ -201,6 +201,7 @@ def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, rested, fa
     assert_reads_all(corpus, folder)  # once the server has recovered
 
 
+@pytest.mark.slow
 def test_a_stalled_connection_does_not_hang(server, folder, tmp_path, monkeypatch, stalls):
     monkeypatch.setattr(transfer, "TRIES", 3)
     server.faults[shard(0)] = ["stall"] * ALWAYS

@@ -42,17 +42,29 @@ def test_a_configuration_of_version_1_loads(folder, caplog):
     raw = json.loads((folder / "run" / "config.json").read_text())
     assert "cell" not in raw["model"] and raw["training"]["evaluate_ticks"] == 3
     raw["data"]["corpus"] = str(folder / "corpus")
-    with caplog.at_level(logging.WARNING):
-        config = RunConfig.check(raw)
+    config = RunConfig.check(raw)
     assert config.model.cell == "memformer" and config.training.evaluate_segments == 3
-    assert "training.evaluate_ticks is called training.evaluate_segments now" in caplog.text
     assert "evaluate_ticks" in raw["training"], "the argument was changed"
+    where = f"data.corpus={folder / 'corpus'}"
+    with caplog.at_level(logging.WARNING):
+        assert RunConfig.load(folder / "run" / "config.json", [where, "training.evaluate_ticks=3"]) == config
+    (record,) = caplog.records
+    assert record.getMessage().startswith("training.evaluate_ticks is now called training.evaluate_segments;")
+    (folder / "today.json").write_text(config.to_json())
+    assert RunConfig.load(folder / "today.json") == config and len(caplog.records) == 1
 
 
 def test_set_takes_an_old_name(folder):
     path = folder / "run" / "config.json"
     where = f"data.corpus={folder / 'corpus'}"
-    assert RunConfig.load(path, [where, "training.evaluate_ticks=9"]).training.evaluate_segments == 9
+    old, new = "training.evaluate_ticks", "training.evaluate_segments"
+    for overrides, expected in (
+        ([f"{old}=9"], 9),
+        ([f"{new}=9"], 9),
+        ([f"{new}=9", f"{old}=8"], 8),
+        ([f"{old}=9", f"{new}=8"], 8),
+    ):
+        assert RunConfig.load(path, [where, *overrides]).training.evaluate_segments == expected
     with pytest.raises(UserError, match=r"training.evaluate_tick: unknown key, did you mean evaluate_"):
         RunConfig.load(path, [where, "training.evaluate_tick=9"])
 
@@ -91,7 +103,9 @@ def test_a_run_of_version_1_resumes(folder):
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), name
+            is_loss = name.startswith(("loss/", "eval/loss"))
+            rel, least = (1e-6, 0.0) if is_loss else (1e-5, 1e-6)  # norms, ratios and differences amplify rounding
+            assert one[name] == pytest.approx(other[name], rel=rel, abs=least), name
     weights = load_file(OLD / "expected" / "weights-00000.safetensors")
     last = Checkpoint(max((folder / "run" / "checkpoints").glob("step-*")))
     assert last.contents.version == CHECKPOINT_VERSION and last.contents.config.model.cell == "memformer"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from memformer_dist.cells.base import CellConfig
+from memformer_dist.errors import Problems
 
 ROTARY_BASE = 10000.0
 
@@ -116,7 +117,7 @@ class LayersConfig(CellConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise Problems(problems)
         return self
 
     def problems(self) -> list[str]:

@@ -37,9 +37,12 @@ from memformer_dist.segment import Segment
 
 
 class MemformerConfig(LayersConfig):
-    cell: Literal["memformer"] = Field("memformer", description="which cell")
+    cell: Literal["memformer"] = Field(
+        "memformer", description="Memformer: memory slots, read in every layer, written once per segment"
+    )
     layout: Literal["encoder_decoder", "decoder"] = Field(
-        "encoder_decoder", description="the paper's, or the one of its Table 3"
+        "encoder_decoder",
+        description="the paper's: an encoder reads the segment before; decoder, its Table 3: causal layers alone",
     )
     width: PositiveInt = Field(512, description="D, of the hidden states and of a slot")
     encoder_layers: NonNegativeInt = Field(

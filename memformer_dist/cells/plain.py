@@ -18,7 +18,9 @@ from memformer_dist.segment import Segment
 
 
 class PlainConfig(LayersConfig):
-    cell: Literal["plain"] = Field("plain", description="which cell")
+    cell: Literal["plain"] = Field(
+        "plain", description="a Transformer without memory, which reads every segment on its own"
+    )
     layers: PositiveInt = Field(12, description="causal layers")
 
     def build(self, *, vocab_size: int, bos_id: int, segment_length: int) -> "Plain":

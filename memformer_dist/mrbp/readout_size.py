@@ -1,23 +1,23 @@
-"""`mrbp.readout_group: "auto"`: how many segments' readout to run as one batch, from what one takes and what is free.
+"""`mrbp.readout_group: "auto"`: how many segments' readouts to run as one batch, from what one takes and what is free.
 
-A group of C segments keeps C graphs of `advance` and one graph of `readout` over C times the lanes until its readout
-goes backward, and there a window's memory peaks:
+Until its readout goes backward, a group of C segments keeps C graphs of `advance` and one graph of `readout` over C times the
+lanes. That is where the memory of a window peaks:
 
-    peak = what is held anyway + group + C x segment
+    peak = what is held in any case + group + C x segment
 
-`footprint` finds both terms by running one segment with gradient and adding up what autograd would save for the
-backward: saved by each advance, and by the readout for each segment more; the tensors on the cut between the two halves
-and their gradients; and the largest tensor twice more (the logits, usually: the loss's backward makes the gradient of
-its output, then that of its input). Nothing is kept and nothing goes backward, so that measuring takes less memory than
-training on one segment does. Parameters are held anyway, but their copies in bf16 count: those of `advance` with every
-segment, because each has a graph of its own, those of `readout` once a group.
+`footprint` finds both terms by running one segment with gradient and adding up what autograd would save for the backward: what
+each advance saves, and what the readout saves for each further segment; the tensors on the cut between the two halves and
+their gradients; and the largest tensor twice (usually the logits: the loss's backward makes the gradient of its output, then
+that of its input). Nothing is kept and nothing goes backward, so that measuring takes less memory than training on one
+segment. Parameters are held in any case, but their bf16 copies count: those of `advance` once per segment, because each has
+a graph of its own, those of `readout` once per group.
 
-On a CPU the peak grows by 0.93 to 1.01 of this sum for each segment where freed memory is given back at once, and by up
-to 1.2, with small tensors 1.34, under malloc's default, which keeps some of it (docs/mrbp.md). Hence SAFETY.
+On a CPU the peak grows by 0.93 to 1.01 of this sum per segment if freed memory is returned at once, and by up to 1.2, with
+small tensors 1.34, under malloc's default, which keeps some of it (docs/mrbp.md). Hence SAFETY.
 
-Not all that training needs is allocated before its first step. What can be reckoned is subtracted from the free memory
-(`reserved`). For what cannot, half of the remainder is left alone (SHARE): fragments of the allocator, workspaces
-of kernels, buckets of the collectives, modules that ZeRO-3 gathers, prefetched segments, the evaluation's larger batch.
+Not everything is allocated before the first step. What can be computed is subtracted from the free memory (`reserved`). For
+the rest, half of the remainder is left alone (SHARE): fragmentation, workspaces of kernels, buckets of the collectives,
+modules that ZeRO-3 gathers, prefetched segments, the larger batch of evaluation.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ SHARE = 0.5  # of the free memory that a group may fill
 
 
 class Choice(NamedTuple):
-    """The same on every rank."""
+    """What was chosen, and from which figures; the same on every rank."""
 
     readout_group: int  # segments
-    segment_bytes: int  # that one more segment in a group adds to the peak, safety included
-    free_bytes: int  # on the rank that has the least, after what the first step will allocate in any case
+    segment_bytes: int  # that each further segment of a group adds to the peak, times SAFETY
+    free_bytes: int  # on the rank that has the least, after `reserved`
 
 
 class Footprint(NamedTuple):
     segment: int  # bytes that each segment of a group adds to the peak
-    group: int  # bytes of a group of whatever size: the readout's parameters as autocast rounds them
+    group: int  # bytes of a group of any size: the bf16 copies of the readout's parameters
 
 
 def choose_readout_group(
@@ -66,8 +66,8 @@ def choose_readout_group(
 
     Args:
         forward: runs a part of the cell; `module` itself, or the engine that holds it.
-        segment, state: of a group of lanes as large as any in training, on the device; the numbers in them do not matter.
-        window: the most segments that a window will have.
+        segment, state: of a lane group of the size used in training, on the device; their values do not matter.
+        window: segments of the longest window to come.
         reserved: bytes that training will hold besides activations and that are not allocated yet.
     """
     measured = footprint(forward, module, segment, state)
@@ -113,9 +113,9 @@ def footprint(forward: Callable[..., Any], module: nn.Module, segment: Segment, 
 def saved_storages(parameters: Sequence[Tensor]) -> Iterator[dict[StorageWeakRef, int]]:
     """Bytes of each storage, those of `parameters` apart, that graphs built inside would keep for the backward.
 
-    The graphs keep nothing and cannot go backward. Storages are told apart by weak references, because the memory of one
-    that is freed is given to the next. Parameters are looked up anew each time: under ZeRO-3 they have their storage only
-    while their module runs.
+    The graphs keep nothing and cannot go backward. Storages are identified by weak references, because the memory of a freed
+    one is reused by the next. Parameters are looked up at each use: under ZeRO-3 they have storage only while their module
+    runs.
     """
     sizes: dict[StorageWeakRef, int] = {}
 

@@ -61,10 +61,10 @@ def memory_replay(
 ) -> Replayed:
     """Accumulate the gradient of L = `loss_scale` * sum of nll over a window into the parameters.
 
-    With F_t and M_{t+1} what `advance` makes of segment t and the state M_t, f_t = dL/dF_t and g_t = dL/dM_t, g_N = 0:
+    With F_t and z_{t+1} what `advance` makes of segment t and the state z_t, f_t = dL/dF_t and g_t = dL/dz_t, g_N = 0:
 
-        g_t = f_t dF_t/dM_t + g_{t+1} dM_{t+1}/dM_t
-        dL/dtheta = sum over t of  dL/dtheta through the readout + f_t dF_t/dtheta + g_{t+1} dM_{t+1}/dtheta
+        g_t = f_t dF_t/dz_t + g_{t+1} dz_{t+1}/dz_t
+        dL/dtheta = sum over t of  dL/dtheta through the readout + f_t dF_t/dtheta + g_{t+1} dz_{t+1}/dtheta
 
     Args:
         cell: see cells/base.py; one whose `carries_gradient` is False is run `in_order`.
@@ -80,7 +80,7 @@ def memory_replay(
         states: where the stored states lie, empty; on the device unless given.
         observe: called as observe(t, segment, nll [B, S]) for every segment, last to first, with nll detached.
 
-    The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a memory,
+    The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a state,
     and the replay buffer is `states`. Raises what the cell and `window` raise, and ValueError where `advance` writes in place
     to the state that it is given; `states` is then to be thrown away.
     """

@@ -1,4 +1,4 @@
-"""The section `mrbp` of a configuration: how a window is replayed, and what it may take."""
+"""The section `mrbp` of a configuration: the BPTT window, and how time is traded against memory in its replay."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,8 @@ def _number_or_auto(value: Any) -> str | None:
 
 class MrbpConfig(Section):
     window: WindowPlan = Field(
-        description="N, segments per BPTT window, which is also what one step trains on; an integer, or a plan by step or by"
-        " a metric"
+        description="N, segments per BPTT window: how far gradients reach, and how much text of every lane one step"
+        " trains on; an integer, or a schedule by step or by a metric"
     )
     readout_group: Annotated[
         Annotated[PositiveInt, Tag("<number>")] | Annotated[Literal["auto"], Tag("<auto>")],
@@ -28,36 +28,39 @@ class MrbpConfig(Section):
         ),
     ] = Field(
         1,
-        description="C, segments whose readout runs as one batch, at the price of C segments' activations. More than 1 fills"
-        " a GPU that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C times per window; auto: as many as"
-        " fit into the device's free memory, measured before the first step and kept for the run",
+        description="C, segments whose readout (decoder, head, loss) runs as one batch; needs the activations of C"
+        " segments. More than 1 fills a GPU that has few lanes, and under ZeRO-3 gathers the readout's parameters N/C"
+        " times instead of N; auto: as many as the free memory allows, measured before the first step and then kept",
     )
     readout_parts: PositiveInt = Field(
         1,
-        description="parts into which the lanes of a readout are cut, one after the other, if its activations do not fit"
-        " (with readout_group 1)",
+        description="split the readout of a segment into this many parts along the lanes, if its activations do not"
+        " fit; needs readout_group 1",
     )
     lanes_per_group: PositiveInt | None = Field(
-        None, description="lanes of a rank that are worked on at once; a divisor of the rank's lanes; null: all of them"
+        None,
+        description="lanes of a rank that are worked on at once (the micro-batch; gradients are accumulated over the"
+        " groups); divides the lanes of a rank; null: all of them",
     )
     replay: bool = Field(
         True,
-        description="false: no gradient flows from a segment to the one before; segments run in order, without replay: the"
-        " control of every claim that a memory helps",
+        description="false: no gradient flows from a segment to the one before, and segments run in order without"
+        " replay: the control for every claim that learning through the memory helps",
     )
     state_store: Store = Field(
         "device",
-        description="where a window's N states wait for the replay; host: pinned memory of the host, for windows whose"
-        " states (mrbp/state_bytes) do not fit beside the activations",
+        description="where the N states of a window are kept until the replay; host: in pinned memory of the host, for"
+        " windows whose states (metric mrbp/state_bytes) do not fit beside the activations",
     )
     reduce: Reduce = Field(
         "window",
-        description="window: one reduction per step, every rank holds one whole gradient; segment: a reduction at every"
-        " backward, about N times the bytes, and gradients stay sharded (needs ZeRO 2 or 3): if a whole gradient does not fit",
+        description="when gradients are reduced over the ranks. window: once per step, while each rank holds a whole"
+        " gradient; segment: at every backward, which sends about N times the bytes but keeps gradients sharded, for"
+        " models whose gradient does not fit (needs ZeRO 2 or 3)",
     )
     keep_gathered: Keep = Field(
         "all",
-        description="what ZeRO-3 keeps gathered; all: advance's parameters for the window and the readout's for a readout"
-        " group, the fewest bytes between ranks; readout: only the latter, if both do not fit; none: each module gathers"
-        " for itself at every use",
+        description="which parameters stay gathered under ZeRO-3. all: those of advance for a window, those of the"
+        " readout for a readout group, which sends the fewest bytes; readout: the latter alone, if both do not fit; none:"
+        " every module is gathered for every use",
     )

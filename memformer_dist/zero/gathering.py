@@ -1,17 +1,16 @@
 """Keeps ZeRO-3's parameters gathered between uses that lie close together.
 
-ZeRO-3 gathers the parameters of a module for its forward, lets go of them, and gathers them again for its backward. A
-window of N segments with readout in groups of C would gather those of `advance` 3 N - 1 times and those of `readout`
-2 N / C times. What is kept instead:
+ZeRO-3 gathers the parameters of a module for its forward, releases them, and gathers them again for its backward. A window of
+N segments with readout groups of C would gather those of `advance` 3 N - 1 times and those of `readout` 2 N / C times. Instead:
 
-    "none"      nothing: every module gathers for itself, the least memory
-    "readout"   the readout's, from a group's forward through its backward: N / C gathers a window, in one call each
-    "all"       those too, and the advance's from the window's first call to its last: 1 gather a window, in one call;
+    "none"      nothing is kept: every module gathers for itself, which takes the least memory
+    "readout"   the readout's are kept from a group's forward through its backward: N / C gathers per window, one call each
+    "all"       those too, and the advance's from the window's first call to its last: 1 gather per window, in one call;
                 the readout's are then on their way while the group's segments are advanced
 
-Without gathering here, one call would also cost DeepSpeed 0.19.8 two to six broadcasts of its bookkeeping, each of which waits
-for the device: it takes a forward and a backward for a step, records the order of the modules, compares it on all ranks and
-throws it away when the next step (here: another part of the cell) differs. That recording is switched off.
+DeepSpeed 0.19.8 takes one forward and one backward for a step, records the order of modules, compares it on all ranks and
+discards it when the next step (here: another part of the cell) differs. That would cost two to six broadcasts per call, each
+of which waits for the device, so the recording is switched off.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,53 +21,53 @@ from torch import nn
 
 from memformer_dist.mrbp.settings import Keep
 
-# A name among the modules that a parameter is in use by: while there is one, DeepSpeed does not let go of the parameter.
+# Stands among the modules that use a parameter: DeepSpeed releases a parameter only when no module uses it.
 HELD = "held for the window"
 
 
 class Gathering:
-    """What of `module` is kept while a window is worked through; outside of `window` nothing is."""
+    """Keeps parameters of `module` gathered, inside the context `window` alone."""
 
     def __init__(self, module: nn.Module, parameter_offload, keep: Keep):
-        parameter_offload.fwd_pre_hook.remove()  # the recording of steps
+        parameter_offload.fwd_pre_hook.remove()  # which records the order of modules
         coordinator = parameter_offload.get_param_coordinator()
-        # Whoever needs a parameter that is on its way waits for it by what this dict holds.
+        # DeepSpeed waits for a parameter that is on its way by the handle in this dict.
         self._in_flight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
         self.keep = keep
         self.parameters: list[Any] = list(module.parameters())  # with DeepSpeed's attributes
-        # Known after the first group: what is kept for the window, and what the readout alone uses.
+        # Both known after the first group: what is kept for the window, and what only the readout uses.
         self._lasting: list[Any] = []
         self._readout: list[Any] = []
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        """Around all that a window needs."""
+        """The context of all calls and backwards of a window."""
         self._begin_window()
         yield
         self._release(self.parameters)
 
     @contextmanager
     def readout(self) -> Iterator[None]:
-        """Around a readout's forward and backward."""
+        """The context of a readout's forward and backward, all parts of it."""
         self._begin_readout()
         yield
         self._end_readout()
 
     def _begin_window(self) -> None:
-        # Small parameters are kept anyhow, as DeepSpeed means to (stage3_param_persistence_threshold).
+        # Small parameters are kept in any case (DeepSpeed's stage3_param_persistence_threshold).
         self._hold(p for p in self.parameters if self.keep == "all" or p.ds_persist)
-        self._send_for(self._lasting)
+        self._start_gathering(self._lasting)
 
     def begin_advance(self) -> None:
-        """Before a segment of a group is advanced with gradient: the readout's parameters set out."""
+        """To be called before a segment is advanced with gradient: starts to gather the readout's parameters."""
         if self.keep == "all":
-            self._send_for(self._readout)
+            self._start_gathering(self._readout)
 
     def _begin_readout(self) -> None:
         if self.keep != "none":
             readout = {id(p) for p in self._readout}
             self._lasting = [p for p in self.parameters if _is_gathered(p) and id(p) not in readout]
-            self._send_for(self._readout)
+            self._start_gathering(self._readout)
             self._hold(self.parameters)
 
     def _end_readout(self) -> None:
@@ -78,7 +77,7 @@ class Gathering:
             self._readout = [p for p in others if _is_gathered(p)]
             self._release(others)
 
-    def _send_for(self, parameters: list[Any]) -> None:
+    def _start_gathering(self, parameters: list[Any]) -> None:
         absent = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
         if absent:
             self._in_flight |= dict.fromkeys(absent, absent[0].all_gather_coalesced(absent))
@@ -90,7 +89,7 @@ class Gathering:
 
     def _release(self, parameters: Iterable[Any]) -> None:
         for parameter in parameters:
-            if parameter in self._in_flight:  # sent for and not used
+            if parameter in self._in_flight:  # gathered and not used
                 self._in_flight.pop(parameter).wait()
             parameter.ds_active_sub_modules.discard(HELD)
             if _is_gathered(parameter) and not parameter.ds_active_sub_modules:

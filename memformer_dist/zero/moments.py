@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
 
 
 class Moments:
-    """Of the optimiser of `deepspeed`, an engine of DeepSpeed's. All calls are collective."""
+    """Reads and sets them in the optimiser of `deepspeed`, an engine of DeepSpeed's. All calls are collective."""
 
     def __init__(self, deepspeed: Any, world: World):
         self._deepspeed, self._world = deepspeed, world

@@ -1,18 +1,18 @@
-"""When the gradients of a window are averaged over the ranks: the ways that DeepSpeed 0.19.8 was measured to do right.
+"""When the gradients of a window are averaged over the ranks, in ways that DeepSpeed 0.19.8 was measured to get right.
 
-    "window"    every backward adds to one full local gradient, which is reduced once, whatever the number of segments and
-                lane groups: the bytes of plain data parallelism
-    "segment"   ZeRO 2 and 3: every backward's gradient is reduced and added up, in fp32, where its owner keeps it: no
-                full gradient anywhere, for one reduction a backward
+    "window"    every backward adds to one full local gradient, which is reduced once, however many segments and lane groups
+                there are: the bytes of plain data parallelism
+    "segment"   ZeRO 2 and 3: the gradient of every backward is reduced and accumulated, in fp32, by the rank that owns it:
+                no rank holds a full gradient, at the price of one reduction per backward
 
-Of "window", ZeRO 1-3 go through `coalesce_grad_reduction()`, which reduces when the block ends. ZeRO 0 does not support it:
-there the accumulation boundary is held off and the reduction asked for by hand. With `overlap_comm: true`, the last
-backward (of the first segment's advance) runs after the block instead of in it: what it does not touch, all that belongs
-to the readout, sets out before it, and the rest as it becomes final, in DeepSpeed's buckets. There, at ZeRO-3 and under
-"segment", all ranks must run the same modules (rule 6 of cells/base.py).
+Under "window", ZeRO 1-3 use `coalesce_grad_reduction()`, which reduces when its block ends. ZeRO 0 does not support it: the
+accumulation boundary is held off there, and the reduction is requested explicitly. With `overlap_comm: true` the last backward
+(that of the first segment's advance) runs after the block instead of inside it: gradients that it does not touch, which are
+all of the readout's, start to be reduced before it, the others as they become final, in DeepSpeed's buckets. With overlap, at
+ZeRO-3 and under "segment", all ranks must run the same modules (rule 6 of cells/base.py).
 
-Every parameter must have a gradient when the reduction comes, if only zeros. DeepSpeed passes over one that has none: at ZeRO-3
-it would keep the step's before, and where another rank has one, the ranks would reduce different things.
+Every parameter must have a gradient when the reduction comes, if only zeros. DeepSpeed skips a parameter that has none: ZeRO-3
+would keep the previous step's gradient, and if another rank has one, the ranks would reduce different things.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from memformer_dist.mrbp.settings import Reduce
 
 
 class Reduction:
-    """Of the gradients of `engine`, DeepSpeed's."""
+    """Averages the gradients of `engine`, which is DeepSpeed's."""
 
     def __init__(self, engine, reduce: Reduce):
         self.engine, self.optimizer, self.reduce = engine, engine.optimizer, reduce
@@ -36,10 +36,10 @@ class Reduction:
 
     @contextlib.contextmanager
     def of_a_step(self) -> Iterator[None]:
-        """Around all backwards of a step. The average over the ranks is there when it ends."""
+        """The context of all backwards of a step. When it ends, gradients are averaged over the ranks."""
         if self.reduce == "segment":
             if self.stage == 3:
-                # The first forward's backwards would overwrite what is there, and leave what they do not reach as it was.
+                # Otherwise the backwards of the first forward overwrite the buffer, and leave stale what they do not reach.
                 self.optimizer.grad_partitions_flat_buffer.zero_()
                 self.optimizer.micro_step_id = 1
             yield
@@ -57,15 +57,15 @@ class Reduction:
             self.engine.allreduce_gradients()
 
     def backward(self, scalar: Tensor, *, is_last: bool) -> None:
-        """Accumulate the gradient of a scalar; `is_last` of the step."""
+        """Accumulate the gradient of a scalar. `is_last`: it is the last backward of the step."""
         if self.reduce == "segment" and self.stage == 2:
-            self.optimizer.setup_buckets()  # DeepSpeed misses them after a backward that reaches no parameter
+            self.optimizer.setup_buckets()  # missing after a backward that reached no parameter
         if self.overlaps and is_last:
-            self._set_out(scalar)
+            self._start_others(scalar)
         self.engine.backward(scalar, scale_wrt_gas=False)
 
-    def _set_out(self, scalar: Tensor) -> None:
-        """Reduce the gradients that the backward of `scalar` leaves alone; its own then go as without coalescing."""
+    def _start_others(self, scalar: Tensor) -> None:
+        """Start to reduce the gradients that the backward of `scalar` does not touch; its own follow without coalescing."""
         self._coalesce(False)
         touched = parameters_of(scalar)
         final = [parameter for parameter in self.parameters if id(parameter) not in touched]
@@ -81,7 +81,7 @@ class Reduction:
                     self.optimizer.reduce_ready_partitions_and_remove_grads(parameter, *where)
 
     def _coalesce(self, on: bool) -> None:
-        """As `coalesce_grad_reduction()` does, which would reduce all at once when it ends."""
+        """Do what `coalesce_grad_reduction()` does at its start; at its end it would reduce everything at once."""
         self.optimizer._coalesce_grad_reduction = self.engine.inside_no_sync_ctxt = on
 
     def _fill_in_zeros(self, parameters: list[Any]) -> None:
@@ -95,7 +95,7 @@ class Reduction:
 
 
 def parameters_of(scalar: Tensor) -> set[int]:
-    """Identities of the leaves that a backward of `scalar` gives a gradient to."""
+    """The ids of the leaves to which a backward of `scalar` gives a gradient."""
     leaves, seen, stack = set(), set(), [scalar.grad_fn]
     while stack:
         node = stack.pop()

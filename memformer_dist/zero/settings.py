@@ -1,10 +1,10 @@
-"""The section `deepspeed` of a configuration: what it may say, and what is said elsewhere. Imports no DeepSpeed."""
+"""The section `deepspeed` of a configuration: which keys it may have. Does not import DeepSpeed."""
 
 from collections.abc import Callable
 from typing import Any
 
 NO_FP16 = "fp16 is refused: loss scaling would multiply the memory's gradient at every segment"
-# What the section may not name, and why, or what to set instead.
+# Keys that are not allowed: what to set instead, or the reason.
 SET_BY_US = {
     "train_batch_size": "set data.lanes",
     "train_micro_batch_size_per_gpu": "set data.lanes and mrbp.lanes_per_group",
@@ -26,7 +26,7 @@ SET_BY_US = {
     "zero_allow_untested_optimizer": "the engine sets it",
     "zero_force_ds_cpu_optimizer": "the engine sets it",
 }
-# What it may name. DeepSpeed itself passes over a misspelt key in silence.
+# Keys that are allowed. DeepSpeed itself ignores a misspelt key silently, hence the list.
 PASSED_THROUGH = (
     "zero_optimization",
     "aio",
@@ -42,13 +42,17 @@ PASSED_THROUGH = (
 
 
 def zero_stage(section: Any) -> Any:
-    """The stage that the section asks for, as it stands in the file; None where the section is not of its shape."""
+    """Return the ZeRO stage as written in the section; None if the section is malformed."""
     zero = section.get("zero_optimization", {}) if isinstance(section, dict) else None
     return zero.get("stage", 0) if isinstance(zero, dict) else None
 
 
 def deepspeed_problems(section: Any, nearest: Callable[[str], str]) -> list[str]:
-    """What is wrong with the section, a sentence each. `nearest` ends the sentence about an unknown key."""
+    """Return what is wrong with the section, one sentence per problem.
+
+    Args:
+        nearest: from an unknown key to the end of the sentence about it.
+    """
     if not isinstance(section, dict):
         return [f"deepspeed: found {section!r}, expected an object"]
     problems = [f"deepspeed.{key}: not allowed here; {SET_BY_US[key]}" for key in section if key in SET_BY_US]

@@ -54,7 +54,7 @@ def write_split(path: Path, documents, masks=None, *, vocabulary=VOCABULARY, sha
 
 
 def random_split(path: Path, lengths, masked=False, seed=0, *, vocabulary=VOCABULARY, shard_tokens=50):
-    """A split of random documents of these lengths; returns (corpus, documents, masks), masks of ones where there are none."""
+    """A split of random documents of these lengths -> (corpus, documents, masks). Unmasked, the masks are ones."""
     generator = np.random.default_rng(seed)
     documents = [generator.integers(4, 1000, length) for length in lengths]
     masks = [generator.integers(0, 2, length) if masked else np.ones(length, int) for length in lengths]

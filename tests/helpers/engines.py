@@ -180,8 +180,8 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 class Scale(ToyCell):
     """One weight w, loss w * x: the gradient is the sum of the x of all segments, here 1 and 65 times 2^-9.
 
-    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000; and the sum, 1.126953125, is
-    1.125 there, so a reduction in bf16 shows as well.
+    bf16 has 8 significant bits: 1 + 2^-9 is 1 there, so an accumulator in bf16 ends at 1.000; and the sum, 1.126953125,
+    is 1.125 there, so a reduction in bf16 shows as well.
     """
 
     def __init__(self):

@@ -1,9 +1,9 @@
-"""Processes forked from a server that has imported torch and deepspeed, which takes a new interpreter two to four seconds.
+"""Processes forked from a server that has imported torch and deepspeed, for which a new interpreter needs seconds.
 
     process = start_fork(function, *arguments)   # a multiprocessing process: join, exitcode, kill
 
-The function must be one of a module, its arguments such as can be pickled. The server has imported what helpers/preload.py
-lists and done nothing else; the fork starts with this process's environment.
+The function must be one of a module, and its arguments must be picklable. The server has imported what
+helpers/preload.py lists and done nothing else; the fork starts with this process's environment.
 """
 
 import functools
@@ -31,7 +31,7 @@ def start_fork(function: Callable[..., object], *arguments: object) -> BaseProce
 @functools.cache
 def start_server() -> None:
     """Once; from then on it serves whatever uses the start method "forkserver", the workers of preparation included."""
-    forkserver._forkserver._stop()  # one that preparation has started for its workers, which has imported nothing of this
+    forkserver._forkserver._stop()  # preparation may have started one for its workers, without these imports
     before = dict(os.environ)
     # The server's -c has the working directory on its path, and that need not be the repository.
     path = os.pathsep.join(filter(None, [str(ROOT), before.get("PYTHONPATH")]))

@@ -1,10 +1,19 @@
-"""A server of files on loopback that fails as told.
+"""A file server on loopback that fails on request.
 
     with FileServer(folder) as server:
         server.faults["train/shard-000000.tar"] = ["drop", "truncate", 503, "flip"]
         Corpus.open(f"{server.url}/train")
 
-Each request for a file takes the first fault of its list off and meets it; a list that is empty is served well.
+Each request for a file takes the first fault off the file's list and fails that way; it succeeds once the list is empty.
+
+    drop       the connection is closed without an answer
+    truncate   ... in the middle of the file
+    stall      nothing follows the first half of the file until the server ends
+    hold       no answer until `released` is set
+    short      a whole answer, of the first half of the file
+    long       a whole answer, of the file twice over
+    flip       one bit is wrong
+    503        any number: that HTTP status
 """
 
 import threading
@@ -16,7 +25,7 @@ ALWAYS = 1000
 
 
 class FileServer:
-    """requests   the paths that were asked for, in order, with what became of each: [("train/corpus.json", "served")]"""
+    """requests: the paths requested, in order, each with its outcome: [("train/corpus.json", "served"), ...]"""
 
     def __init__(self, folder: Path):
         self.folder = folder

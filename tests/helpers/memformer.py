@@ -44,8 +44,8 @@ def random_state(cell: Memformer, lanes: int):
     return MemformerState(memory, torch.randint(VOCABULARY, (lanes, SIZE)), torch.full((lanes,), SIZE))
 
 
-# Five ticks of three lanes: short segments (one of them in mid-document, so that its padding is read as context), documents
-# that begin in the middle, a memory that is reset, a lane that runs dry.
+# Five ticks of three lanes: short segments (one of them in mid-document, so that its padding is read as context),
+# documents that begin in the middle, a memory that is reset, a lane that runs dry.
 TICKS = [
     make_segment([5, 3, 5], reset=[True, True, True], seed=1),
     make_segment([5, 5, 5], reset=[False, True, False], seed=2),

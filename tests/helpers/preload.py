@@ -1,7 +1,7 @@
 """What the warm server of helpers/forks.py imports once, for all its forks. Nothing else imports this module.
 
-Imports and nothing more: a fork must find itself as a new interpreter would be. deepspeed wants DS_ACCELERATOR before it is
-imported; forks.py sets it. The first optimizer imports torch._dynamo, the first engine torch._inductor by way of its Muon.
+Imports and nothing more: apart from them a fork starts as a new interpreter does. DeepSpeed reads DS_ACCELERATOR while it
+is imported; forks.py sets it. The first optimizer imports torch._dynamo, the first engine torch._inductor through its Muon.
 """
 
 import sys

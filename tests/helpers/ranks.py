@@ -1,6 +1,6 @@
 """Run a function on several ranks of a gloo group, each a process of its own, as the launchers would start them.
 
-The ranks are forks of the warm server (helpers/forks.py). Warnings are errors on them as they are in the test that starts them.
+The ranks are forks of the warm server (helpers/forks.py). Warnings are errors there, as in the test that starts them.
 """
 
 import os

@@ -4,22 +4,21 @@
     done = run_script("launch/corpus.py", "verify", folder)
     done = run_script("launch/train.py", "--config", path, cold=True)       # an interpreter of its own
 
-A warm program has its own argv, environment, working directory and output, and ends as a cold one ends: with the same code,
-by SystemExit, by os._exit or by a signal. What it cannot show is what happens while modules are imported: that they can be
-imported alone, in which order, and environment variables that are read there (PYTHON*, MALLOC_*). So every program is also
-started cold somewhere, and through every launcher:
+A warm program has its own argv, environment, working directory and output, and ends as a cold one does: with the same
+code, by SystemExit, by os._exit or by a signal. It cannot show what happens while modules are imported: whether they can
+be imported alone, in which order, and what environment variables do there (PYTHON*, MALLOC_*). So every program is also
+started cold somewhere, through every launcher:
 
-    train.py        under `deepspeed`       tests/test_quickstart.py; interrupted in tests/test_train.py (full)
-                    under torchrun          tests/test_train.py (full)
-                    alone, interrupted      tests/test_train.py
-    evaluate.py     under torchrun          tests/test_evaluate.py
-                    alone                   tests/test_evaluate.py
-    generate.py     alone                   tests/test_quickstart.py
-    corpus.py       alone                   tests/test_verify.py
-    shard.py        alone, interrupted      tests/test_interruption.py, and under mpirun
-    tokenizer/train.py  alone               tests/test_tokenizer.py
+    launch/train.py       under `deepspeed`     tests/test_quickstart.py; interrupted in tests/test_train.py (full)
+                          under torchrun        tests/test_train.py (full)
+                          alone, interrupted    tests/test_train.py
+    launch/evaluate.py    alone, and torchrun   tests/test_evaluate.py
+    launch/generate.py    alone                 tests/test_quickstart.py
+    launch/corpus.py      alone                 tests/test_verify.py
+    tokenizer/train.py    alone                 tests/test_tokenizer.py
+    tokenizer/shard.py    alone, interrupted, and under mpirun: tests/test_interruption.py
 
-What is sent a signal, or to a whole process group, is started by the test itself, cold.
+Programs that are to get a signal are started cold by their tests, in a process group of their own.
 """
 
 import os
@@ -40,7 +39,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 def run_script(
     *command: object, cold: bool = False, cwd: Path = ROOT, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess:
-    """`python COMMAND` in `cwd`; COMMAND is a script (relative to the repository) or -m MODULE, and its arguments."""
+    """`python COMMAND` in `cwd`; COMMAND: a script of the repository, -m MODULE, or -c CODE (always cold), and arguments."""
     first, *rest = map(str, command)
     if not first.startswith("-"):
         first = str(ROOT / first)
@@ -81,7 +80,7 @@ def _program(words: list[str], cwd: str, environment: dict[str, str], output: li
         runpy.run_path(words[0], run_name="__main__")
 
 
-# ---- tokenizer/shard.py, cold: it imports no torch, and under mpirun or signals it must be a process of its own -------------
+# ---- tokenizer/shard.py, always cold: without torch it starts quickly, and it is interrupted and run under mpirun ------
 
 SHARD = ROOT / "tokenizer" / "shard.py"
 

@@ -1,8 +1,8 @@
-"""Small recurrent cells with everything that makes replay hard, and the references that their gradient is compared with.
+"""Small recurrent cells with everything that makes replay hard, and references to compare their gradients with.
 
-ToyCell: dropout in both parts, a learned initial state, a reset inside advance, odd-sized parameters (ZeRO pads partitions), a
-parameter that only the writer uses, an integer leaf in the state. Its relatives have one thing more each: an auxiliary loss, a
-state of complex numbers, leaves that are empty or that nothing reads.
+ToyCell: dropout in both parts, a learned initial state, a reset inside advance, odd-sized parameters (ZeRO pads
+partitions), a parameter that only the writer uses, an integer leaf in the state. Its relatives have one thing more each:
+an auxiliary loss, a state of complex numbers, leaves that are empty or that nothing reads.
 """
 
 from typing import NamedTuple

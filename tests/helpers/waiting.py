@@ -7,7 +7,7 @@ PATIENCE_S = 120.0  # only a test that fails waits as long
 
 
 def wait_until(condition: Callable[[], object], *, alive: Callable[[], bool] = lambda: True, what: str = "") -> None:
-    """Return once `condition()` is true. Fails after PATIENCE_S, or as soon as `alive()` is false before it was true."""
+    """Return once `condition()` is true. Fails after PATIENCE_S, or when `alive()` is false and it is not true."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         living = alive()  # asked first: what ends may have fulfilled the condition just before
