@@ -28,7 +28,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from memformer_dist.files import write_text
+from memformer_dist.files import read_json_lines, write_bytes
 from memformer_dist.logs import why
 from memformer_dist.progress import Position
 
@@ -240,20 +240,11 @@ def _histogram(values: list[float]) -> dict[str, Any]:
 def _continue(path: Path, position: Position) -> Path:
     """Drop the records after `position`, which a resumed run will write again."""
 
-    def is_kept(line: str) -> bool:
-        if not line.endswith("\n"):  # the run was killed while it wrote
-            return False
-        try:
-            record = json.loads(line)
-        except ValueError:  # half a record, from a disk that was full
-            return False
+    def is_kept(record: dict[str, Any]) -> bool:
         # An evaluation at the checkpoint's step may have come after the checkpoint.
         reached = position.evaluated if "eval/loss" in record else position.tokens
-        return record["step"] <= position.step and record["tokens"] <= reached
+        return record.get("step", math.inf) <= position.step and record.get("tokens", math.inf) <= reached
 
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if is_kept(line)]
-        if kept != lines:
-            write_text(path, "".join(kept))
+        write_bytes(path, b"".join(line for line, record in read_json_lines(path) if is_kept(record)))
     return path
