@@ -386,8 +386,10 @@ def test_ctrl_c_during_imports_is_one_line(start, program):
     time.sleep(0.25)
     started.send(signal.SIGINT)
     code, _, said = started.end()
-    assert (code, said) in [(130, "stopped\n"), (130, "stopped; the same command resumes\n"), (0, "")]
-    assert code == 130 or program.startswith("tokenizer")  # these may have ended by then
+    ends = [(130, "stopped\n"), (130, "stopped; the same command resumes\n")]
+    if program.startswith("tokenizer"):  # quick to import: it may have ended, or be past all Python code
+        ends += [(0, ""), (-signal.SIGINT, "")]
+    assert (code, said) in ends
 
 
 @pytest.mark.slow
