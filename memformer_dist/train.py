@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memformer_dist import checkpoint, evaluate, metrics, start
+from memformer_dist import agreement, checkpoint, evaluate, metrics, start
 from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
@@ -49,6 +49,7 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock_run_dir(run_dir, world):
+        agreement.require_run(world, config, corpora, run_dir)
         trainer = Trainer(config, run_dir, corpora, world)
         try:
             reason = trainer.fit()
@@ -168,7 +169,7 @@ class Trainer:
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
-        problem = self.world.broadcast_first(self.reader.prepare(self.position.tick, self.curriculum.window))
+        problem = self.world.first_problem(self.reader.prepare(self.position.tick, self.curriculum.window))
         if problem is not None:
             self._save()
             raise CorpusError(problem)

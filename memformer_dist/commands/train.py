@@ -16,7 +16,6 @@ instead. Messages also go to RUN/log.txt.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import memformer_dist
@@ -24,7 +23,7 @@ from memformer_dist import logs
 from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_data
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.world import World, world_size
+from memformer_dist.world import World
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -49,13 +48,21 @@ def run() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = RunConfig.load(find_config(options.config), options.set, world_size())
-    logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
-    world = World.start()
+    world = World.start()  # first: what a single rank finds must reach the others, or they would wait for it
+    config = world.on_all_or_raise(lambda: RunConfig.load(find_config(options.config), options.set, world.size))
+    world.on_all_or_raise(lambda: start_log(world, options.run_dir))
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
     from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
     train(config, options.run_dir, corpora, world)
+
+
+def start_log(world: World, run_dir: Path) -> None:
+    """Log to RUN/log.txt. Raises UserError if its folder cannot be made."""
+    try:
+        logs.start(world.rank, run_dir / logs.FILE)
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot make {run_dir}: {error.strerror}") from None
 
 
 def find_config(name: str) -> Path:
