@@ -115,7 +115,7 @@ def run_program(program: Callable[[], None], error_log: Path | None = None) -> N
         program()
     except UserError as error:
         code = 2
-        if rank == "0" or isinstance(error, LaunchError):
+        if rank == "0" or "WORLD_SIZE" not in os.environ or isinstance(error, LaunchError):
             report(f"error: {error}")
     except KeyboardInterrupt:
         code = 130

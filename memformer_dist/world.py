@@ -193,8 +193,17 @@ def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return ", ".join(parts) + (f" and ranks on {left} other hosts" if left else "")
 
 
+def several_ranks_can_meet() -> bool:
+    """Whether this is one of several ranks, and the launcher's variables fit together."""
+    return world_size() > 1 and not list(launch_problems(os.environ))
+
+
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Raises LaunchError where WORLD_SIZE is no such number."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not _is_number(size, LEAST["WORLD_SIZE"]):
+        raise LaunchError("\n".join(launch_problems(os.environ)))
+    return int(size)
 
 
 def ranks_of_this_host() -> int:

@@ -23,7 +23,7 @@ from memformer_dist import logs
 from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_data
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.world import World
+from memformer_dist.world import World, several_ranks_can_meet, world_size
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -48,8 +48,15 @@ def run() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    world = World.start()  # first: what a single rank finds must reach the others, or they would wait for it
-    config = world.on_all_or_raise(lambda: RunConfig.load(find_config(options.config), options.set, world.size))
+    def load() -> RunConfig:
+        return RunConfig.load(find_config(options.config), options.set, world_size())
+
+    if not several_ranks_can_meet():
+        load()  # a mistake is reported before any device is touched
+    world = World.start()
+    config = world.on_all_or_raise(
+        load
+    )  # what one of several ranks finds must reach the others: they would wait for it
     world.on_all_or_raise(lambda: start_log(world, options.run_dir))
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
     from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
