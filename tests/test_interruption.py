@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +20,7 @@ from tests.helpers import ROOT
 from tests.helpers.corpora import documents, mib
 from tests.helpers.files import tree
 from tests.helpers.scripts import SHARD, program_environment, run_command, shard_command
+from tests.helpers.waiting import wait_until
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -42,6 +42,7 @@ def whole(texts, model_file, tmp_path_factory) -> dict[str, bytes]:
     return tree(folder)
 
 
+@pytest.mark.slow
 def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -77,10 +78,8 @@ def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, 
 
 
 def until(condition, process) -> None:
-    deadline = time.monotonic() + 40
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
+    """Wait for it while the process is at work."""
+    wait_until(condition, alive=lambda: process.poll() is None)
 
 
 def partitions_finished(output: Path, step: str = "encoded") -> int:
@@ -257,8 +256,7 @@ def test_tokens_that_were_cut_short_are_not_used(tmp_path, model_file, two_files
 
 
 def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
-    (tmp_path / "corpus.partial").mkdir()
-    with open(tmp_path / "corpus.partial" / "lock", "w") as lock:
+    with open(tmp_path / "corpus.partial.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="corpus.partial: another process is working on this corpus"):
             shard(tmp_path / "corpus", model_file, [texts])
