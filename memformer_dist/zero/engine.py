@@ -219,16 +219,17 @@ class Engine:
         Of an engine that has taken steps, moments are counted again: a choice made by this is then on the safe side.
         """
         # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in self.module.parameters()]
-        numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.module.parameters()]
+        numbers = sum(count for count, _, trained in sizes if trained)
         sharers = 1 if self.zero_stage == 0 else self.world.size
         moments = 2 * 4 * numbers // sharers
         if self.mrbp.reduce == "window":
-            gradient = whole
+            gradient = sum(count * size for count, size, trained in sizes if trained)
         else:  # a bucket on its way at a time, and this rank's share, which ZeRO-3 holds from the start
             bucket = self.deepspeed.zero_reduce_bucket_size()
             gradient = 4 * (bucket + (numbers // sharers if self.zero_stage == 2 else 0))
-        gathered = whole if self.gathering is not None and self.gathering.keep != "none" else 0
+        keeps = self.gathering is not None and self.gathering.keep != "none"
+        gathered = sum(count * size for count, size, _ in sizes) if keeps else 0
         on_device = self.mrbp.state_store == "device" or self.world.device.type == "cpu"
         stored = window * sum(x.nbytes for x in state) if on_device else 0
         return moments + gradient + gathered + stored
