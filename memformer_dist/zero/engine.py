@@ -219,7 +219,9 @@ class Engine:
         Of an engine that has taken steps, moments are counted again: a choice made by this is then on the safe side.
         """
         # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.module.parameters()]
+        sizes = [
+            (getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.module.parameters()
+        ]
         numbers = sum(count for count, _, trained in sizes if trained)
         sharers = 1 if self.zero_stage == 0 else self.world.size
         moments = 2 * 4 * numbers // sharers
