@@ -136,10 +136,8 @@ class Checkout:
         vocabulary = ("--vocab-size", "500", "--cap-vocabulary")
         self.run("tokenizer/train.py", "--input", texts, "--output", model, *vocabulary)
         for name in ("plain", "masked"):
-            # The size of a partition goes by two names; so small a one makes several.
-            size = "--partition-mib" if "--partition-mib" in (self.root / "README.md").read_text() else "--unit-mib"
-            if (self.root / "memformer_dist/prepare").is_dir():
-                size = "--partition-mib"
+            # The size of a partition has two names; so small a size makes several partitions.
+            size = "--partition-mib" if (self.root / "memformer_dist/prepare").is_dir() else "--unit-mib"
             where = ("--input", texts / name, "--tokenizer", f"{model}.model", "--output", self.folder / name)
             self.run("tokenizer/shard.py", *where, size, "0.01", "--valid-fraction", "0.2", "--workers", "2")
 
