@@ -20,10 +20,14 @@ RUN/log.txt.
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import memformer_dist
 from memformer_dist import logs, signals
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
+
+if TYPE_CHECKING:
+    from memformer_dist.world import World
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,11 +57,16 @@ def _train(options: argparse.Namespace) -> None:
     # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
     from memformer_dist.config import RunConfig
     from memformer_dist.data.open_data import open_data
-    from memformer_dist.world import World, world_size
+    from memformer_dist.world import World, several_ranks_can_meet, world_size
 
-    config = RunConfig.load(find_config(options.config), options.set, world_size())
-    logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
+    def load() -> RunConfig:
+        return RunConfig.load(find_config(options.config), options.set, world_size())
+
+    if not several_ranks_can_meet():
+        load()  # a mistake is reported before any device is touched
     world = World.start()
+    config = world.on_all_or_raise(load)  # what one rank finds must reach the others: they would wait for it
+    world.on_all_or_raise(lambda: start_log(world, options.run_dir))
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
     from memformer_dist.train import train
 
@@ -72,6 +81,14 @@ def code_of_a_stopped_run() -> int:
     """STOPPED; 0 where torchrun would take any other code for a failure and start the ranks again (--max-restarts)."""
     restarts, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     return STOPPED if restarts >= limit else 0
+
+
+def start_log(world: "World", run_dir: Path) -> None:
+    """Log to RUN/log.txt. Raises UserError if its folder cannot be made."""
+    try:
+        logs.start(world.rank, run_dir / logs.FILE)
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot make {run_dir}: {error.strerror}") from None
 
 
 def find_config(name: str) -> Path:
