@@ -22,13 +22,14 @@ from typing import Any
 
 from memformer_dist.errors import UserError
 from memformer_dist.files import NO_SPACE, PARTIAL, flush, try_lock, write_bytes, write_text
-from memformer_dist.prepare.documents import File
+from memformer_dist.prepare.documents import File, suffix_of
+from memformer_dist.prepare.kinds import Kind
 from memformer_dist.prepare.partitions import Partition
 
-RECORD, QUARANTINE, TOKENIZER = "sharding.json", "quarantine.jsonl", "tokenizer.model"
+RECORD, QUARANTINE, IGNORED, TOKENIZER = "sharding.json", "quarantine.jsonl", "ignored.jsonl", "tokenizer.model"
 RECIPE_VERSION = 2
 
-ListedFile = tuple[str, int | None, str]  # absolute path, bytes, mark of the last change
+ListedFile = tuple[str | int | None, ...]  # absolute path, bytes, mark of the last change; kind, if `listed` says so
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,17 @@ class Recipe:
     valid_fraction: float
     seed: int
     partition_mib: float
+    text_field: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As sharding.json has them. An option that came later is there where it is used, so older records compare."""
+        return {name: value for name, value in vars(self).items() if name != "text_field" or value is not None}
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """The fields in which a sharding.json, parsed, is another recipe."""
-        record, own = upgrade(record), json.loads(json.dumps(vars(self)))
-        return [name for name in own if record.get(name) != own[name]]
+        record, own = upgrade(record), json.loads(json.dumps(self.fields))
+        return [name for name in vars(self) if record.get(name) != own.get(name)]
 
 
 def upgrade(record: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +62,10 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(file: File) -> ListedFile:
-    return file.path, file.size, file.changed
+    """With its kind where version 0.1 took the file for another: for text, whatever it was."""
+    usual = (file.path, file.size, file.changed)
+    before = {".jsonl": Kind.JSON_LINES, ".parquet": Kind.PARQUET}.get(suffix_of(file.name), Kind.TEXT)
+    return usual if file.kind in (before, Kind.BINARY, None) else (*usual, file.kind.value)
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,11 @@ class Workspace:
     def shard_index(self, number: int, split: str) -> Path:
         return self.folder / "shards" / f"{number:06d}-{split}.safetensors"
 
-    def stem(self, partition: Partition, tokenizer_sha256: str) -> Path:
+    def stem(self, partition: Partition, tokenizer_sha256: str, text_field: str | None = None) -> Path:
         """The files of an encoded partition without their suffix: the same files, cuts and tokenizer, the same name."""
         pieces = [(*listed(file), *place) for file, *place in partition.pieces]
-        name = hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
+        made_of = [tokenizer_sha256, pieces, *([] if text_field is None else [text_field])]
+        name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
         return self.folder / "encoded" / name
 
     @property
@@ -142,13 +153,21 @@ class Workspace:
             path.unlink(missing_ok=True)
         write_bytes(self.tokenizer, tokenizer)
         if differences:
-            write_text(self._recipe, json.dumps(vars(recipe), indent=1))
+            write_text(self._recipe, json.dumps(recipe.fields, indent=1))
 
-    def finish(self, recipe: Recipe, report: dict[str, Any], quarantine: Iterable[dict[str, Any]]) -> None:
+    def finish(
+        self,
+        recipe: Recipe,
+        report: dict[str, Any],
+        quarantine: Iterable[dict[str, Any]],
+        ignored: Iterable[dict[str, Any]] = (),
+    ) -> None:
         """The corpus takes its name; CORPUS.partial goes, and with it the corpus that is replaced."""
         with open(self._corpus / QUARANTINE, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in quarantine)
-        (self._corpus / RECORD).write_text(json.dumps(vars(recipe) | {"report": report}, indent=1) + "\n")
+        if lines := [json.dumps(line) + "\n" for line in ignored]:
+            (self._corpus / IGNORED).write_text("".join(lines))
+        (self._corpus / RECORD).write_text(json.dumps(recipe.fields | {"report": report}, indent=1) + "\n")
         for path in self._corpus.rglob("*"):
             if path.suffix != ".tar":  # shards are on the disk already
                 flush(path)
