@@ -1,6 +1,6 @@
 """Distributed training of segment-recurrent memory transformers by exact memory replay back-propagation.
 
-    from memformer_dist import RecurrentCell, RunConfig, Segment, memory_replay
+    from memformer_dist import RecurrentCell, RunConfig, Segment, check_cell, memory_replay
 
 Each name is imported when it is first used, so that `import memformer_dist` takes no time and loads no torch.
 """
@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memformer_dist.cells.base import RecurrentCell
+    from memformer_dist.cells.check import check_cell
     from memformer_dist.config import RunConfig
     from memformer_dist.mrbp.replay import memory_replay
     from memformer_dist.segment import Segment
 
 __version__ = "0.2.0"
-__all__ = ["RecurrentCell", "RunConfig", "Segment", "__version__", "memory_replay"]
+__all__ = ["RecurrentCell", "RunConfig", "Segment", "__version__", "check_cell", "memory_replay"]
 
 _MODULES = {
     "RecurrentCell": "memformer_dist.cells.base",
     "RunConfig": "memformer_dist.config",
     "Segment": "memformer_dist.segment",
+    "check_cell": "memformer_dist.cells.check",
     "memory_replay": "memformer_dist.mrbp.replay",
 }
 

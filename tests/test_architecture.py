@@ -196,3 +196,18 @@ def test_no_function_is_written_twice():
                 if body.count("\n"):  # one line may well be the same
                     places.setdefault(body, []).append(f"{module}.{node.name}")
     assert [names for names in places.values() if len(names) > 1] == []
+
+
+def test_the_inner_tier_touches_every_module():
+    """tests/run.sh --quick runs something of every module, but of those whose subject as a whole is `full`."""
+    left_out = []
+    for module, path in TESTS.items():
+        tests = [
+            " ".join(map(ast.unparse, node.decorator_list))
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
+        slow, full = ([mark in markers for markers in tests] for mark in ("pytest.mark.slow", "pytest.mark.full"))
+        if any(slow) and all(map(max, slow, full)):
+            left_out.append(module)
+    assert left_out == []

@@ -197,7 +197,8 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("options", [["--quick"], pytest.param(["--repeats", "2", "--long"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quick"], ["--repeats", "2", "--long"]])
 def test_whole_benchmark(monkeypatch, tmp_path, capsys, options):
     """On tiny models, its measurements in this process: rows, table and JSON of what was measured."""
     measured = []

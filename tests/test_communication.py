@@ -104,7 +104,6 @@ def sharded_rank(world):
     assert seen.calls("reduce_scatter") == 8 + 2
 
 
-@pytest.mark.slow
 def test_the_reduction_of_every_backward():
     run_ranks(2, sharded_rank)
 
@@ -118,6 +117,7 @@ def many_reductions_rank(world):
     assert seen.bytes("all_reduce") > 3 * bytes_of("toy", "")
 
 
+@pytest.mark.slow
 def test_the_count_sees_a_reduction_per_backward():
     """The control: DeepSpeed's way without the block."""
     run_ranks(2, many_reductions_rank)

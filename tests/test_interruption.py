@@ -42,6 +42,7 @@ def whole(texts, model_file, tmp_path_factory) -> dict[str, bytes]:
     return tree(folder)
 
 
+@pytest.mark.slow
 def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()

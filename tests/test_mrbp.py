@@ -301,6 +301,41 @@ def test_host_states_are_copies_in_the_order_of_a_stack():
         assert torch.equal(found.memory, memory) and torch.equal(found.seen, state.seen)
 
 
+@pytest.mark.parametrize(
+    "other", [ToyState(torch.zeros(1, 3), torch.zeros(2)), ToyState(torch.zeros(2, 3).double(), torch.zeros(2))]
+)
+def test_host_states_refuse_a_leaf_of_another_shape_or_type(other):
+    """A plain copy would broadcast the one and round the other, in silence."""
+    store = HostStates(torch.device("cpu"))
+    store.push(ToyState(torch.zeros(2, 3), torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"state.memory: found torch.float(32|64) .* first state has torch.float32"):
+        store.push(other)
+
+
+@pytest.mark.parametrize("segments", [4, 12])
+def test_a_cell_that_differentiates_inside_keeps_no_graph_of_the_rollout(segments):
+    """Test-time training enables gradients inside advance: the stored states must not hold the rollout's graphs."""
+
+    class Inner(ToyCell):
+        def advance(self, segment, state):
+            with torch.enable_grad():
+                return super().advance(segment, state)
+
+    class Stored(DeviceStates):
+        def push(self, state):
+            assert not any(x.requires_grad for x in state)
+            super().push(state)
+
+    cell, window = Inner().double().train(), random_window(segments, LANES, LENGTH, seed=1)
+    executor = TorchExecutor(cell, 0)
+    settings = {"loss_scale": 1.0, "executor": executor}
+    memory_replay(cell, window, starting_state(cell), states=Stored(), **settings)
+    found = gradients(cell)
+    cell.zero_grad()
+    full_bptt(executor, window, starting_state(cell), loss_scale=1.0)
+    assert relative_error(found, gradients(cell)) <= TOLERANCE
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies on a stream of their own")
 def test_host_states_on_a_gpu_equal_device_states():
     """Several windows with states large enough for copies to be under way while kernels run."""

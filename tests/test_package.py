@@ -22,6 +22,7 @@ def test_importing_the_package_imports_no_torch():
 
 def test_its_names_are_those_of_the_modules():
     from memformer_dist.cells.base import RecurrentCell
+    from memformer_dist.cells.check import check_cell
     from memformer_dist.config import RunConfig
     from memformer_dist.mrbp.replay import memory_replay
     from memformer_dist.segment import Segment
@@ -31,6 +32,7 @@ def test_its_names_are_those_of_the_modules():
         "RecurrentCell": RecurrentCell,
         "RunConfig": RunConfig,
         "Segment": Segment,
+        "check_cell": check_cell,
         "memory_replay": memory_replay,
         "__version__": memformer_dist.__version__,
     }

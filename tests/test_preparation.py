@@ -79,6 +79,7 @@ def quarantined(corpus: Path) -> list[tuple[str, int]]:
     return [(line["file"], line["position"]) for line in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(made=st.lists(files(), min_size=1, max_size=6), partition=st.integers(1, 400))
 def test_the_corpus_holds_each_document_as_sentencepiece_encodes_it(tmp_path_factory, model_file, made, partition):

@@ -100,6 +100,7 @@ def test_folders_of_one_name_and_texts_that_have_changed(tiny, start, tmp_path, 
     assert ended.value.code == 2 and (ROOT / hint[1] / "corpus").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_what_the_step_has_started(tmp_path):
     """A launcher that dies of it at once, as DeepSpeed's does, over a rank that takes its time to save."""
     rank = f"""

@@ -56,6 +56,7 @@ def definitions() -> dict:
     return names
 
 
+@pytest.mark.slow
 def test_the_example_learns_what_it_says(tmp_path: Path):
     program = tmp_path / "example.py"
     program.write_text(example() + "import sys\nassert 'deepspeed' not in sys.modules\n")

@@ -201,6 +201,7 @@ def test_a_permanent_fault_is_a_clear_error(server, folder, tmp_path, rested, fa
     assert_reads_all(corpus, folder)  # once the server has recovered
 
 
+@pytest.mark.slow
 def test_a_stalled_connection_does_not_hang(server, folder, tmp_path, monkeypatch, stalls):
     monkeypatch.setattr(transfer, "TRIES", 3)
     server.faults[shard(0)] = ["stall"] * ALWAYS
@@ -345,8 +346,24 @@ def test_the_bound_is_kept_at_all_times(server, folder, tmp_path, taken, shards_
     assert max(taken) == shards_held * size, "the bound, and all the room that it gives"
     prefetch(corpus, [])
     finish_fetching(corpus)
-    maps = Path("/proc/self/maps").read_text()
-    assert "shard-" not in "".join(line for line in maps.splitlines() if str(tmp_path) in line and "deleted" in line)
+    assert not deleted_maps(tmp_path)
+
+
+def deleted_maps(cache):
+    """Shards that this process has mapped although they are no longer in the cache: they keep their space on the disk."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if f"{cache}/" in line and "shard-" in line and "deleted" in line]
+
+
+def test_maps_of_removed_shards_are_closed(server, folder, tmp_path):
+    """Also where nothing is announced: as another shard takes the room."""
+    corpus = opened(server, tmp_path, shards_held=1)
+    for number in range(SHARDS):
+        assert_reads_all(corpus, folder, [number * PER_SHARD])
+        assert not deleted_maps(tmp_path)
+    held = corpus.tokens((SHARDS - 1) * PER_SHARD, 0, 10)
+    assert_reads_all(corpus, folder, [0])
+    assert len(deleted_maps(tmp_path)) == 1 and held.any(), "the control: whoever has a view keeps the map"
 
 
 def test_a_cached_shard_that_somebody_emptied(server, tmp_path):
@@ -414,6 +431,27 @@ def test_a_bound_that_is_too_small(server, folder, tmp_path):
     assert_reads_all(corpus, folder, range(2 * PER_SHARD, 4 * PER_SHARD))
     with pytest.raises(UserError, match=r"data.cache_gib: .* that are read at once \(1\)"):
         check(opened(server, tmp_path, shards_held=0), 0)
+
+
+def test_whose_shards_make_room(tmp_path):
+    """Two processes announce three shards to a cache of two."""
+    sizes = dict.fromkeys("xyz", 10)
+    ours, theirs = (ShardCache(tmp_path, sizes, bound=20) for _ in range(2))
+
+    def fetch(cache, name, needed):
+        reservation = cache.reserve(name, needed=needed)
+        if reservation is not None:
+            reservation.path.write_bytes(bytes(sizes[name]))
+            reservation.keep()
+        return {path.name for path in tmp_path.iterdir()} & set(sizes)
+
+    fetch(ours, "y", needed=True), fetch(ours, "z", needed=True)
+    assert theirs.prefetch(["z"]) == [] and ours.prefetch(["y", "x"]) == ["x"]
+    assert fetch(ours, "x", needed=False) == {"y", "z"}, "both are needed sooner"
+    assert ours.prefetch(["x", "y"]) == ["x"]
+    assert fetch(ours, "x", needed=True) == {"x", "y"}, "theirs goes, although ours is needed later"
+    assert theirs.prefetch(["z"]) == ["z"], "announced again, it is to be fetched again"
+    assert fetch(theirs, "z", needed=False) == {"x", "z"}, "what is needed last goes first"
 
 
 def test_other_corpora_and_the_living_are_left_alone(server, folder, tmp_path):

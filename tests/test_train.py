@@ -239,6 +239,7 @@ def chosen_rank(world, cases) -> None:
         assert asked == ([] if choice is None else [3])
 
 
+@pytest.mark.slow
 def test_a_chosen_readout_group_is_kept(corpus_dir, tmp_path, capfd):
     """Dropout masks depend on it, so a run that is resumed where more memory is free has to go on with what it had.
 
@@ -281,6 +282,7 @@ def test_a_chosen_readout_group_is_kept(corpus_dir, tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 def test_gradient_norms_at_the_boundaries_equal_full_bptt(corpus_dir, tmp_path):
     """||dL/d(state)|| at every boundary of the first window, over 2 ranks and 2 lane groups each, against float64."""
     raw = settings(

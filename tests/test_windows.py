@@ -290,6 +290,28 @@ def test_the_next_window_is_checked_in_the_background(corpus, monkeypatch):
     assert control.prepare(4, 4) is None and set(here) == documents[1], "the control: nobody has checked before"
 
 
+def test_checks_in_the_background_are_waited_for(corpus, monkeypatch):
+    """They have only begun when `prepare` is called for the same window: it does not compare the documents as well."""
+    compare, wait, began, release, here = corpus._compare, windows.wait, threading.Event(), threading.Event(), []
+
+    def spy(document):
+        if on_main_thread():
+            here.append(document)
+        else:
+            began.set()
+            assert release.wait(60)
+        compare(document)
+
+    reader = make_reader(corpus)
+    monkeypatch.setattr(corpus, "_compare", spy)
+    monkeypatch.setattr(windows, "wait", lambda futures: (release.set(), wait(futures)))
+    assert reader.prepare(0, 4) is None
+    assert began.wait(60)
+    here.clear()
+    assert reader.prepare(0, 4) is None and not release.is_set(), "another window does not wait"
+    assert reader.prepare(4, 4) is None and release.is_set() and not here
+
+
 def test_chunks_are_read_ahead(corpus, monkeypatch):
     """A chunk is read by the thread, while the segments of the one before are worked on."""
     monkeypatch.setattr(segments_module, "CHUNK_TICKS", 8)
@@ -385,7 +407,15 @@ def test_segments_are_pinned_by_the_reading_thread_and_copied_by_the_consumer(co
     window, visits = reader.window(0, 5), ORDERS["replay"](5)
     for t in visits:
         window[t]
-    assert Counter(calls) == {("pin", False): len(visits), ("copy", gpu, True): len(visits)}
+    assert len(visits) == 9
+    assert Counter(calls) == {("pin", False): 5, ("copy", gpu, True): 5}, "a segment stays for its second visit"
+    assert not window._kept, "and no longer"
+    calls.clear()
+    monkeypatch.setattr(windows, "KEPT_BYTES", 100)
+    window = reader.window(0, 5)
+    for t in visits:
+        window[t]
+    assert Counter(calls) == {("pin", False): 9, ("copy", gpu, True): 9}, "a window too large to be kept"
     calls.clear()
     reader.segment(0)
     assert not calls, "a single segment stays on the CPU"

@@ -8,7 +8,7 @@ B lanes, independent documents side by side, and is cut in two where the recurre
 
 Memory replay (mrbp/replay.py) runs `advance` alone, without gradient, through a whole window, and later recomputes it
 segment by segment, last to first; `readout` runs once per segment, or once for several of them stacked as more lanes. Hence
-the rules, which tests/test_cells.py checks for every cell:
+the rules; check_cell (check.py) says which of them a cell breaks, and tests/test_cells.py checks all cells there are:
 
 1.  State, features and cache are NamedTuples of tensors whose first dimension is the lane; a state has at least one. Its
     floating-point leaves carry gradient across segments and are kept in float32 (float64 in a float64 model), whatever the

@@ -24,6 +24,7 @@ from memformer_dist.errors import CorpusError
 from memformer_dist.segment import Segment
 
 CPU = torch.device("cpu")
+KEPT_BYTES = 2**26  # of a window's segments that stay on a GPU from the rollout to the replay
 TICKS_AHEAD = 1024  # whose remote shards are fetched ahead of need, as many of them as the cache holds
 
 
@@ -66,22 +67,27 @@ class SegmentThread:
     def chunk_ticks(self, lanes: range) -> int:
         return self._segments.chunk_ticks(lanes)
 
+    @property
+    def on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
     def _read(self, tick: int, lanes: range) -> Segment:
         segment = self._segments.read(tick, lanes)
-        return segment.pin_memory() if self._device.type == "cuda" else segment
+        return segment.pin_memory() if self.on_gpu else segment
 
 
 class Window(Sequence[Segment]):
     """`segments` consecutive ticks from `start`, each read when it is asked for.
 
-    The order of memory replay is the fast one: 0, 1, ..., N-2, then N-1 down to 0. Any other works. A segment is copied
-    to the device at each visit.
+    The order of memory replay is the fast one: 0, 1, ..., N-2, then N-1 down to 0. Any other works. On a GPU a segment is
+    copied once: it stays there for its second visit, unless the window's segments together take more than KEPT_BYTES.
     """
 
     def __init__(self, thread: SegmentThread, lanes: range, start: int, segments: int, *, prefetch: int):
         self.start = start
         self._thread, self._lanes, self._segments, self._prefetch = thread, lanes, segments, prefetch
         self._begun: dict[int, Future[Segment]] = {}
+        self._kept: dict[int, Segment] = {}  # on the device, from their first visit on
         self._last = -1
         self._begin_after(-1)
 
@@ -97,11 +103,19 @@ class Window(Sequence[Segment]):
         if isinstance(t, slice):
             return [self[number] for number in range(self._segments)[t]]
         t = range(self._segments)[t]
-        begun = self._begun.pop(t, None)
+        begun, kept = self._begun.pop(t, None), self._kept.pop(t, None)
         # Going forwards, t is visit number t; going backwards, or asked for again, it is visit 2 (N - 1) - t.
-        self._begin_after(t if t > self._last else 2 * (self._segments - 1) - t)
+        forwards = t > self._last
+        self._begin_after(t if forwards else 2 * (self._segments - 1) - t)
         self._last = t
-        return self._thread.finish(self.start + t, self._lanes, begun)
+        if kept is not None:
+            return kept
+        segment = self._thread.finish(self.start + t, self._lanes, begun)
+        if forwards and t < self._segments - 1 and self._thread.on_gpu:
+            size = sum(column.nbytes for column in segment)
+            if self._segments * size <= KEPT_BYTES:
+                self._kept[t] = segment
+        return segment
 
     def _begin_after(self, visit: int) -> None:
         """Begin to read what the visits after this one need."""
@@ -113,7 +127,7 @@ class Window(Sequence[Segment]):
         for t in self._begun.keys() - set(upcoming):
             self._begun.pop(t).cancel()
         for t in upcoming:
-            if t not in self._begun:
+            if t not in self._begun and t not in self._kept:
                 self._begun[t] = self._thread.begin(self.start + t, self._lanes)
         # Where disks are slow a chunk takes longer than a segment: the one after that of the next segments begins now.
         ahead = visit + self._thread.chunk_ticks(self._lanes)

@@ -33,8 +33,8 @@ class DeviceStates:
 class HostStates:
     """Copies in host memory of states that live on `device`, of one window at a time.
 
-    They lie in blocks of BLOCK states a leaf: a million tokens are thousands of states, and as many tensors of their own
-    would take more memory to keep account of than some states have.
+    They lie in blocks of BLOCK states per leaf: a million tokens are thousands of states, and keeping account of as many
+    tensors would take more memory than some states do.
     """
 
     BLOCK = 16
@@ -53,13 +53,18 @@ class HostStates:
             self._blocks.append(state._make(map(self._block_like, state)))
         self._held += 1
         with self._copying():
-            for tensor, block in zip(state, self._blocks[-1]):
+            for name, tensor, block in zip(state._fields, state, self._blocks[-1]):
+                if (tensor.shape, tensor.dtype) != (block.shape[1:], block.dtype):  # the copy would broadcast or round
+                    raise ValueError(
+                        f"state.{name}: found {tensor.dtype} {list(tensor.shape)}, the window's first state has"
+                        f" {block.dtype} {list(block.shape[1:])}"
+                    )
                 block[place].copy_(tensor, non_blocking=True)
                 if self._stream is not None:
                     tensor.record_stream(self._stream)
 
     def pop(self) -> Tensors:
-        """The newest state that is left, on the device; the one below it sets out. IndexError where none is left."""
+        """The newest state that is left, on the device; the copy of the one below it starts. IndexError if none is left."""
         state = self._next or self._fetch()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)

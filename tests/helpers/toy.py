@@ -47,7 +47,7 @@ class ToyCell(RecurrentCell):
         return super().double()
 
     def empty_state(self, lanes, device=None):
-        device = device or self.embedding.weight.device
+        device = device or next(self.parameters()).device
         memory = torch.zeros(lanes, self.width, device=device, dtype=self.dtype)
         return ToyState(memory, torch.zeros(lanes, dtype=torch.long, device=device))
 
@@ -107,7 +107,7 @@ class OscillatorCell(ToyCell):
         self.turn = nn.Linear(1, 2 * width)  # decay and angle of each oscillator
 
     def empty_state(self, lanes, device=None):
-        device = device or self.embedding.weight.device
+        device = device or next(self.parameters()).device
         zeros = torch.zeros(lanes, self.width, device=device, dtype=self.dtype)
         return OscillatorState(torch.complex(zeros, zeros), zeros[:, :0], zeros[:, 0])
 
