@@ -8,10 +8,10 @@ documents rises when something is taken away, by the number of segments since th
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from memformer_dist.errors import UserError, run_program
+from memformer_dist.files import read_json, read_json_lines
 
 CURVES = {
     "eval/loss": ("memory carried", "tab:blue"),
@@ -28,11 +28,11 @@ MODES = {
 
 def read(run_dir: Path) -> tuple[list[dict], dict]:
     """The records of evaluations, and the summary. Raises UserError if the run is not finished."""
-    try:
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((run_dir / "summary.json").read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"--run-dir: found no {error.filename}, expected a finished run") from None
+    records = [record for _, record in read_json_lines(run_dir / "metrics.jsonl")]
+    summary = read_json(run_dir / "summary.json")
+    if not records or summary is None:
+        missing = run_dir / ("metrics.jsonl" if summary is not None else "summary.json")
+        raise UserError(f"--run-dir: found no {missing}, expected a finished run")
     return [record for record in records if "eval/loss" in record], summary
 
 

@@ -25,6 +25,7 @@ from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.errors import UserError, run_program
+from memformer_dist.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
@@ -113,7 +114,7 @@ def train(corpus: Path, folder: Path) -> dict:
 def finished(folder: Path, tokens: int) -> dict | None:
     """The summary of a run that has trained on so many tokens, None where it has trained on fewer."""
     path = folder / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
+    summary = read_json(path)
     return summary if summary and summary["tokens"] >= tokens else None
 
 

@@ -15,7 +15,6 @@ world size and are not written atomically.
 
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, KeysView
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +32,7 @@ from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
-from memformer_dist.files import flush, sha256_of
+from memformer_dist.files import REMOVED, flush, make_way, remove_folder, sha256_of, usual_mode
 from memformer_dist.mrbp.executor import reseed
 from memformer_dist.progress import Interval, Position
 from memformer_dist.segment import Tensors
@@ -190,7 +189,7 @@ class Checkpoint:
             )
         return SentencePieceProcessor(model_file=str(path))
 
-    @cached_property
+    @cached_property  # of names: nothing stays open
     def _moments(self) -> "TensorFiles":
         return TensorFiles(self.files("moments-"))
 
@@ -212,19 +211,23 @@ class Checkpoint:
 
 
 class TensorFiles:
-    """Several safetensors files as one mapping. A tensor is read from disk each time it is looked up."""
+    """Several safetensors files as one mapping. A tensor is read from disk each time it is looked up.
+
+    No file stays open or mapped: while one is, its folder cannot be removed on NFS.
+    """
 
     def __init__(self, paths: Iterable[Path]):
-        self.file_of: dict[str, safe_open] = {}
+        self.file_of: dict[str, Path] = {}
         for path in paths:
-            file = safe_open(path, "pt")
-            self.file_of |= dict.fromkeys(file.keys(), file)
+            with safe_open(path, "pt") as file:
+                self.file_of |= dict.fromkeys(file.keys(), path)
 
     def keys(self) -> KeysView[str]:
         return self.file_of.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.file_of[name].get_tensor(name)
+        with safe_open(self.file_of[name], "pt") as file:
+            return file.get_tensor(name).clone()  # what it returns is a view of the mapped file
 
 
 def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents, lanes: range, state: Tensors) -> Path:
@@ -237,10 +240,10 @@ def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents,
     final = folder / f"step-{contents.position.step:08d}"
     partial = folder / f"partial-{contents.position.step:08d}"
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        make_way(partial)
         partial.mkdir(parents=True)
     dist.barrier()
-    save_file(
+    _write_tensors(
         {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()},
         partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors",
     )
@@ -253,7 +256,7 @@ def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents,
         (partial / "manifest.json").write_bytes(FILE_RECORDS.dump_json(records, indent=2))
         for path in (*partial.iterdir(), partial):
             flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed after the rename, and has come here again
+        make_way(final)  # of a run that was killed after the rename, and has come here again
         partial.rename(final)
         flush(folder)
         _remove_old(folder, contents.config.checkpoint.keep)
@@ -269,8 +272,8 @@ def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
 
     def write() -> None:
         nonlocal held, count
-        save_file(weights, folder / f"weights-{count:05d}.safetensors")
-        save_file(moments, folder / f"moments-{count:05d}.safetensors")
+        _write_tensors(weights, folder / f"weights-{count:05d}.safetensors")
+        _write_tensors(moments, folder / f"moments-{count:05d}.safetensors")
         weights.clear()
         moments.clear()
         held, count = 0, count + 1
@@ -285,6 +288,11 @@ def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
             write()
     if weights:
         write()
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    with usual_mode(path):
+        save_file(tensors, path)
 
 
 def newest(run_dir: Path, world: World) -> Checkpoint | None:
@@ -306,7 +314,7 @@ def _newest_name(folder: Path) -> str | None:
             return path.name
         except Damaged as damage:
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)  # the same step was damaged once before
+            make_way(aside)  # the same step was damaged once before
             path.rename(aside)
             log.warning("skipping damaged checkpoint: %s (moved to %s)", damage, aside)
     if candidates or any(folder.glob("damaged-*")):
@@ -373,12 +381,13 @@ def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
+    """Remove what is no longer needed; what cannot be removed now is tried again at the next save."""
     for path in sorted(folder.glob("step-[0-9]*"), reverse=True)[keep:]:
         try:
             anchor = Checkpoint(path).contents.anchor
         except (Damaged, OSError, UserError):  # a removal was interrupted, or nothing could resume from it
             anchor = False
         if not anchor:
-            shutil.rmtree(path)
-    for path in folder.glob("partial-*"):  # of a save that was interrupted
-        shutil.rmtree(path)
+            remove_folder(path)
+    for path in (*folder.glob("partial-*"), *folder.glob(f"{REMOVED}*")):  # of saves that were interrupted
+        remove_folder(path)

@@ -1,25 +1,46 @@
-"""Write, lock and hash files. A file is written beside its place, flushed to disk and renamed: one that exists is whole."""
+"""Write, lock, hash and remove files, on the file systems of clusters too.
+
+A file is written beside its place, flushed to disk and renamed: one that exists is whole. What a file system does not
+offer (flushing folders, locks, permissions) is done without. On NFS a file that some process has open leaves a .nfsXXXX
+in its folder when it is removed, and the folder stays until it is closed: so nothing that is written by name depends
+on old folders being gone.
+"""
 
 import errno
 import fcntl
 import hashlib
+import itertools
+import json
+import logging
 import os
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PARTIAL = ".partial"  # what a file is called until it is whole
+REMOVED = "removed-"  # how the name of a folder begins that could not be removed yet
+LOCK_ATTEMPTS = 10
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno where a file does not fit
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # by fsync, on some file systems
 READ_BYTES = 2**20  # at once, where a file is hashed
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Yield the path to write to. It is renamed to `path` when the block ends, and removed if the block fails.
 
+    A link is followed. What is no plain file, such as /dev/stdout, is written to as it is.
+
     Raises OSError if the disk is full or the folder cannot be written to; what was at `path` then stays as it was.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
@@ -43,16 +64,70 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk. A file system that cannot flush folders is no error."""
-    handle = os.open(path, os.O_RDONLY)
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a small JSON file. None where there is none, or, with a warning, where the file is damaged."""
     try:
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s: is damaged and not used: %s", path, error)
+        return None
+    return found
+
+
+def read_json_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file of JSON objects, and these. Lines that are torn are left out, with a warning.
+
+    A process that is killed leaves half a line, a machine without power a block of zeros. No lines where no file is.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    found, torn = [], [] if lines[-1] == b"" else [len(lines)]  # numbers from 1
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            found.append((line + b"\n", entry))
+        else:
+            torn.append(number)
+    if torn:
+        log.warning("%s: left out what is torn: lines %s", path, ", ".join(map(str, sorted(torn))))
+    return found
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that is written in this block the permissions of every new file, by the umask.
+
+    Some libraries, such as safetensors, write files that nobody but their owner can read.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    with suppress(OSError):  # a file system without permissions
+        path.chmod(mode)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk. A file system that cannot flush them is no error."""
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not is_folder and error.errno not in NOT_OFFERED:
             raise
-    finally:
-        os.close(handle)
 
 
 def lock(file: IO) -> None:
@@ -63,15 +138,76 @@ def lock(file: IO) -> None:
 def try_lock(file: IO) -> bool:
     """Lock an open file until it is closed, at the latest by the end of the process. False if another process holds it.
 
-    Returns True on a file system without locks, where it protects nobody.
+    On NFS the file must be open for writing. Returns True, with a warning, on a file system without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        log.warning(
+            "%s: this file system has no locks (%s); make sure yourself that no other process works there",
+            file.name,
+            error.strerror,
+        )
     return True
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold the lock `path`, a file that is removed at the end. Yields False if another process holds it.
+
+    The file must not lie in a folder that is removed meanwhile.
+    """
+    with _locked_file(path) as file:
+        if file is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with suppress(OSError):
+                path.unlink()  # before the lock is given up: whoever waits for it sees that the file is another one
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[IO | None]:
+    for _ in range(LOCK_ATTEMPTS):
+        with path.open("a") as file:
+            if not try_lock(file):
+                break
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # else its holder has removed it between `open` and `try_lock`
+                yield file
+                return
+    yield None
+
+
+def remove_folder(path: Path) -> bool:
+    """Remove a folder and all that it holds. False, with a warning, where that is not possible at the moment."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            return True
+        log.warning(
+            "cannot remove %s at the moment: %s: %s; it is tried again later", path, error.filename, error.strerror
+        )
+        return False
+    return True
+
+
+def make_way(path: Path) -> None:
+    """Remove a folder if it exists. One that cannot be removed is renamed: to removed-NAME-0, or the next free number.
+
+    Raises OSError where neither is possible.
+    """
+    if os.path.lexists(path) and not remove_folder(path):
+        asides = (path.with_name(f"{REMOVED}{path.name}-{number}") for number in itertools.count())
+        path.rename(next(aside for aside in asides if not os.path.lexists(aside)))
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda read: None) -> str:

@@ -37,7 +37,7 @@ from typing_extensions import Self
 
 from memformer_dist.cells.base import Cache, RecurrentCell
 from memformer_dist.errors import UserError
-from memformer_dist.files import written
+from memformer_dist.files import usual_mode, written
 
 VERSION = 1
 ESCAPE = "\ue000"  # the first of the two characters as which the tokenizer encodes U+2581 and U+E000
@@ -144,7 +144,7 @@ class Generation:
             "used": self.used,
             "ended": self.ended,
         }
-        with written(path) as partial:
+        with written(path) as partial, usual_mode(partial):
             save_file(tensors, partial, metadata={"generation": json.dumps(about)})
 
     @classmethod
@@ -153,7 +153,8 @@ class Generation:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("generation", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                # Cloned, because they are views of the file, which then stays mapped. SIM118: `file` is no dict.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{path}: found no saved generation: {error}") from None
         if about.get("version") != VERSION:

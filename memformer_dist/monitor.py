@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from memformer_dist.files import write_text
+from memformer_dist.files import read_json_lines, write_bytes
 from memformer_dist.progress import Position
 
 Curves = dict[str, list[float]]
@@ -100,14 +100,11 @@ def _histogram(values: list[float]) -> dict[str, Any]:
 def _continue(path: Path, position: Position) -> Path:
     """Drop the records after `position`, which a resumed run will write again."""
 
-    def is_kept(line: str) -> bool:
-        if not line.endswith("\n"):  # the run was killed while it wrote
-            return False
-        record = json.loads(line)
+    def is_kept(record: dict[str, Any]) -> bool:
         # An evaluation at the checkpoint's step may have come after the checkpoint.
         reached = position.evaluated if "eval/loss" in record else position.tokens
-        return record["step"] <= position.step and record["tokens"] <= reached
+        return record.get("step", math.inf) <= position.step and record.get("tokens", math.inf) <= reached
 
     if path.exists():
-        write_text(path, "".join(filter(is_kept, path.read_text().splitlines(keepends=True))))
+        write_bytes(path, b"".join(line for line, record in read_json_lines(path) if is_kept(record)))
     return path

@@ -14,7 +14,7 @@ from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
-from memformer_dist.files import write_bytes, write_text
+from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.world import World
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
@@ -33,8 +33,9 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, s
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    with (run_dir / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    path = run_dir / "starts.jsonl"
+    lines = [line for line, _ in read_json_lines(path)]
+    write_bytes(path, b"".join([*lines, json.dumps(entry).encode() + b"\n"]))
 
 
 def _commit() -> str | None:

@@ -26,7 +26,7 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import training_schedule
 from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
-from memformer_dist.files import write_text
+from memformer_dist.files import read_json, write_text
 from memformer_dist.logs import ProgressReport
 from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
 from memformer_dist.monitor import Monitor
@@ -335,9 +335,11 @@ class Trainer:
         (training.evaluate_segments).
         """
         path, position = self.run_dir / "summary.json", self.position
-        if path.exists() and (summary := json.loads(path.read_text()))["steps"] == position.step:
+        earlier = (read_json(path) or {}) if self.world.is_main else {}
+        known = json.dumps(earlier) if earlier.get("steps") == position.step else None
+        if known := self.world.broadcast_first(known):  # rank 0 alone reads it: all ranks must go the same way
             log.info("this run is finished, see %s; a larger training.tokens continues it", path)
-            return summary
+            return json.loads(known)
         losses = self._evaluate("final", None)
         if losses is None:
             return None

@@ -1,6 +1,7 @@
 """Checkpoints survive kill -9 at any moment, tell damage from what was written, and load at another world size."""
 
 import ast
+import errno
 import itertools
 import json
 import multiprocessing
@@ -9,13 +10,14 @@ import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from memformer_dist import checkpoint
+from memformer_dist import checkpoint, files
 from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, FileRecord, ReadoutGroup
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
@@ -220,7 +222,7 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, worl
         (checkpoint.Path, "write_bytes"),
         (checkpoint.Path, "mkdir"),
         (checkpoint.Path, "rename"),
-        (checkpoint.shutil, "rmtree"),
+        (files.shutil, "rmtree"),
     ]
     save(tmp_path, world, 1)
     save(tmp_path, world, 2)
@@ -251,6 +253,64 @@ def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, worl
         assert step == 3 if completed else step in (2, 3)
         assert_of_step(found, step)
     assert crash > 12 and names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+# ---- what cannot be removed ------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_removed_is_removed_by_a_later_save(tmp_path, world, monkeypatch, caplog):
+    """On NFS a folder stays as long as a process has a file of it open. A save that met one ended the run by OSError."""
+
+    def in_use(path, **options):
+        for file in path.glob("*.safetensors"):
+            file.unlink()
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", in_use)
+        (tmp_path / "checkpoints" / "partial-00000003").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "partial-00000003" / "lanes-00000-00002.safetensors").write_text("of other ranks")
+        for step in (1, 2, 3):
+            save(tmp_path, world, step)
+            assert_of_step(checkpoint.newest(tmp_path, world), step)
+        assert "step-00000001" in names(tmp_path) and "removed-partial-00000003-0" in names(tmp_path)
+        first = tmp_path / "checkpoints" / "step-00000001"
+        assert (
+            f"cannot remove {first} at the moment: {first}: Directory not empty; it is tried again later" in caplog.text
+        )
+    save(tmp_path, world, 4)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_gives_up_its_name(tmp_path, world, monkeypatch):
+    """Another folder of the step that is saved, or one that was damaged before."""
+    for step in (1, 2):
+        save(tmp_path, world, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            files.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EBUSY, "Busy", str(path)))
+        )
+        for _ in range(2):
+            save(tmp_path, world, 2)
+            flip(tmp_path / "checkpoints" / "step-00000002" / "checkpoint.json")
+            assert_of_step(checkpoint.newest(tmp_path, world), 1)
+        assert "removed-damaged-step-00000002-0" in names(tmp_path)
+    save(tmp_path, world, 3)
+    assert names(tmp_path) == ["damaged-step-00000002", "step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("what", ["weights-", "moments-", "lanes-"])
+def test_nothing_of_a_checkpoint_stays_open(tmp_path, world, what):
+    """The run that resumed from it kept its files mapped."""
+    saved, cell = Checkpoint(save(tmp_path, world, 1)), ToyCell()
+    saved.verify()
+    saved.load_weights(cell)
+    kept = [saved.moment(name, "exp_avg") for name, _ in cell.named_parameters()]
+    state = saved.load_lanes(range(LANES), cell.empty_state(LANES))
+    assert kept and state and saved.contents
+    assert what not in Path("/proc/self/maps").read_text()
+    open_files = [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
+    assert not any(path.startswith(str(tmp_path)) for path in open_files)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

@@ -258,8 +258,7 @@ def test_tokens_that_were_cut_short_are_not_used(tmp_path, model_file, two_files
 
 
 def test_two_processes_do_not_write_one_corpus(tmp_path, texts, model_file):
-    (tmp_path / "corpus.partial").mkdir()
-    with open(tmp_path / "corpus.partial" / "lock", "w") as lock:
+    with open(tmp_path / "corpus.partial.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="corpus.partial: another process is working on this corpus"):
             shard(tmp_path / "corpus", model_file, [texts])

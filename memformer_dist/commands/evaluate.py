@@ -22,6 +22,7 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
+from memformer_dist.files import write_text
 from memformer_dist.metrics import AGES, Losses
 from memformer_dist.world import World
 
@@ -112,7 +113,7 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
             "corpus": str(dataset.path),
             "max_segments": options.max_segments,
         }
-        options.json.write_text(json.dumps(facts | summary(losses), indent=2) + "\n")
+        write_text(options.json, json.dumps(facts | summary(losses), indent=2) + "\n")
 
 
 def table(losses: dict[str, Losses]) -> str:

@@ -4,7 +4,7 @@
         corpus.json index.safetensors tokenizer.model   as they were fetched
         shard-000042.tar                                whole and verified
         shard-000043.tar.partial                        being fetched; locked by the process that fetches it
-        reader-x1y2z3.json                              what a process reads now and next; locked while it lives
+        reader-0123abcd.json                            what a process reads now and next; locked while it lives
         lock                                            held for a moment whenever the folder is changed
 
 All locks are flock: they end with their process, however it ends. That is how what a killed process left behind is
@@ -17,10 +17,10 @@ disk until it is unmapped.
 import json
 import math
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -63,8 +63,8 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self.locked():
-                number, _ = tempfile.mkstemp(prefix="reader-", suffix=".json", dir=folder)
-                self._reader: IO[str] = os.fdopen(number, "w")
+                # Not tempfile, whose files no other user can read: a cache may be a group's.
+                self._reader: IO[str] = (folder / f"reader-{secrets.token_hex(8)}.json").open("x")
                 lock(self._reader)
                 self._announce([])
                 self._remove_abandoned()
@@ -90,7 +90,8 @@ class ShardCache:
                 for entry in filter(None, map(present.get, names)):
                     # The access time says when a shard was last announced. The time of the last change stays as it is:
                     # it shows whether a file was changed.
-                    os.utime(entry, ns=(now, entry.stat().st_mtime_ns))
+                    with suppress(PermissionError):  # another user's
+                        os.utime(entry, ns=(now, entry.stat().st_mtime_ns))
         return [name for name in names if not (self.folder / name).exists()]
 
     def reserve(self, name: str, *, needed: bool) -> Reservation | None:
@@ -173,12 +174,16 @@ class ShardCache:
         """How soon some process needs a shard, for each that was announced: its place in the announcement."""
         turns: dict[str, int] = {}
         for path in self.folder.glob("reader-*.json"):
-            for place, name in enumerate(json.loads(path.read_text())):
-                turns[name] = min(place, turns.get(name, place))
+            with suppress(OSError, ValueError):  # another user's, or written to a full disk
+                for place, name in enumerate(json.loads(path.read_text())):
+                    turns[name] = min(place, turns.get(name, place))
         return turns
 
 
 def _is_abandoned(path: Path) -> bool:
     """Whether the process that made the file is gone, and its lock with it. To be called while the folder is locked."""
-    with path.open("rb") as file:
-        return try_lock(file)
+    try:
+        with path.open("r+b") as file:  # NFS locks no file that is open for reading alone
+            return try_lock(file)
+    except PermissionError:  # another user's
+        return False

@@ -13,18 +13,17 @@ mixture.py makes one dataset of several corpora, stream.py one text of all docum
 import os
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from memformer_dist.data.dataset import Spans
 from memformer_dist.data.format import BLOCK, Split, blocks, read_split
 from memformer_dist.data.local import LocalShards
+from memformer_dist.data.maps import DocumentViews, Mapped, Maps
 from memformer_dist.data.sampler import WeightedDocuments
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.files import sha256_of
-
-VIEWS_HELD = 4096  # documents whose views are kept
 
 
 class Shards(Protocol):
@@ -51,39 +50,6 @@ class Shards(Protocol):
         ...
 
 
-class Mapped(NamedTuple):
-    """A shard in memory."""
-
-    raw: np.ndarray  # uint8
-    file: str
-    stamp: tuple[int, ...]  # of the file, when it was mapped
-
-
-class DocumentViews(NamedTuple):
-    """A document where its shard is mapped."""
-
-    tokens: np.ndarray  # uint16 or uint32 [tokens]
-    mask: np.ndarray | None  # uint8 [tokens]
-
-
-class Maps:
-    """The shards that are mapped, and views of the documents read last.
-
-    `unmap` may be called from any thread; those that are reading keep what they have.
-    """
-
-    def __init__(self) -> None:
-        self.shards: dict[int, Mapped] = {}
-        self.documents: dict[int, DocumentViews] = {}
-
-    def unmap(self, shards: set[int]) -> None:
-        """Close the maps of shards, so that the disk regains the space of files that were removed."""
-        for number in shards:
-            self.shards.pop(number, None)
-        if shards:
-            self.documents.clear()
-
-
 class Corpus:
     """One split. A TokenDataset; `fingerprint` is the sha256 of corpus.json, which holds the hashes of everything else.
 
@@ -101,6 +67,7 @@ class Corpus:
         self.token_dtype = np.dtype(self.manifest.token_dtype).newbyteorder("<")
         self._shards, self._maps = shards, maps or Maps()
         self._checked = np.zeros(len(self.lengths), bool)
+        self._stamps: dict[int, tuple[int, ...]] = {}  # of the shards' files, when they were mapped last
 
     @classmethod
     def open(cls, split: str | Path) -> "Corpus":
@@ -133,12 +100,12 @@ class Corpus:
         for shard in set(self._shards_of(spans.document).tolist()):
             self._check_unchanged(shard)
         for number in np.unique(spans.document[~self._checked[spans.document]]).tolist():
-            self._compare(number)
+            self._compare(number, self._views(number))
             self._checked[number] = True
 
     def prefetch(self, spans: Spans) -> None:
         kept = self._shards.prefetch(list(dict.fromkeys(self._shards_of(spans.document).tolist())))
-        self._maps.unmap(self._maps.shards.keys() - kept)
+        self._maps.unmap_others(kept)
 
     def place(self, document: int) -> tuple[str, int]:
         shard, start = self._place(document)
@@ -179,31 +146,40 @@ class Corpus:
         """The byte at which a document's mask starts: behind the tokens, which start at `start`, and a header."""
         return start + (int(blocks(tokens.nbytes)) + 1) * BLOCK
 
-    def _map(self, shard: int) -> np.ndarray:
-        found = self._maps.shards.get(shard)
-        if found is None:
-            raw, file = self._shards.map(shard), os.path.join(self.folder, self.manifest.shards[shard].name)
-            found = self._maps.shards[shard] = Mapped(raw, file, _stamp(file))
-        return found.raw
+    def _map(self, shard: int) -> Mapped:
+        raw, file = self._shards.map(shard), os.path.join(self.folder, self.manifest.shards[shard].name)
+        stamp = _stamp(file)
+        if self._stamps.setdefault(shard, stamp) != stamp:  # another file, or one that was written to
+            self._stamps[shard] = stamp
+            if not self.is_remote:  # remote ones are verified whenever they are fetched
+                first = int(self._ends[shard - 1]) if shard else 0
+                self._checked[first : self._ends[shard]] = False
+        return Mapped(raw, file, stamp, set())
 
     def _views(self, document: int) -> DocumentViews:
         views = self._maps.documents.get(document)
         if views is None:
             shard, start = self._place(document)
-            raw, length = self._map(shard), int(self.lengths[document])
+            was_checked, length = self._checked[document], int(self.lengths[document])
+            mapped = self._maps.shard(shard, lambda: self._map(shard))
+            raw = mapped.raw
             tokens, mask = raw[start : start + length * self.token_dtype.itemsize].view(self.token_dtype), None
             if self.has_mask:
                 start = self._mask_start(start, tokens)
                 mask = raw[start : start + length]
-            if len(self._maps.documents) >= VIEWS_HELD:
-                self._maps.documents.clear()
-            views = self._maps.documents[document] = DocumentViews(tokens, mask)
+            views = DocumentViews(tokens, mask)
+            if (
+                was_checked and not self._checked[document]
+            ):  # its shard was unmapped, and changed before it was mapped again
+                self._compare(document, views)
+                self._checked[document] = True
+            self._maps.keep(document, views, shard, mapped)
         return views
 
-    def _compare(self, document: int) -> None:
+    def _compare(self, document: int, views: DocumentViews) -> None:
         """Raises CorpusError where a document's tokens or mask are not those that were written."""
         shard, start = self._place(document)
-        tokens, mask = self._views(document)
+        tokens, mask = views
         members = [("tokens", tokens, start, self._index.crc32)]
         if mask is not None:
             assert self._index.mask_crc32 is not None
@@ -221,7 +197,7 @@ class Corpus:
 
         Where another file took its place the map is still the old one, as it was.
         """
-        mapped = self._maps.shards.get(shard)  # as long as this has it mapped, no other file has its inode
+        mapped = self._maps.touch(shard)  # as long as this has it mapped, no other file has its inode
         if mapped is None:
             return
         then, now = mapped.stamp, _stamp(mapped.file)

@@ -22,7 +22,6 @@ SplitWriter writes a split in one process; preparation writes shards in several,
 
 import hashlib
 import json
-import shutil
 import tarfile
 import zlib
 from array import array
@@ -36,7 +35,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from memformer_dist.errors import UserError, first_problem
-from memformer_dist.files import PARTIAL, flush, write_bytes, write_text
+from memformer_dist.files import PARTIAL, flush, make_way, remove_folder, write_bytes, write_text
 from memformer_dist.vocabulary import Vocabulary
 
 MANIFEST, INDEX, TOKENIZER = "corpus.json", "index.safetensors", "tokenizer.model"
@@ -285,7 +284,7 @@ class SplitWriter:
         if self.path.exists():
             raise UserError(f"{self.path} exists already")
         self._partial = self.path.with_name(self.path.name + PARTIAL)
-        shutil.rmtree(self._partial, ignore_errors=True)  # left by an interrupted process
+        make_way(self._partial)  # left by an interrupted process
         self._partial.mkdir(parents=True)
         self._shard: ShardWriter | None = None
         self._tokens_in_shard = 0
@@ -323,7 +322,7 @@ class SplitWriter:
     def discard(self) -> None:
         if self._shard:
             self._shard.discard()
-        shutil.rmtree(self._partial)
+        remove_folder(self._partial)
 
     def _finish_shard(self) -> None:
         assert self._shard is not None

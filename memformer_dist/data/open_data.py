@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
-from memformer_dist.data.corpus import Corpus, Maps
+from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
+from memformer_dist.data.maps import Maps
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream

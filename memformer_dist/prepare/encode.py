@@ -101,7 +101,10 @@ def already_encoded(task: EncodeTask) -> Encoded | None:
     needed = [SUMMARY] if finished_record(task) is not None else [SUMMARY, TOKENS, MASK, QUARANTINE]
     if not all(task.stem.with_suffix(suffix).exists() for suffix in needed):
         return None
-    return Encoded(*json.loads(task.stem.with_suffix(SUMMARY).read_text()))
+    try:
+        return Encoded(*json.loads(task.stem.with_suffix(SUMMARY).read_text()))
+    except (ValueError, TypeError):  # damaged
+        return None
 
 
 def usable_documents(stem: Path) -> np.ndarray:
@@ -289,7 +292,7 @@ def finished_record(task: EncodeTask | WriteTask) -> dict[str, ShardRecord] | No
     workspace, number = task.workspace, task.number
     try:
         record: dict[str, ShardRecord] = json.loads(workspace.shard_record(number).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # ValueError: damaged
         return None
     for split, shard_record in record.items():
         shard = Shard.model_validate(shard_record["shard"])

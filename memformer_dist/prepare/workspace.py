@@ -7,21 +7,32 @@ sharding.json        the recipe of the shards: inputs with sizes and times, sett
 shards/000042.json   the record of a partition's shards, written last; 000042-train.safetensors: the index of one
 corpus/              becomes CORPUS at the end
 replaced/            the old corpus, for a moment, with --overwrite
-lock                 held by the process that works here
+removed-NAME-0       what could not be removed, because a process of a network file system still had it open
+
+CORPUS.partial.lock, beside it, is held by the process that works there.
 """
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memformer_dist.errors import UserError
-from memformer_dist.files import NO_SPACE, PARTIAL, flush, try_lock, write_bytes, write_text
+from memformer_dist.files import (
+    NO_SPACE,
+    PARTIAL,
+    flush,
+    held,
+    make_way,
+    read_json,
+    remove_folder,
+    write_bytes,
+    write_text,
+)
 from memformer_dist.prepare.documents import File, suffix_of
 from memformer_dist.prepare.kinds import Kind
 from memformer_dist.prepare.partitions import Partition
@@ -117,10 +128,12 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """Raises UserError while another process works there, or where the folder cannot be written."""
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "w") as lock:
-                if not try_lock(lock):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # Not in the folder: on NFS no folder can be removed that holds an open file.
+            with held(self.folder.with_name(f"{self.folder.name}.lock")) as is_ours:
+                if not is_ours:
                     raise UserError(f"{self.folder}: another process is working on this corpus")
+                self.folder.mkdir(exist_ok=True)
                 yield
 
     def restore(self) -> None:
@@ -131,26 +144,29 @@ class Workspace:
                     self._replaced.rename(self.output)
 
     def remove_leftover(self) -> None:
-        """Remove what is left of a run that was killed when the corpus had its name already."""
+        """Remove what is left of a run that was killed when the corpus had its name already; where that cannot be, not."""
         if self.folder.exists() and not self._corpus.exists():
-            shutil.rmtree(self.folder)
+            with suppress(UserError), self.locked():
+                remove_folder(self.folder)
 
     def begin(self, recipe: Recipe, tokenizer: bytes, encoded: Iterable[str]) -> None:
         """Keep what an interrupted run finished of the same recipe, and the `encoded` partitions of these names."""
         keep = set(encoded)
-        differences = recipe.differences(json.loads(self._recipe.read_text())) if self._recipe.exists() else ["recipe"]
+        record = read_json(self._recipe)
+        differences = ["recipe"] if record is None else recipe.differences(record)
         if differences:
             if self._recipe.exists():
                 print(f"{self.folder}: has other {', '.join(differences)}; its shards are made again", file=sys.stderr)
             self._recipe.unlink(missing_ok=True)  # first: without it no shard here counts
-            shutil.rmtree(self.folder / "shards", ignore_errors=True)
-            shutil.rmtree(self._corpus, ignore_errors=True)
+            make_way(self.folder / "shards")
+            make_way(self._corpus)
         for name in "encoded", "shards", "corpus/train", "corpus/valid":
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         unfinished = [*self.folder.rglob(f"*{PARTIAL}")]
         others = [path for path in (self.folder / "encoded").iterdir() if path.stem not in keep]
         for path in *unfinished, *others:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # in use on another node: no name here is used again before it is whole
+                path.unlink(missing_ok=True)
         write_bytes(self.tokenizer, tokenizer)
         if differences:
             write_text(self._recipe, json.dumps(recipe.fields, indent=1))
@@ -162,7 +178,7 @@ class Workspace:
         quarantine: Iterable[dict[str, Any]],
         ignored: Iterable[dict[str, Any]] = (),
     ) -> None:
-        """The corpus takes its name; CORPUS.partial goes, and with it the corpus that is replaced."""
+        """The corpus takes its name; CORPUS.partial goes if it can, and with it the corpus that is replaced."""
         with open(self._corpus / QUARANTINE, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in quarantine)
         if lines := [json.dumps(line) + "\n" for line in ignored]:
@@ -172,13 +188,13 @@ class Workspace:
             if path.suffix != ".tar":  # shards are on the disk already
                 flush(path)
         if self.output.exists():
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            make_way(self._replaced)
             self.output.rename(self._replaced)
         self._corpus.rename(self.output)
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
 
 @contextmanager
