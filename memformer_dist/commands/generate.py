@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import open_one
 from memformer_dist.errors import UserError, run_program, sentences
+from memformer_dist.files import expect_writable
 from memformer_dist.generate import Generation, Sampling, TextStream
 
 
@@ -46,6 +47,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
         raise UserError("\n".join(f"--{field.replace('_', '-')}:{found}" for field, _, found in problems)) from None
     if options.save is not None and not options.save.parent.is_dir():
         raise UserError(f"--save: found no folder {options.save.parent}")
+    if options.save is not None:
+        expect_writable(options.save, "--save")
     return options, sampling
 
 

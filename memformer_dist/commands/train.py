@@ -24,6 +24,7 @@ from memformer_dist import logs
 from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_data
 from memformer_dist.errors import UserError, run_program
+from memformer_dist.files import expect_writable
 from memformer_dist.world import World, world_size
 
 
@@ -50,6 +51,7 @@ def run() -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = RunConfig.load(find_config(options.config), options.set, world_size())
+    expect_writable(options.run_dir / logs.FILE, "--run-dir")
     logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
     world = World.start()
     corpora = world.on_all_or_raise(lambda: open_data(config.data))

@@ -17,7 +17,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.files import write_bytes
+from memformer_dist.files import expect_writable, write_bytes
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
 from memformer_dist.prepare.partitions import describe_ignored, discover
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--threads", type=int, default=4, help="default: 4; another number may give another model")
     options = parser.parse_args(arguments)
 
+    path = Path(options.output.removesuffix(".model") + ".model")
+    expect_writable(path, "--output")
     began = time.perf_counter()
     files, ignored = discover(options.input, options.exclude, options.text_field)
     if ignored:
@@ -89,9 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         cap_vocabulary=options.cap_vocabulary,
         threads=options.threads,
     )
-    path = Path(options.output.removesuffix(".model") + ".model")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, model)
     except OSError as error:
         raise UserError(f"--output: cannot write {error.filename or path}: {error.strerror}") from None

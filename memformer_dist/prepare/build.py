@@ -15,7 +15,6 @@ partitions that are not finished.
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from typing_extensions import NotRequired
 
 from memformer_dist.data.format import MANIFEST, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
 from memformer_dist.errors import UserError
-from memformer_dist.files import sha256_of
+from memformer_dist.files import expect_writable, sha256_of
 from memformer_dist.prepare.documents import Place, shown_places
 from memformer_dist.prepare.encode import (
     QUARANTINE,
@@ -47,7 +46,7 @@ from memformer_dist.prepare.encode import (
 from memformer_dist.prepare.partitions import Ignored, Partition, cut_partitions, describe_ignored, discover
 from memformer_dist.prepare.pool import Pool, open_pool
 from memformer_dist.prepare.tokenizer import load_tokenizer
-from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, listed
+from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, is_empty, listed
 from memformer_dist.vocabulary import Vocabulary
 
 PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
@@ -98,6 +97,11 @@ def shard(
         if pool is None:  # another rank: it has worked for rank 0
             return None
         _check_options(valid_fraction, seed, partition_mib)
+        workspace = Workspace.of(output)
+        workspace.restore()
+        there_already = is_corpus(workspace.output)
+        if not there_already or overwrite:
+            expect_writable(workspace.lock, "--output")
         model, raw_model = load_tokenizer(tokenizer)
         sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)), text_field)
         vocabulary = Vocabulary(
@@ -118,9 +122,7 @@ def shard(
         )
         if ignored:
             print(describe_ignored(ignored), file=sys.stderr)
-        workspace = Workspace(Path(os.path.abspath(output)))
-        workspace.restore()
-        if is_corpus(workspace.output) and not overwrite:
+        if there_already and not overwrite:
             report = existing_report(workspace.output, recipe, strict)
             workspace.remove_leftover()
             return report
@@ -144,7 +146,7 @@ def is_corpus(output: Path) -> bool:
     """Whether there is a corpus, rather than nothing. Raises UserError where something else is there."""
     if (output / RECORD).exists():
         return True
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise UserError(f"--output: {output} exists and is not a corpus; it is not overwritten")
     return False
 

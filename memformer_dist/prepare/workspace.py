@@ -7,13 +7,18 @@ sharding.json        the recipe of the shards: inputs with sizes and times, sett
 shards/000042.json   the record of a partition's shards, written last; 000042-train.safetensors: the index of one
 corpus/              becomes CORPUS at the end
 replaced/            the old corpus, for a moment, with --overwrite
+moving               there while the corpus moves into an --output that stays where it is
 removed-NAME-0       what could not be removed, because a process of a network file system still had it open
 
 CORPUS.partial.lock, beside it, is held by the process that works there.
+
+A link is followed. Where CORPUS is a folder that cannot be renamed (a mount point, or in a folder that may not be
+written to), it stays as it is: CORPUS.partial is CORPUS/.partial, and what is in it moves to CORPUS at the end.
 """
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +32,7 @@ from memformer_dist.files import (
     PARTIAL,
     flush,
     held,
+    is_mount_point,
     make_way,
     read_json,
     remove_folder,
@@ -39,6 +45,8 @@ from memformer_dist.prepare.partitions import Partition
 
 RECORD, QUARANTINE, IGNORED, TOKENIZER = "sharding.json", "quarantine.jsonl", "ignored.jsonl", "tokenizer.model"
 RECIPE_VERSION = 2
+INSIDE = ".partial"  # CORPUS.partial, if it is inside
+NO_CORPUS = (INSIDE, f"{INSIDE}.lock", "lost+found")  # what may be in a folder that counts as empty
 
 ListedFile = tuple[str | int | None, ...]  # absolute path, bytes, mark of the last change; kind, if `listed` says so
 
@@ -84,10 +92,21 @@ class Workspace:
     """The folder of a corpus that is to be at `output`."""
 
     output: Path
+    stays: bool = False  # `output` is there and keeps its place
+
+    @classmethod
+    def of(cls, output: Path) -> "Workspace":
+        """For an --output as it was given."""
+        path = Path(os.path.realpath(output) if output.is_symlink() else os.path.abspath(output))
+        return cls(path, path.is_dir() and (is_mount_point(path) or not os.access(path.parent, os.W_OK)))
 
     @property
     def folder(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return self.output / INSIDE if self.stays else self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")  # not in the folder: see `locked`
 
     @property
     def tokenizer(self) -> Path:
@@ -121,6 +140,10 @@ class Workspace:
         return self.folder / "replaced"
 
     @property
+    def _moving(self) -> Path:
+        return self.folder / "moving"
+
+    @property
     def _recipe(self) -> Path:
         return self.folder / RECORD
 
@@ -130,7 +153,7 @@ class Workspace:
         with writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             # Not in the folder: on NFS no folder can be removed that holds an open file.
-            with held(self.folder.with_name(f"{self.folder.name}.lock")) as is_ours:
+            with held(self.lock) as is_ours:
                 if not is_ours:
                     raise UserError(f"{self.folder}: another process is working on this corpus")
                 self.folder.mkdir(exist_ok=True)
@@ -138,9 +161,14 @@ class Workspace:
 
     def restore(self) -> None:
         """Give the old corpus its name back, where a run with --overwrite was killed before the new one took it."""
-        if self._replaced.exists():
+        if self.stays and self._moving.exists():
             with self.locked():
-                if not self.output.exists():
+                self._move_in()
+        elif self._replaced.exists():
+            with self.locked():
+                if self.stays and not (self.output / RECORD).exists():
+                    _move_entries(self._replaced, self.output)
+                elif not self.output.exists():
                     self._replaced.rename(self.output)
 
     def remove_leftover(self) -> None:
@@ -189,12 +217,40 @@ class Workspace:
                 flush(path)
         if self.output.exists():
             make_way(self._replaced)
-            self.output.rename(self._replaced)
-        self._corpus.rename(self.output)
+            if self.stays:
+                self._replaced.mkdir()
+                _move_entries(self.output, self._replaced)
+            else:
+                self.output.rename(self._replaced)
+        if self.stays:
+            write_text(self._moving, "")  # from here on the new corpus counts
+            self._move_in()
+        else:
+            self._corpus.rename(self.output)
+            remove_folder(self.folder)
+
+    def _move_in(self) -> None:
+        if self._corpus.exists():
+            _move_entries(self._corpus, self.output)
+            flush(self.output)
+            self._corpus.rmdir()
         remove_folder(self.folder)
 
     def discard(self) -> None:
         remove_folder(self.folder)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what file systems and unfinished preparations put there."""
+    return all(path.name in NO_CORPUS for path in folder.iterdir())
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """What is in a folder of a corpus into another. The record goes last where it comes and first where it leaves."""
+    names = sorted(path.name for path in source.iterdir() if path.name not in NO_CORPUS)
+    leaves = target.is_relative_to(source)
+    for name in sorted(names, key=lambda name: (name == RECORD) != leaves):
+        (source / name).rename(target / name)
 
 
 @contextmanager
