@@ -43,6 +43,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "remote": ["fsspec[http]"],
+        "plot": ["matplotlib"],
         "test": ["pytest", "hypothesis", "pyarrow", "fsspec[http]", "mpich", "psutil"],
         "dev": ["ruff", "mypy", "types-tqdm", "build", "pre-commit"],
     },

@@ -1,6 +1,6 @@
 """Draw what the memory is worth: held-out loss along a run, and by segment age at its end.
 
-    pip install matplotlib
+    pip install -e ".[plot]" -c constraints.txt
     python launch/draw_evaluation.py --run-dir runs/books_cpu --output docs/books_cpu.png
 
 Left: the evaluations on the way, from metrics.jsonl. Right: from summary.json, how much the loss on all held-out

@@ -228,11 +228,7 @@ def agreement_rank(world):
     measured = {}
     for stage in STAGES:
         torch.manual_seed(5)
-<<<<<<< HEAD
         engine = new_engine(world, stage, ToyCell(width=1001))
-=======
-        engine = new_engine(world, stage, ToyCell(width=601))
->>>>>>> bbb5463236ac758d3f13c9df138b341b64a8800f
         state = engine.module.empty_state(LANES)
         measured[stage] = footprint(engine, engine.module, segment, state)
         pending = engine.first_step_bytes(state, 16) + measured[stage].group
@@ -247,11 +243,7 @@ def agreement_rank(world):
             assert choice.segment_bytes == one
             assert choice.free_bytes == max(0, int(one * least / readout_size.SHARE) + 1)
     assert len(set(measured.values())) == 1, measured
-<<<<<<< HEAD
     parameters = sum(p.nbytes for p in ToyCell(width=1001).parameters())
-=======
-    parameters = sum(p.nbytes for p in ToyCell(width=601).parameters())
->>>>>>> bbb5463236ac758d3f13c9df138b341b64a8800f
     assert measured[3].segment < parameters / 4, "too few parameters to see them counted"
 
 

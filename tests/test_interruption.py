@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +20,7 @@ from tests.helpers import ROOT
 from tests.helpers.corpora import documents, mib
 from tests.helpers.files import tree
 from tests.helpers.scripts import SHARD, program_environment, run_command, shard_command
+from tests.helpers.waiting import wait_until
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -78,10 +78,8 @@ def test_interrupted_at_every_file_it_writes(tmp_path, model_file, monkeypatch, 
 
 
 def until(condition, process) -> None:
-    deadline = time.monotonic() + 40
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
+    """Wait for it while the process is at work."""
+    wait_until(condition, alive=lambda: process.poll() is None)
 
 
 def partitions_finished(output: Path, step: str = "encoded") -> int:

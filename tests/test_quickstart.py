@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +17,7 @@ from memformer_dist.errors import UserError
 from tests.helpers import ROOT
 from tests.helpers.corpora import documents
 from tests.helpers.scripts import run_script
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -118,9 +118,7 @@ time.sleep(60)
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((tmp_path / "ready").exists, alive=lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(60) != 0 and (tmp_path / "saved").exists()
 

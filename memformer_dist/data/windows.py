@@ -67,6 +67,10 @@ class SegmentThread:
     def chunk_ticks(self, lanes: range) -> int:
         return self._segments.chunk_ticks(lanes)
 
+    def segment_bytes(self, lanes: range) -> int:
+        """Tokens and labels of a segment, int64: nearly all that it takes."""
+        return 16 * len(lanes) * self._segments.schedule.segment_length
+
     @property
     def on_gpu(self) -> bool:
         return self._device.type == "cuda"
@@ -87,7 +91,8 @@ class Window(Sequence[Segment]):
         self.start = start
         self._thread, self._lanes, self._segments, self._prefetch = thread, lanes, segments, prefetch
         self._begun: dict[int, Future[Segment]] = {}
-        self._kept: dict[int, Segment] = {}  # on the device, from their first visit on
+        self._keeps = thread.on_gpu and segments * thread.segment_bytes(lanes) <= KEPT_BYTES
+        self._kept: dict[int, Segment] = {}  # on the device, from the rollout's visit on
         self._last = -1
         self._begin_after(-1)
 
@@ -111,10 +116,8 @@ class Window(Sequence[Segment]):
         if kept is not None:
             return kept
         segment = self._thread.finish(self.start + t, self._lanes, begun)
-        if forwards and t < self._segments - 1 and self._thread.on_gpu:
-            size = sum(column.nbytes for column in segment)
-            if self._segments * size <= KEPT_BYTES:
-                self._kept[t] = segment
+        if self._keeps and forwards and t < self._segments - 1:
+            self._kept[t] = segment
         return segment
 
     def _begin_after(self, visit: int) -> None:
@@ -122,16 +125,17 @@ class Window(Sequence[Segment]):
         if not self._prefetch:
             return
         turn = self._segments - 1
-        visits = range(visit + 1, min(visit + 1 + self._prefetch, 2 * turn + 1))
+        last = turn if self._keeps else 2 * turn
+        visits = range(visit + 1, min(visit + 1 + self._prefetch, last + 1))
         upcoming = [turn - abs(turn - visit) for visit in visits]
         for t in self._begun.keys() - set(upcoming):
             self._begun.pop(t).cancel()
         for t in upcoming:
-            if t not in self._begun and t not in self._kept:
+            if t not in self._begun:
                 self._begun[t] = self._thread.begin(self.start + t, self._lanes)
         # Where disks are slow a chunk takes longer than a segment: the one after that of the next segments begins now.
         ahead = visit + self._thread.chunk_ticks(self._lanes)
-        if ahead <= 2 * turn:
+        if ahead <= last:
             self._thread.begin_next_chunk(self.start + turn - abs(turn - ahead), self._lanes)
 
 
