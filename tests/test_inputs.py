@@ -137,6 +137,20 @@ def test_zstd_with_a_long_window(tmp_path, frames):
     assert texts(tmp_path / "a.jsonl.zst") == ["one", "two\n"] * frames
 
 
+def test_limits_of_zstd_are_no_damage(tmp_path, monkeypatch):
+    """A dictionary is named; where memory is too small for a window the program ends."""
+    dictionary = zstd.train_dict([LINES * 5 + b"%d" % number for number in range(2000)], 1024)
+    write(tmp_path, {"a.jsonl.zst": zstd.compress(LINES, zstd_dict=dictionary)})
+    assert "compressed with a dictionary is not read" in texts(tmp_path / "a.jsonl.zst")[0]
+
+    def fail(raw):
+        raise zstd.ZstdError("Unable to decompress Zstandard data: Allocation error : not enough memory")
+
+    monkeypatch.setattr(documents_module, "_open_zstd", fail)
+    with pytest.raises(UserError, match="a.jsonl.zst: .*not enough memory: its window needs up to 2 GiB"):
+        texts(tmp_path / "a.jsonl.zst")
+
+
 # ----------------------------------------------------------------------------------------------------------- documents
 
 

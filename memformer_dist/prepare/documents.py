@@ -290,13 +290,13 @@ class Reader:
     def _damaged(self, position: int, error: Exception) -> Document:
         """Raises UserError where the fault is not in the content of the file but in this machine."""
         if isinstance(error, OSError) and error.errno is not None:
-            where = (
-                f" in {tempfile.gettempdir()}, where .parquet and .arrow files are unpacked"
-                if error.errno in NO_SPACE
-                else ""
-            )
+            is_full = error.errno in NO_SPACE
+            where = f" in {tempfile.gettempdir()}, where .parquet and .arrow files are unpacked" if is_full else ""
             raise UserError(f"{self.name}: cannot be read: {error.strerror or error}{where}") from None
-        return Document(self.name, position, unreadable=f"{type(error).__name__}: {error}")
+        if isinstance(error, zstd.ZstdError) and "memory" in str(error):
+            raise UserError(f"{self.name}: {error}: its window needs up to 2 GiB; fewer --workers need less") from None
+        limit = "; what was compressed with a dictionary is not read" if "Dictionary" in str(error) else ""
+        return Document(self.name, position, unreadable=f"{type(error).__name__}: {error}{limit}")
 
     def _read_lines(self, file: io.BufferedIOBase) -> Iterator[Document]:
         _, position, stop = self.piece
