@@ -8,6 +8,7 @@ documents rises when something is taken away, by the number of segments since th
 """
 
 import argparse
+from math import nan
 from pathlib import Path
 
 from memformer_dist.errors import UserError, run_program
@@ -45,7 +46,9 @@ def draw(run_dir: Path, output: Path) -> None:
     records, summary = read(run_dir)
     figure, (along, by_age) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for name, (label, colour) in CURVES.items():
-        along.plot([r["tokens"] / 1e6 for r in records], [r[name] for r in records], color=colour, label=label, lw=1.5)
+        along.plot(
+            [r["tokens"] / 1e6 for r in records], [r.get(name, nan) for r in records], color=colour, label=label, lw=1.5
+        )
     along.set(
         xlabel="million tokens", ylabel="held-out loss, nats per token", title="while training (some held-out segments)"
     )
@@ -55,7 +58,8 @@ def draw(run_dir: Path, output: Path) -> None:
     losses = summary["eval_loss_by_segment_age"]
     ages = list(losses["carried"])
     for mode, (label, colour) in MODES.items():
-        by_age.plot(ages, [losses[mode][age] - losses["carried"][age] for age in ages], "o-", color=colour, label=label)
+        above = [nan if losses[mode][age] is None else losses[mode][age] - losses["carried"][age] for age in ages]
+        by_age.plot(ages, above, "o-", color=colour, label=label)
     by_age.axhline(0, color="tab:blue", label="memory carried")
     by_age.set(
         xlabel="segments since the document's start",

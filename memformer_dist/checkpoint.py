@@ -380,14 +380,25 @@ def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:
     )
 
 
+def _is_kept(path: Path) -> bool:
+    """Whether an old checkpoint is an anchor, or may be one: a file system may not answer at the moment."""
+    try:
+        for name in ("manifest.json", "checkpoint.json"):
+            (path / name).read_bytes()
+        return Checkpoint(path).contents.anchor
+    except FileNotFoundError:  # a removal was interrupted
+        return False
+    except OSError as error:
+        log.warning("%s: is kept for the time being, since it cannot be read: %s", path, error.strerror)
+        return True
+    except (Damaged, UserError):  # nothing could resume from it
+        return False
+
+
 def _remove_old(folder: Path, keep: int) -> None:
     """Remove what is no longer needed; what cannot be removed now is tried again at the next save."""
     for path in sorted(folder.glob("step-[0-9]*"), reverse=True)[keep:]:
-        try:
-            anchor = Checkpoint(path).contents.anchor
-        except (Damaged, OSError, UserError):  # a removal was interrupted, or nothing could resume from it
-            anchor = False
-        if not anchor:
+        if not _is_kept(path):
             remove_folder(path)
     for path in (*folder.glob("partial-*"), *folder.glob(f"{REMOVED}*")):  # of saves that were interrupted
         remove_folder(path)

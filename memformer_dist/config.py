@@ -188,7 +188,9 @@ class RunConfig(Section):
         for name in (name for name in known if name != "deepspeed"):
             sections[name], found = _section(name, raw, known)
             problems += found
-        problems += deepspeed_problems(sections["deepspeed"], lambda key: suggest.nearest(key, "deepspeed", known))
+        problems += deepspeed_problems(
+            sections["deepspeed"], lambda key, keys: suggest.nearest(key, "deepspeed", known | {"deepspeed": keys})
+        )
         problems += _relations(sections, world_size)
         problems += _missing_shards(raw.get("data"))
         if problems:
@@ -330,6 +332,7 @@ def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
     if mrbp is not None and training is not None:
         yield from _window(mrbp, training)
         yield from _sharded_gradients(mrbp, training, stage)
+        yield from _reduction_in_bf16(training, sections["deepspeed"], stage)
 
 
 def _lanes_and_ranks(data: DataConfig, mrbp: MrbpConfig | None, world_size: int) -> Iterator[str]:
@@ -393,6 +396,14 @@ def _sharded_gradients(mrbp: MrbpConfig, training: TrainingConfig, stage: Any) -
         yield (
             "training.precision: found 'bf16_parameters', whose fp32 gradients are sharded; expected with it"
             " mrbp.reduce 'segment' and deepspeed.zero_optimization.stage 2 or 3"
+        )
+
+
+def _reduction_in_bf16(training: TrainingConfig, deepspeed: Any, stage: Any) -> Iterator[str]:
+    if training.precision == "bf16_parameters" and stage == 2 and deepspeed["zero_optimization"].get("reduce_scatter"):
+        yield (
+            "deepspeed.zero_optimization.reduce_scatter: found True with training.precision 'bf16_parameters' at stage 2,"
+            " where DeepSpeed would divide the gradients by the number of ranks in bf16; expected false, or stage 3"
         )
 
 

@@ -21,6 +21,13 @@ class UserError(ValueError):
     """A mistake of the user's. The message names the field or file, what was found and what was expected."""
 
 
+class LaunchError(UserError):
+    """What the ranks were started with does not fit together: the launcher's variables, or one rank and another.
+
+    Every rank reports it: they may be on machines of their own, and may not have met one another yet.
+    """
+
+
 class CorpusError(UserError):
     """A corpus, or text for one, is damaged or out of reach.
 
@@ -92,7 +99,7 @@ def run_program(program: Callable[[], None], error_log: Path | None = None) -> N
     """Run a program's main function and end the process with its exit code.
 
     What went wrong also goes to `error_log`, because torchrun turns every exit code into 1 and drowns what was printed.
-    Of several ranks only rank 0 reports a user's mistake: all have the same message (World.broadcast_first). Ends by
+    Of several ranks only rank 0 reports a user's mistake: all have the same message (World.on_all_or_raise). Ends by
     os._exit once there is a process group: gloo's threads abort at random while the interpreter shuts down.
     """
     code, rank = 0, os.environ.get("RANK", "0")
@@ -108,7 +115,7 @@ def run_program(program: Callable[[], None], error_log: Path | None = None) -> N
         program()
     except UserError as error:
         code = 2
-        if rank == "0":
+        if rank == "0" or "WORLD_SIZE" not in os.environ or isinstance(error, LaunchError):
             report(f"error: {error}")
     except KeyboardInterrupt:
         code = 130

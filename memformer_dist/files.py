@@ -50,7 +50,13 @@ def written(path: Path) -> Iterator[Path]:
     try:
         yield partial
         flush(partial)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            shutil.copyfile(partial, path)  # a file that is mounted into a container has no other place to be written
+            partial.unlink()
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -49,6 +49,7 @@ class Losses(NamedTuple):
 
     loss: float  # nan without labels
     by_age: dict[str, float]  # of the ages that occur
+    carried: float | None = None  # mode `carried` over the same labels, where these are not all of them
 
     @classmethod
     def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
@@ -59,8 +60,21 @@ class Losses(NamedTuple):
         return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age)
 
     @property
+    def is_missing(self) -> bool:
+        """Nothing was measured: what is shown for it is n/a."""
+        return math.isnan(self.loss) and not self.by_age
+
+    @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+
+def gap(losses: dict[str, Losses], mode: str) -> float | None:
+    """How far a mode's loss lies above that of `carried` over the same labels; None where it was not measured."""
+    found = losses[mode]
+    if found.is_missing:
+        return None
+    return found.loss - (losses["carried"].loss if found.carried is None else found.carried)
 
 
 # ---- records of training ---------------------------------------------------------------------------------------------
@@ -239,12 +253,23 @@ EVALUATION = (
         "loss_no_memory", "nats per token", "with the memory reset at every segment", lambda by: by["no_memory"].loss
     ),
     Metric("loss_no_state", "nats per token", "with everything reset at every segment", lambda by: by["no_state"].loss),
-    Metric("loss_shuffled", "nats per token", "with the memory of another lane", lambda by: by["shuffled"].loss),
+    Metric(
+        "loss_shuffled",
+        "nats per token",
+        "with the memory of another document, where two or more are read side by side; not logged where none are",
+        lambda by: None if by["shuffled"].is_missing else by["shuffled"].loss,
+    ),
     Metric(
         "gap",
         "nats per token",
         "loss_no_memory - loss: what the memory is worth",
-        lambda by: by["no_memory"].loss - by["carried"].loss,
+        lambda by: gap(by, "no_memory"),
+    ),
+    Metric(
+        "gap_shuffled",
+        "nats per token",
+        "loss_shuffled - loss over the same labels: what only the document's own memory gives",
+        lambda by: gap(by, "shuffled"),
     ),
 )
 

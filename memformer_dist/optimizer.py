@@ -26,12 +26,18 @@ class OptimizerConfig(Section):
 
 
 def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on linear layers' weights alone: not on norms, embeddings, or a cell's own vectors."""
+    """Return AdamW with weight decay on linear layers' weights alone: not on norms, embeddings, or a cell's own vectors.
+
+    A weight that a linear layer shares with an embedding is an embedding's. Frozen parameters are left out.
+    """
     linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
+    linear -= {id(module.weight) for module in cell.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    trained = [parameter for parameter in cell.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in cell.parameters() if id(p) in linear], "weight_decay": config.weight_decay},
-        {"params": [p for p in cell.parameters() if id(p) not in linear], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in linear], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in linear], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # ZeRO takes no empty group
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 

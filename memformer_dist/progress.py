@@ -17,7 +17,7 @@ class Position(BaseModel, extra="forbid"):
     wall_s: float = 0.0  # in all, over the parts of a resumed run up to the last checkpoint of each
 
     def add(self, *, segments: int, tokens: int, applied: bool, seconds: float) -> None:
-        """One step: a window of `segments` with `tokens` labels over all lanes."""
+        """One step: a window of `segments` with `tokens` labels over all lanes; without labels nothing is applied."""
         self.step += 1
         self.tick += segments
         self.tokens += tokens
@@ -63,7 +63,7 @@ class Interval(BaseModel, extra="forbid"):
         self.tokens += tokens
         self.input_tokens += input_tokens
         self.documents += documents
-        self.skipped += not applied
+        self.skipped += tokens > 0 and not applied
         if applied:
             self.losses = [x + y for x, y in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
         self.drift = max(self.drift, drift if math.isfinite(drift) else math.inf)

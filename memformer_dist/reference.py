@@ -108,6 +108,7 @@ def _sentence(text: str) -> str:
 
 def _deepspeed() -> Iterator[str]:
     yield f"Allowed keys: {', '.join(f'`{key}`' for key in PASSED_THROUGH)}."
+    yield from ("", "What `zero_optimization` may hold: [Options of ZeRO](zero_options.md).")
     yield from ("", "Keys that are not allowed:", "", "| key | what to set instead, or the reason |", "|---|---|")
     yield from (f"| `{key}` | {reason} |" for key, reason in SET_BY_US.items())
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memformer_dist import checkpoint, evaluate, metrics, start
+from memformer_dist import agreement, checkpoint, evaluate, metrics, start
 from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
@@ -49,6 +49,7 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock_run_dir(run_dir, world):
+        agreement.require_run(world, config, corpora, run_dir)
         trainer = Trainer(config, run_dir, corpora, world)
         try:
             reason = trainer.fit()
@@ -62,11 +63,14 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
             trainer.close()
 
 
+WITHOUT_LABELS = StepResult(0.0, applied=False)  # of a window in which no lane of any rank has a label
+
+
 class Trained(NamedTuple):
     """What a step leaves for the log and the curriculum."""
 
     result: StepResult
-    nll: float  # over all ranks; 0, as are the labels, if the step was skipped
+    nll: float  # over all ranks; 0, as are the labels, if nothing was applied
     labels: float
     state_gradient_squares: Tensor  # [N], of this rank's lanes and of the loss that the engine scales
 
@@ -146,7 +150,8 @@ class Trainer:
             tokens_before = position.tokens
             trained = self._step(readout_group)
             reason = self.stop.agreed()
-            skipped_in_a_row = 0 if trained.result.applied else skipped_in_a_row + 1
+            if trained.result is not WITHOUT_LABELS:
+                skipped_in_a_row = 0 if trained.result.applied else skipped_in_a_row + 1
             if position.step % config.monitor.log_every_steps == 0 or self._done():
                 self._log(trained)
             if skipped_in_a_row == config.training.skipped_steps_limit:
@@ -168,7 +173,7 @@ class Trainer:
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
-        problem = self.world.broadcast_first(self.reader.prepare(self.position.tick, self.curriculum.window))
+        problem = self.world.first_problem(self.reader.prepare(self.position.tick, self.curriculum.window))
         if problem is not None:
             self._save()
             raise CorpusError(problem)
@@ -215,15 +220,19 @@ class Trainer:
         counts = self.reader.counts(position.tick, position.tick + segments)
         valid_tokens = self._labels(counts)
         losses = LossByAge(self.world.device, LOGGED_AGES)
-        window = self.engine.accumulate(
-            [self.reader.window(position.tick, segments, group) for group in self.groups],
-            self.states,
-            valid_tokens=valid_tokens,
-            readout_group=readout_group,
-            observe=lambda t, segment, nll: losses.add(segment, nll),
-        )
-        rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
-        result = self.engine.step(rate)
+        windows = [self.reader.window(position.tick, segments, group) for group in self.groups]
+        if valid_tokens > 0:
+            window = self.engine.accumulate(
+                windows,
+                self.states,
+                valid_tokens=valid_tokens,
+                readout_group=readout_group,
+                observe=lambda t, segment, nll: losses.add(segment, nll),
+            )
+            rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
+            result = self.engine.step(rate)
+        else:  # an update without a gradient would still move the weights, by Adam's moments and by their decay
+            window, result = self.engine.advance(windows, self.states), WITHOUT_LABELS
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
         drift, *sums = self.world.all_reduce_sum([float(window.drift), *losses.sums.flatten().tolist()])
 

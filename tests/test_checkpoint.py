@@ -126,6 +126,27 @@ def test_large_models_take_several_files(tmp_path, world, monkeypatch, file_byte
     assert_of_step(saved, 5)
 
 
+@pytest.mark.parametrize("file_bytes", [1, 10**6])
+def test_a_frozen_parameter_has_a_weight_and_no_moments(tmp_path, world, monkeypatch, file_bytes):
+    """In a file of its own, too, where none of the parameters has moments."""
+
+    class Frozen(FakeEngine):
+        def tensors(self):
+            for name, weight, moments in super().tensors():
+                yield name, weight, {} if name.startswith("embedding") else moments
+
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    lanes = world.lanes_of_rank(LANES)
+    about = {"contents": contents(5), "lanes": lanes, "state": lane_state(lanes, 5)}
+    checkpoint.save(tmp_path, Frozen(ToyCell(), 5), world, **about)
+    saved, cell = checkpoint.newest(tmp_path, world), ToyCell()
+    saved.load_weights(cell)
+    for number, (name, parameter) in enumerate(cell.named_parameters(), start=1):
+        assert torch.all(parameter == 5 * number), name
+        if not name.startswith("embedding"):
+            assert torch.equal(saved.moment(name, "exp_avg"), 10 * parameter), name
+
+
 def save_rank(world, run_dir):
     save(run_dir, world, 4)
     saved = checkpoint.newest(run_dir, world)
@@ -297,6 +318,25 @@ def test_a_checkpoint_that_cannot_be_removed_gives_up_its_name(tmp_path, world, 
         assert "removed-damaged-step-00000002-0" in names(tmp_path)
     save(tmp_path, world, 3)
     assert names(tmp_path) == ["damaged-step-00000002", "step-00000001", "step-00000003"]
+
+
+def test_an_anchor_that_cannot_be_read_at_the_moment_is_kept(tmp_path, world, monkeypatch, caplog):
+    """It was taken for one that nothing could resume from, and removed."""
+    read_bytes = Path.read_bytes
+
+    def stale(path):
+        if path.parent.name == "step-00000001":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_bytes(path)
+
+    save(tmp_path, world, 1, anchor=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        for step in (2, 3, 4):
+            save(tmp_path, world, step)
+    assert "step-00000001: is kept for the time being, since it cannot be read: Stale file handle" in caplog.text
+    save(tmp_path, world, 5)
+    assert names(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize("what", ["weights-", "moments-", "lanes-"])

@@ -118,6 +118,32 @@ def test_misspelt_key_of_deepspeed(config):
     assert problems(config) == ["deepspeed.zero_optimisation: unknown key, did you mean zero_optimization?"]
 
 
+def test_mistakes_inside_zero_optimization_are_found_with_the_others(config):
+    """DeepSpeed would name them one at a time, after every rank has started; tests/test_zero_options.py has more of them."""
+    put(config, "data.lanes", 0)
+    config["deepspeed"] = {
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_com": True,
+            "reduce_bucket_size": -1,
+            "round_robin_gradients": True,
+            "offload_optimizer": {"device": "gpu", "pin_memori": True},
+        }
+    }
+    lanes, *found = problems(config)
+    assert lanes.startswith("data.lanes: ")
+    expected = [
+        "overlap_com: unknown key, did you mean overlap_comm?",
+        "reduce_bucket_size: found -1, expected an integer > 0",
+        "round_robin_gradients: found True, which is refused: DeepSpeed 0.19.8 then mixes up which weights",
+        'offload_optimizer.device: found \'gpu\', expected "none" or "cpu"',
+        "offload_optimizer.pin_memori: unknown key, did you mean pin_memory?",
+    ]
+    assert len(found) == len(expected)
+    for problem, start in zip(found, expected, strict=True):
+        assert problem.startswith(f"deepspeed.zero_optimization.{start}")
+
+
 def test_fp16_is_refused_with_the_reason(config):
     put(config, "training.precision", "fp16")
     put(config, "deepspeed.fp16", {"enabled": True})
@@ -586,7 +612,11 @@ def test_all_problems_come_in_one_message(config, tmp_path):
         ('training.init_from="7"', "training.init_from", "7"),
         ("model.memory_norm=false", "model.memory_norm", False),
         ("deepspeed.zero_optimization.stage=2", "deepspeed", {"zero_optimization": {"stage": 2}}),
-        ('deepspeed.zero_optimization={"stage":1,"x":"y"}', "deepspeed", {"zero_optimization": {"stage": 1, "x": "y"}}),
+        (
+            'deepspeed.zero_optimization={"stage":1,"overlap_comm":true}',
+            "deepspeed",
+            {"zero_optimization": {"stage": 1, "overlap_comm": True}},
+        ),
     ],
 )
 def test_set_overrides_a_field(config, tmp_path, override, name, expected):

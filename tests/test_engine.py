@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import (
+    LANES,
     STAGES,
     WORLD,
     Rows,
@@ -16,6 +17,7 @@ from tests.helpers.engines import (
     ones_and_crumbs,
     reference_run,
     weights_of,
+    windows,
 )
 from tests.helpers.ranks import run_ranks
 
@@ -179,6 +181,45 @@ def no_update_rank(world):
 @pytest.mark.slow
 def test_a_checkpoint_before_the_first_update():
     run_ranks(WORLD, no_update_rank)
+
+
+# ---- a window without labels -------------------------------------------------------------------------------------------
+
+
+def advance_rank(world):
+    """Ragged documents, dropout: the states of `advance` are those of `accumulate`, and the next step is what it was."""
+    window = windows(1)[0]
+    unlabelled = [segment._replace(labels=torch.full_like(segment.labels, -100)) for segment in window]
+    share = LANES // world.size // 2
+    for stage in STAGES:
+        found = []
+        for way in ("accumulate", "advance"):
+            cell = new_cell("toy")
+            cell.dropout.p = 0.3
+            settings = {"zero_optimization": {"stage": stage}}
+            engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+            engine.module.train()
+            first = world.rank * share * 2
+            lanes = [slice(first, first + share), slice(first + share, first + 2 * share)]
+            parts = [Rows(unlabelled, rows, start=0) for rows in lanes]
+            states = [engine.module.empty_state(share) for _ in lanes]
+            if way == "accumulate":
+                ends = engine.accumulate(parts, states, valid_tokens=0).states
+                engine.deepspeed.zero_grad()
+            else:
+                ends = engine.advance(parts, states).states
+                before = {name: weight.clone() for name, weight in weights_of(engine).items()}
+                engine_run(world, "toy", "adamw", 1e-2, 2, stage=stage, engine=engine)
+                assert largest_difference(weights_of(engine), before) > 1e-3, f"ZeRO {stage}"
+            found.append(ends)
+        for accumulated, advanced in zip(*found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(accumulated, advanced, strict=True)), f"ZeRO {stage}"
+            assert not any(x.requires_grad for x in advanced)
+
+
+@pytest.mark.slow
+def test_a_window_without_labels_only_advances_the_states():
+    run_ranks(WORLD, advance_rank)
 
 
 # ---- accumulation in bf16 ------------------------------------------------------------------------------------------------

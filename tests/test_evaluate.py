@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from memformer_dist.commands.evaluate import table
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, summary
-from memformer_dist.metrics import AGES, LossByAge, Losses
+from memformer_dist.metrics import AGES, LossByAge, Losses, evaluation_scalars
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.vocabulary import Vocabulary
 from tests.helpers import ROOT
@@ -101,7 +102,10 @@ def document_by_document(cell, documents, masks=None, *, mode="carried", segment
 
 @torch.no_grad()
 def shuffled(cell, documents, lanes: int, *, away: int = 1) -> list[Row]:
-    """Lane by lane over the schedule; a lane reads the memory that the lane `away` from it wrote last."""
+    """Lane by lane over the schedule; a lane reads the memory that the lane `away` from it wrote last.
+
+    Lanes that have run dry are not counted; one that is left alone has no figure.
+    """
     schedule = LaneSchedule(
         [len(document) for document in documents], seed=0, lanes=lanes, segment_length=LENGTH, epochs=1
     )
@@ -109,12 +113,13 @@ def shuffled(cell, documents, lanes: int, *, away: int = 1) -> list[Row]:
     for tick in range(schedule.ticks):
         now = schedule.at(tick)
         memories = [state.memory for state in states]
-        for lane in range(lanes):
+        alive = [lane for lane in range(lanes) if now.document[lane] >= 0]
+        if len(alive) < 2:
+            continue
+        for place, lane in enumerate(alive):
             document = int(now.document[lane])
-            if document < 0:  # it has run dry
-                continue
             segment = cut(documents[document], None, int(now.segment[lane]), reset=bool(now.reset[lane]))
-            state = states[lane]._replace(memory=memories[(lane + away) % lanes])
+            state = states[lane]._replace(memory=memories[alive[(place + away) % len(alive)]])
             row, states[lane] = read(cell, segment, state, document)
             rows.append(row)
     return rows
@@ -179,7 +184,11 @@ def assert_the_same_on(world, path, lanes_to_try) -> None:
         found = run(cell, corpus, world, lanes=lanes)
         for mode, rows in expected.items():
             assert_equal(found[mode], rows)
-        assert_equal(found["shuffled"], shuffled(cell, tokens, evaluation_lanes(corpus, lanes, world.size)))
+        others = shuffled(cell, tokens, min(lanes, len(LENGTHS)))
+        if lanes == 1:
+            assert found["shuffled"].is_missing and not others
+        else:
+            assert_equal(found["shuffled"], others)
 
 
 def test_any_number_of_lanes_gives_the_same(corpus, world):
@@ -192,7 +201,8 @@ def test_any_number_of_lanes_gives_the_same(corpus, world):
 def test_two_ranks_give_the_same(corpus):
     """An odd number of lanes, and more lanes than documents, are rounded up; the last one is dry from the start."""
     assert [evaluation_lanes(corpus, lanes, 2) for lanes in (1, 6, 20)] == [2, 6, 10]
-    run_ranks(2, assert_the_same_on, corpus.path, (1, 6, 20))
+    run_ranks(2, assert_the_same_on, corpus.path, (1, 5, 6, 20))
+    run_ranks(3, assert_the_same_on, corpus.path, (4,))
 
 
 def test_the_first_segments_of_every_lane(corpus, world):
@@ -241,6 +251,52 @@ def test_shuffled_is_carried_where_all_memories_are_equal(tmp_path, world):
     reversed_once = [document, document, document, document[::-1]]
     found = run(cell, Corpus.open(write_split(tmp_path / "others", reversed_once, vocabulary=TOKENIZER)), world)
     assert abs(found["shuffled"].loss / found["carried"].loss - 1) > 1e-6
+
+
+def one_document_rank(world, path) -> None:
+    """What is not measured is None in JSON and missing in logs, whatever the number of ranks and lanes."""
+    corpus, cell, document = Corpus.open(path), new_cell("encoder_decoder"), random_documents()[0][2]
+    for lanes in (1, 3):
+        found = run(cell, corpus, world, lanes=lanes)
+        assert_equal(found["carried"], document_by_document(cell, [document]))
+        assert found["shuffled"].is_missing
+        figures = json.loads(json.dumps(summary(found)))
+        assert figures["eval_loss_shuffled"] is figures["gap_shuffled"] is None and figures["gap"] != 0
+        assert figures["eval_loss_by_segment_age"]["shuffled"] == dict.fromkeys(found["carried"].by_age)
+        assert not [name for name in evaluation_scalars("eval", found) if "shuffled" in name]
+        rows = [line.split() for line in table(found).splitlines() if line.startswith("memory shuffled")]
+        ages = len(found["carried"].by_age)
+        assert rows == [["memory", "shuffled", *["n/a"] * 3], ["memory", "shuffled", *["n/a"] * ages]]
+
+
+def test_one_document_has_no_other_memory(tmp_path, world):
+    """One rank read the document's own memory (a gap of +0.0000), two ranks an idle lane's zeros (+0.0826)."""
+    path = write_split(tmp_path / "valid", [random_documents()[0][2]], vocabulary=TOKENIZER)
+    one_document_rank(world, path)
+    run_ranks(2, one_document_rank, path)
+
+
+def two_documents_rank(world, path) -> None:
+    """A long document and a short one: the segments that it reads alone have no figure, and no part in the gap."""
+    corpus, cell, documents = Corpus.open(path), new_cell("encoder_decoder"), [random_documents()[0][i] for i in (2, 0)]
+    found = run(cell, corpus, world, lanes=4)
+    expected = shuffled(cell, documents, 2)
+    assert sorted((row.document, row.age) for row in expected) == [(i, age) for i in (0, 1) for age in range(3)]
+    assert_equal(found["shuffled"], expected)
+    beside = mean(document_by_document(cell, documents, segments=3))
+    assert found["shuffled"].carried == pytest.approx(beside, rel=EXACT)
+    assert summary(found)["gap_shuffled"] == pytest.approx(mean(expected) - beside, rel=1e-9)
+    assert abs(found["shuffled"].loss - found["carried"].loss - (mean(expected) - beside)) > 1e-6
+    assert summary(found)["eval_loss_by_segment_age"]["shuffled"]["4-7"] is None
+    note = f"Memory shuffled is measured where two or more documents are read side by side; memory carried has {beside:.4f}"
+    assert f"n/a\n\n{note} there." in table(found)
+
+
+def test_only_documents_side_by_side_exchange_their_memories(tmp_path, world):
+    """An idle lane's memory was read, which depended on the number of ranks; three ranks have two idle lanes here."""
+    path = write_split(tmp_path / "valid", [random_documents()[0][i] for i in (2, 0)], vocabulary=TOKENIZER)
+    two_documents_rank(world, path)
+    run_ranks(3, two_documents_rank, path)
 
 
 # ---- cells of other kinds --------------------------------------------------------------------------------------------
@@ -338,7 +394,9 @@ def figures_in(table: str) -> dict[str, list[float]]:
     rows = {}
     for line in table.splitlines():
         if line.startswith(("memory", "everything")):
-            rows.setdefault(line[:18].strip(), []).append([float(word) for word in line[18:].split()])
+            rows.setdefault(line[:18].strip(), []).append(
+                [math.nan if word == "n/a" else float(word) for word in line[18:].split()]
+            )
     return rows
 
 
@@ -363,8 +421,11 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
         for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled"), strict=True):
             loss = written[name]
             gap = [] if mode == "carried" else [loss - written["eval_loss"]]
+            if mode == "shuffled":
+                gap = [written["gap_shuffled"]]
             assert first == pytest.approx([loss, math.exp(loss), *gap], abs=0.006)
-            assert ages == pytest.approx(list(written["eval_loss_by_segment_age"][mode].values()), abs=6e-5)
+            found = [math.nan if x is None else x for x in written["eval_loss_by_segment_age"][mode].values()]
+            assert ages == pytest.approx(found, abs=6e-5, nan_ok=True)
 
 
 def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):

@@ -1,6 +1,8 @@
 """The file systems of clusters: NFS, imitated by a library that is loaded before libc (helpers/nfs.c); permissions;
 small files that are torn; few open files."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from memformer_dist.data.cache import ShardCache
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.schedule_store import ScheduleStore
 from memformer_dist.errors import CorpusError
-from memformer_dist.files import read_json_lines, write_text
+from memformer_dist.files import held, read_json_lines, try_lock, write_text
 from memformer_dist.monitor import Monitor
 from memformer_dist.prepare.build import shard
 from memformer_dist.progress import Position
@@ -160,6 +162,35 @@ assert again.history == [[3, 4, 5, 6]]
     assert done.returncode == 0, done.stderr
 
 
+def test_a_lock_that_is_removed_at_the_end(tmp_path):
+    """Whoever opened it before it was removed does not take the old file for the lock."""
+    path = tmp_path / "lock"
+    with held(path) as is_ours:
+        assert is_ours
+        with held(path) as too:
+            assert not too
+        assert path.exists()
+        waiting = path.open("a")
+    assert not path.exists()
+    assert try_lock(waiting)  # of the file that is gone
+    with held(path) as is_ours:
+        assert is_ours
+    waiting.close()
+
+
+def test_a_lock_that_is_removed_between_opening_and_locking(tmp_path, monkeypatch):
+    path, number = tmp_path / "lock", itertools.count()
+
+    def lock_after_removal(file):
+        if next(number) == 0:
+            path.unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr("memformer_dist.files.try_lock", lock_after_removal)
+    with held(path) as is_ours:
+        assert is_ours and path.exists() and next(number) == 2
+
+
 # ---- permissions -----------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +308,18 @@ def test_what_is_no_plain_file_is_written_to_and_never_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]
 
 
+def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch):
+    """A single file mounted into a container: renaming over it is EBUSY."""
+
+    def busy(path, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(target))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    (tmp_path / "figures.json").write_text("old and longer")
+    write_text(tmp_path / "figures.json", "new")
+    assert tree(tmp_path) == {"figures.json": b"new"}
+
+
 @pytest.mark.parametrize("damaged", ["sharding.json", "shards/000000.json", "encoded/*.json"])
 def test_torn_files_of_preparation_are_made_again(tmp_path, model_file, two_files, monkeypatch, damaged):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -342,6 +385,28 @@ def test_more_shards_than_files_may_be_open(many_shards):
     done = run_script("-c", READ_BOTH_SPLITS, "256", "2000", many_shards)
     held, limit = map(int, done.stdout.split())
     assert 500 <= held < 600 and limit == 2000  # raised to the hard limit
+
+
+def test_remote_shards_under_few_files(many_shards, tmp_path):
+    """The shards of a cache count too."""
+    done = run_script(
+        "-c",
+        f"""
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+import numpy as np
+from memformer_dist.data.dataset import Spans
+from memformer_dist.data.open_data import open_split
+corpus = open_split("file://{many_shards}/train", cache={str(tmp_path)!r})
+for some in np.array_split(np.arange(300), 3):
+    spans = Spans(some, np.zeros_like(some), corpus.lengths[some])
+    corpus.prefetch(spans)
+    corpus.check(spans)
+    assert [corpus.tokens(document, 0, 4)[0] for document in some] == some.tolist()
+print(len(os.listdir("/proc/self/fd")))
+""",
+    )
+    assert done.returncode == 0 and int(done.stdout) < 100, done.stderr
 
 
 def test_no_file_left_to_open(many_shards):

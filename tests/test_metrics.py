@@ -113,7 +113,23 @@ def test_every_scalar_of_an_evaluation():
         "final/loss_no_state": 6,
         "final/loss_shuffled": 10,
         "final/gap": 2,
+        "final/gap_shuffled": 9,
     }
+
+
+def test_what_was_not_measured_is_not_logged():
+    """One document was read at a time: no other memory to read with, so no figure either."""
+    losses = {mode: Losses(1.0, {"0": 1.0}) for mode in ("carried", "no_memory", "no_state")}
+    losses["shuffled"] = Losses.of([0.0] * 2 * len(metrics.AGES))
+    assert losses["shuffled"].is_missing
+    assert list(metrics.evaluation_scalars("eval", losses)) == [
+        "eval/loss",
+        "eval/loss_no_memory",
+        "eval/loss_no_state",
+        "eval/gap",
+    ]
+    losses["shuffled"] = Losses(4.0, {"0": 4.0}, carried=1.5)
+    assert metrics.evaluation_scalars("eval", losses)["eval/gap_shuffled"] == 2.5
 
 
 def test_norms_at_the_boundaries():
@@ -130,7 +146,7 @@ def test_a_run_logs_what_the_tables_name_and_nothing_else(trained_run):
     named = [metric.name for metric in metrics.TRAINING] + [metrics.BOUNDARY_NORMS] + families
     assert all(any(fnmatch.fnmatch(name, pattern) for pattern in named) for name in logged)
     absent = {pattern for pattern in named if not any(fnmatch.fnmatch(name, pattern) for name in logged)}
-    assert {name.partition("/")[0] for name in absent} - {"perf"} == {"device", "eval"} and len(absent) == 3 + 5
+    assert {name.partition("/")[0] for name in absent} - {"perf"} == {"device", "eval"} and len(absent) == 3 + 6
     assert all(metric.meaning for metric in (*metrics.TRAINING, *metrics.EVALUATION))
 
 

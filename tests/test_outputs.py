@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from memformer_dist.commands import evaluate, generate, train, train_tokenizer
 from memformer_dist.errors import UserError
 from memformer_dist.files import expect_writable, is_mount_point
 from memformer_dist.prepare import build, workspace
 from memformer_dist.prepare.build import shard
+from memformer_dist.world import World
 from tests.helpers import ROOT
 from tests.helpers.files import tree
 
@@ -180,7 +182,6 @@ def test_places_are_tried_before_the_work(tmp_path, model_file, two_files, no_fo
         (train_tokenizer, "discover"),
         (evaluate, "open_one"),
         (generate, "open_one"),
-        (train, "open_data"),
     ):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(
@@ -194,9 +195,8 @@ def test_places_are_tried_before_the_work(tmp_path, model_file, two_files, no_fo
         evaluate.main([*run, "--json", str(tmp_path)])
     with pytest.raises(UserError, match=f"^--save: cannot write {tmp_path}: Is a directory$"):
         generate.main([*run, "--prompt", "x", "--save", str(tmp_path)])
-    config = ["--config", str(trained_run / "config.json"), "--run-dir", str(no_folder)]
     with pytest.raises(UserError, match=f"^--run-dir: cannot write {no_folder}/log.txt: Not a directory$"):
-        train.main(config)
+        train.start_log(World(0, 1, torch.device("cpu")), no_folder)
 
 
 def test_trying_a_place(tmp_path, monkeypatch):

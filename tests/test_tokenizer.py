@@ -213,7 +213,8 @@ def test_valid_input(tmp_path, model_file):
         shard(tmp_path / "leaky", model_file, [tmp_path], [valid])
 
 
-def test_one_document_cannot_be_divided(tmp_path, model_file):
+def test_one_document_cannot_be_divided(tmp_path, model_file, capsys):
+    """One document held out is warned of: no evaluation can read it with the memory of another one."""
     (tmp_path / "texts").mkdir()
     book, other = tmp_path / "texts" / "book.txt", tmp_path / "other.txt"
     book.write_text("the only book\n")
@@ -226,6 +227,13 @@ def test_one_document_cannot_be_divided(tmp_path, model_file):
     assert list(asked["splits"]) == ["train"]
     given = shard(tmp_path / "both", model_file, [tmp_path / "texts"], [other])
     assert [figures["documents"] for figures in given["splits"].values()] == [1, 1]
+    for _ in range(2):  # made, and found already made
+        assert capsys.readouterr().err.count("warning: the validation split has one document.") == 1
+        shard(tmp_path / "both", model_file, [tmp_path / "texts"], [other])
+    shard(tmp_path / "two", model_file, [other], [tmp_path / "texts" / "book.txt", write_texts(tmp_path / "more", 1)])
+    capsys.readouterr()
+    assert shard(tmp_path / "two", model_file, [other], [book, tmp_path / "more"])["splits"]["valid"]["documents"] == 2
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_split_without_a_label_to_learn(tmp_path, model_file):

@@ -25,6 +25,7 @@ from memformer_dist.optimizer import OptimizerConfig, learning_rate
 from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
 from tests.helpers import ROOT
+from tests.helpers.corpora import write_split
 from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
 from tests.helpers.waiting import wait_until
@@ -367,6 +368,43 @@ def test_a_run_that_diverged_ends_with_a_message(corpus_dir, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     skipped = [row[2] for row in records(tmp_path, "optim/skipped")]
     assert skipped[-3:] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_window_without_labels_moves_no_weight(corpus_dir, tmp_path):
+    """Such windows once counted as updates and moved weights by Adam's moments; now they advance the states alone.
+
+    They are no skipped steps either, and a run that is stopped after one resumes bit by bit.
+    """
+    tokenizer = (corpus_dir / "tokenizer.model").read_bytes()
+    for split in ("train", "valid"):
+        generator = np.random.default_rng(0)
+        vocabulary = open_corpora(corpus_dir)[0].vocabulary
+        # Of 40 documents of a window each, one lane's in three windows of five has labels.
+        texts = [generator.integers(4, vocabulary.size, 48) for _ in range(40)]
+        masks = [np.full(48, int(number in (3, 17, 31))) for number in range(40)]
+        write_split(tmp_path / "corpus" / split, texts, masks, vocabulary=vocabulary)
+    (tmp_path / "corpus" / "tokenizer.model").write_bytes(tokenizer)
+    raw = settings(tmp_path / "corpus", tokens=47 * 3 * 5, dropout=0.1, training={"skipped_steps_limit": 1})
+    run_ranks(2, several_runs, [(raw, tmp_path / "whole", None)])
+    tokens = [row[1] for row in records(tmp_path / "whole", "optim/skipped", having="optim/skipped")]
+    empty = [step for step, (x, y) in enumerate(zip([0, *tokens], tokens, strict=False), start=1) if x == y]
+    assert len(empty) >= 4 and any(step > 2 for step in empty), empty
+    assert all(row[2] == 0 for row in records(tmp_path / "whole", "optim/skipped", having="optim/skipped"))
+
+    step = next(step for step in empty if tokens[step - 1] > 0)  # the first behind an update
+    cases = [(raw, tmp_path / "before", step - 1), (raw, tmp_path / "resumed", step)]
+    run_ranks(2, several_runs, cases)
+    before, after = (last_checkpoint(tmp_path / name) for name in ("before", "resumed"))
+    for prefix in ("weights", "moments", "lanes"):
+        then, now = tensors(before, prefix), tensors(after, prefix)
+        assert all(torch.equal(then[name], now[name]) for name in then) == (prefix != "lanes"), prefix
+    run_ranks(2, several_runs, [(raw, tmp_path / "resumed", None)])
+    for prefix in ("weights", "moments", "lanes"):
+        whole, resumed = (tensors(last_checkpoint(tmp_path / name), prefix) for name in ("whole", "resumed"))
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    run_ranks(1, several_runs, [(raw, tmp_path / "one", None)])
+    assert [row[1] for row in records(tmp_path / "one", having="optim/skipped")] == tokens
 
 
 def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None:

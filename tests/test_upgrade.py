@@ -101,8 +101,9 @@ def test_a_run_of_version_1_resumes(folder):
     expected = [record for record in expected if record["step"] > 7]
     assert [record["step"] for record in found] == [record["step"] for record in expected] and len(found) > 7
     for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
+        assert one.keys() - {"eval/gap_shuffled", "final/gap_shuffled"} == other.keys()
+        # What is exchanged between lanes of which some are idle is not what it was: see CHANGELOG.md, 0.2.0.
+        for name in other.keys() - {"eval/loss_shuffled", "final/loss_shuffled"}:
             is_loss = name.startswith(("loss/", "eval/loss"))
             rel, least = (1e-6, 0.0) if is_loss else (1e-5, 1e-6)  # norms, ratios and differences amplify rounding
             assert one[name] == pytest.approx(other[name], rel=rel, abs=least), name

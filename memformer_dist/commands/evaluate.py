@@ -16,14 +16,14 @@ import json
 import os
 from pathlib import Path
 
-from memformer_dist import logs
+from memformer_dist import agreement, logs
 from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
 from memformer_dist.files import expect_writable, write_text
-from memformer_dist.metrics import AGES, Losses
+from memformer_dist.metrics import AGES, Losses, gap
 from memformer_dist.world import World
 
 NAMES = {
@@ -32,6 +32,8 @@ NAMES = {
     "no_state": "everything reset",
     "shuffled": "memory shuffled",
 }
+
+MISSING = "n/a"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,12 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Raises UserError."""
     options = parse(arguments)
-    logs.start(int(os.environ.get("RANK", 0)))
     world = World.start()
-    saved = world.on_all_or_raise(lambda: open_one(options.run_dir))
+    logs.start(world.rank)
+    saved = open_on_all(options.run_dir, world)
     data = saved.contents.config.data
     lanes = options.lanes or data.lanes
     dataset = world.on_all_or_raise(lambda: open_documents(saved, options.corpus, options.split, lanes))
+    require_agreement(options, saved, dataset, world)
     cell = saved.cell(world.device)
     losses = evaluate(
         cell,
@@ -84,6 +87,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run() -> None:
     run_program(main)
+
+
+def open_on_all(path: Path, world: World) -> Checkpoint:
+    """The checkpoint that rank 0 finds, on every rank: a run that is being trained may write a newer one meanwhile.
+
+    A collective call. Raises UserError if a rank does not have it.
+    """
+    first = world.on_all_or_raise(lambda: open_one(path) if world.is_main else None)
+    found = world.broadcast_first(os.path.relpath(first.path, path) if first else None)
+    return world.on_all_or_raise(lambda: first or open_one(path / str(found)))
+
+
+def require_agreement(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset, world: World) -> None:
+    """Raises LaunchError, on all ranks, if they would not evaluate the same. A collective call."""
+    chosen = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in ("split", "lanes", "max_segments")}
+    facts = agreement.manifest("--run-dir", saved.path) | chosen
+    agreement.require(world, facts | agreement.documents("--corpus", dataset) | agreement.software())
 
 
 def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int) -> TokenDataset:
@@ -119,15 +139,25 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
 
 
 def table(losses: dict[str, Losses]) -> str:
-    carried = losses["carried"].loss
     lines = [f"{'':18}{'loss':>9}{'perplexity':>12}{'gap':>9}"]
     for mode, found in losses.items():
-        gap = "" if mode == "carried" else f"{found.loss - carried:+9.4f}"
-        lines.append(f"{NAMES[mode]:18}{found.loss:9.4f}{found.perplexity:12.2f}{gap:>9}")
+        above = gap(losses, mode)
+        if above is None:
+            lines.append(f"{NAMES[mode]:18}{MISSING:>9}{MISSING:>12}{MISSING:>9}")
+        else:
+            last = "" if mode == "carried" else f"{above:+9.4f}"
+            lines.append(f"{NAMES[mode]:18}{found.loss:9.4f}{found.perplexity:12.2f}{last:>9}")
     ages = [age for age in AGES if age in losses["carried"].by_age]
     lines += ["", f"{'by segment age':18}" + "".join(f"{age:>9}" for age in ages)]
     for mode, found in losses.items():
-        lines.append(f"{NAMES[mode]:18}" + "".join(f"{found.by_age[age]:9.4f}" for age in ages))
+        by_age = (f"{found.by_age[age]:.4f}" if age in found.by_age else MISSING for age in ages)
+        lines.append(f"{NAMES[mode]:18}" + "".join(f"{loss:>9}" for loss in by_age))
+    shuffled = losses["shuffled"]
+    if shuffled.is_missing:
+        lines += ["", f"{MISSING}: no two documents were read side by side"]
+    elif shuffled.carried is not None:
+        where = "where two or more documents are read side by side"
+        lines += ["", f"Memory shuffled is measured {where}; memory carried has {shuffled.carried:.4f} there."]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -16,7 +16,6 @@ instead. Messages also go to RUN/log.txt.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import memformer_dist
@@ -25,7 +24,7 @@ from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_data
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable
-from memformer_dist.world import World, world_size
+from memformer_dist.world import World, several_ranks_can_meet, world_size
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,14 +49,26 @@ def run() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = RunConfig.load(find_config(options.config), options.set, world_size())
-    expect_writable(options.run_dir / logs.FILE, "--run-dir")
-    logs.start(int(os.environ.get("RANK", 0)), options.run_dir / logs.FILE)
+    def load() -> RunConfig:
+        return RunConfig.load(find_config(options.config), options.set, world_size())
+
+    if not several_ranks_can_meet():
+        load()  # a mistake is reported before any device is touched
     world = World.start()
+    config = world.on_all_or_raise(
+        load
+    )  # what one of several ranks finds must reach the others: they would wait for it
+    world.on_all_or_raise(lambda: start_log(world, options.run_dir))
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
     from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
 
     train(config, options.run_dir, corpora, world)
+
+
+def start_log(world: World, run_dir: Path) -> None:
+    """Log to RUN/log.txt. Raises UserError if it cannot be written."""
+    expect_writable(run_dir / logs.FILE, "--run-dir")
+    logs.start(world.rank, run_dir / logs.FILE)
 
 
 def find_config(name: str) -> Path:

@@ -100,7 +100,7 @@ class Corpus:
         for shard in set(self._shards_of(spans.document).tolist()):
             self._check_unchanged(shard)
         for number in np.unique(spans.document[~self._checked[spans.document]]).tolist():
-            self._compare(number, self._views(number))
+            self._compare(number)
             self._checked[number] = True
 
     def prefetch(self, spans: Spans) -> None:
@@ -171,12 +171,16 @@ class Corpus:
             if (
                 was_checked and not self._checked[document]
             ):  # its shard was unmapped, and changed before it was mapped again
-                self._compare(document, views)
+                self._compare_views(document, views)
                 self._checked[document] = True
             self._maps.keep(document, views, shard, mapped)
         return views
 
-    def _compare(self, document: int, views: DocumentViews) -> None:
+    def _compare(self, document: int) -> None:
+        """Raises CorpusError where a document's tokens or mask are not those that were written."""
+        self._compare_views(document, self._views(document))
+
+    def _compare_views(self, document: int, views: DocumentViews) -> None:
         """Raises CorpusError where a document's tokens or mask are not those that were written."""
         shard, start = self._place(document)
         tokens, mask = views

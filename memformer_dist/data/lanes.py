@@ -70,14 +70,16 @@ class Deals(NamedTuple):
     lane: np.ndarray  # uint32 [deals]
     start: np.ndarray  # int64 [deals], first ticks, in ascending order
     before: np.ndarray  # int64 [blocks, 3, B], before each block of deals: document, epoch and first tick of the lanes
-    free: np.ndarray  # int64 [B], the heap after the last deal
+    free: np.ndarray  # int64 [lanes that read], the heap after the last deal
     reading: np.ndarray  # int64 [3, B] after the last deal
 
 
 class EpochStart(NamedTuple):
     """Which lanes are free, and when, as an epoch starts. The names are those of the columns on disk."""
 
-    free: np.ndarray  # int64 [B], a heap of tick * B + lane, when and which lane is free: ties go to the lowest lane
+    free: (
+        np.ndarray
+    )  # int64 [lanes that read], a heap of tick * B + lane, when and which lane is free: ties go to the lowest lane
     reading: np.ndarray  # int64 [3, B]: document, epoch and first tick of each lane's last deal
 
 
@@ -87,6 +89,7 @@ class LaneSchedule:
     order      the documents that an epoch deals, int64 [deals]; by default a permutation of all of them
     store      folder in which large epochs are stored, under a hash of all that they depend on (schedule_store.py)
     order_key  stands for `order` in that hash
+    dealt      how many of the lanes read, the first ones; by default all. The others are dry from the start
 
     Queries do not depend on those before them. Safe to use from several threads.
     """
@@ -102,8 +105,10 @@ class LaneSchedule:
         order: Callable[[int], np.ndarray] | None = None,
         store: Path | None = None,
         order_key: str = "",
+        dealt: int | None = None,
     ):
         assert min(lanes, segment_length, len(lengths), np.min(lengths, initial=1)) > 0
+        assert dealt is None or (0 < dealt <= lanes and store is None)
         self.lanes = lanes
         self.segment_length = segment_length
         self.segments = -(-np.asarray(lengths, np.int64) // segment_length)  # [documents], segments of each
@@ -115,7 +120,7 @@ class LaneSchedule:
         self._store = None if store is None else ScheduleStore(store, key)
         reading = np.tile(np.array([[-1], [-1], [0]]), lanes)
         self._starts = [
-            EpochStart(np.arange(lanes), reading)
+            EpochStart(np.arange(dealt or lanes), reading)
         ]  # by epoch, as far as epochs were dealt, and the next one
         self._first_ticks = [0]  # of each epoch of _starts
         self._held: OrderedDict[int, Deals] = OrderedDict()

@@ -125,9 +125,23 @@ def shard(
         if there_already and not overwrite:
             report = existing_report(workspace.output, recipe, strict)
             workspace.remove_leftover()
-            return report
-        with workspace.locked():
-            return Build(workspace, recipe, vocabulary, raw_model, sources, ignored, strict).run(pool)
+        else:
+            with workspace.locked():
+                report = Build(workspace, recipe, vocabulary, raw_model, sources, ignored, strict).run(pool)
+        warn_of_one_document(report)
+        return report
+
+
+def warn_of_one_document(report: Report) -> None:
+    """Say what a validation split of one document cannot tell."""
+    valid = report["splits"].get("valid")
+    if valid is not None and valid["documents"] == 1:
+        print(
+            "warning: the validation split has one document. It is read by one lane, however many there are, and there"
+            " is no other document whose memory could be tried in its place: that figure of an evaluation will be n/a."
+            " Give more with --valid-input, or raise --valid-fraction",
+            file=sys.stderr,
+        )
 
 
 def _check_options(valid_fraction: float, seed: int, partition_mib: float) -> None:

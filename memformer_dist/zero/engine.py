@@ -9,6 +9,7 @@ Everything in this folder rests on what DeepSpeed 0.19.8 was measured to do unde
 - `scale_wrt_gas=False` always; DeepSpeed averages over ranks, so the loss is multiplied by the world size.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.mrbp.executor import Executor
@@ -83,20 +84,23 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
             "managed_gradient_accumulation": mrbp.reduce == "window",
         }
-        weights: dict[nn.Parameter, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         if precision == "bf16":
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         elif precision == "bf16_parameters":
             ours["bf16"] = {"enabled": True}
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
             ours["communication_data_type"] = "fp32"  # or every reduction is rounded to bf16
-            weights = {parameter: parameter.detach().clone() for parameter in cell.parameters()}
+            weights = {name: parameter.detach().cpu().clone() for name, parameter in cell.named_parameters()}
         # DeepSpeed's buckets of 500 million numbers are allocated whole, however small the model. Where no full gradient is
         # to be anywhere, the bucket must not be one.
-        numbers = sum(parameter.numel() for parameter in cell.parameters())
+        numbers = sum(parameter.numel() for parameter in cell.parameters() if parameter.requires_grad)
         bucket = numbers if mrbp.reduce == "window" else max(1, numbers // 8)
         zero = {"overlap_comm": False, "reduce_bucket_size": min(500_000_000, bucket)}
         zero |= settings.get("zero_optimization", {})
+        if precision == "bf16_parameters" and zero.get("stage") == 2:
+            # ZeRO-2 divides by the number of ranks before it scatters, in bf16: 3 ranks would make 0.33529 of 0.33464.
+            zero["reduce_scatter"] = False
         cell.to(world.device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=cell,
@@ -106,9 +110,11 @@ class Engine:
         )
         self.zero_stage: int = self.deepspeed.zero_optimization_stage()
         self.module: RecurrentCell = self.deepspeed.module
-        self._moments = Moments(self.deepspeed, world)
-        for parameter, weight in weights.items():  # DeepSpeed has made its fp32 weights of rounded ones
-            self._moments.set_whole(parameter, weight.to(world.device))
+        trained = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        frozen = {name: weight for name, weight in weights.items() if name not in trained}
+        self._moments = Moments(self.deepspeed, world, frozen)
+        for name in weights.keys() & trained.keys():  # DeepSpeed has made its fp32 weights of rounded ones
+            self._moments.set_whole(trained[name], weights[name].to(world.device))
         self.reduction = Reduction(self.deepspeed, mrbp.reduce)
         self.states = DeviceStates() if mrbp.state_store == "device" else HostStates(world.device)
         self.gathering = None
@@ -149,6 +155,18 @@ class Engine:
             sum(result.rollout_s for result in results),
             torch.stack([result.state_gradient_squares for result in results]).sum(0),
         )
+
+    @torch.no_grad()
+    def advance(self, windows: Sequence[Any], states: Sequence[Any]) -> Accumulated:
+        """What `accumulate` makes of a window without labels: states alone, and no gradient."""
+        ends, began = [], time.perf_counter()
+        for group, (window, state) in enumerate(zip(windows, states, strict=True)):
+            executor = ZeroExecutor(self, start=window.start, group=group, is_last=False)
+            for t in range(len(window)):
+                state = executor.rollout(t, window[t], state)
+            ends.append(state)
+        zeros = torch.zeros(1 + len(windows[0]), device=self.world.device)
+        return Accumulated(ends, zeros[0], time.perf_counter() - began, zeros[1:])
 
     def _replay(
         self,
@@ -201,16 +219,19 @@ class Engine:
         Of an engine that has taken steps, moments are counted again: a choice made by this is then on the safe side.
         """
         # Under ZeRO-3 a parameter's own size is that of what is gathered, mostly nothing.
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in self.module.parameters()]
-        numbers, whole = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+        sizes = [
+            (getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in self.module.parameters()
+        ]
+        numbers = sum(count for count, _, trained in sizes if trained)
         sharers = 1 if self.zero_stage == 0 else self.world.size
         moments = 2 * 4 * numbers // sharers
         if self.mrbp.reduce == "window":
-            gradient = whole
+            gradient = sum(count * size for count, size, trained in sizes if trained)
         else:  # a bucket on its way at a time, and this rank's share, which ZeRO-3 holds from the start
             bucket = self.deepspeed.zero_reduce_bucket_size()
             gradient = 4 * (bucket + (numbers // sharers if self.zero_stage == 2 else 0))
-        gathered = whole if self.gathering is not None and self.gathering.keep != "none" else 0
+        keeps = self.gathering is not None and self.gathering.keep != "none"
+        gathered = sum(count * size for count, size, _ in sizes) if keeps else 0
         on_device = self.mrbp.state_store == "device" or self.world.device.type == "cpu"
         stored = window * sum(x.nbytes for x in state) if on_device else 0
         return moments + gradient + gathered + stored

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -20,20 +21,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
 
 
 class Moments:
-    """Reads and sets them in the optimiser of `deepspeed`, an engine of DeepSpeed's. All calls are collective."""
+    """Reads and sets them in the optimiser of `deepspeed`, an engine of DeepSpeed's. All calls are collective.
 
-    def __init__(self, deepspeed: Any, world: World):
-        self._deepspeed, self._world = deepspeed, world
+    Frozen parameters (`requires_grad` False) are unknown to the optimiser and have no moments. `frozen` holds those of their
+    fp32 weights that the module itself has rounded, by name.
+    """
+
+    def __init__(self, deepspeed: Any, world: World, frozen: dict[str, Tensor]):
+        self._deepspeed, self._world, self._frozen = deepspeed, world, frozen
         self._module: nn.Module = deepspeed.module
         self._stage: int = deepspeed.zero_optimization_stage()
 
     def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, fp32 weight, its moments by MOMENTS) of every parameter, whole, one at a time."""
+        """(name, fp32 weight, its moments by MOMENTS) of every parameter, whole, one at a time; frozen ones have no moments."""
         if any("exp_avg" not in self._optimizer().state.get(tensor, {}) for tensor in self._optimised_tensors()):
             self._create(0)  # no step has been applied yet
         self._link()
         for name, parameter in self._module.named_parameters():
-            if self._stage > 0:
+            moments: dict[str, Tensor]
+            if not parameter.requires_grad:
+                weight, moments = self._frozen_weight(name, parameter), {}
+            elif self._stage > 0:
                 weight = safe_get_full_fp32_param(parameter)
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             else:
@@ -46,7 +54,7 @@ class Moments:
         self._create(steps)
         self._link()
         for name, parameter in self._module.named_parameters():
-            for key in MOMENTS:
+            for key in MOMENTS if parameter.requires_grad else ():
                 value = moment(name, key).to(self._world.device)
                 if self._stage == 0:
                     self._optimizer().state[parameter][key].copy_(value)
@@ -68,6 +76,14 @@ class Moments:
             safe_set_local_fp32_param(parameter, own)
         else:
             safe_set_local_optimizer_state(parameter, own, key)
+
+    def _frozen_weight(self, name: str, parameter: nn.Parameter) -> Tensor:
+        if name in self._frozen:
+            return self._frozen[name]
+        if self._stage < 3:
+            return parameter.detach()
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """torch's own."""
@@ -94,7 +110,7 @@ class Moments:
     def _optimised_tensors(self) -> list[Tensor]:
         """What the torch optimiser sees: parameters at stage 0, flat partitions of this rank above."""
         if self._stage == 0:
-            return list(self._module.parameters())
+            return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if self._stage == 3:
             return self._deepspeed.optimizer.fp32_partitioned_groups_flat
         return self._deepspeed.optimizer.single_partition_of_fp32_groups

@@ -11,8 +11,8 @@ accumulation boundary is held off there, and the reduction is requested explicit
 all of the readout's, start to be reduced before it, the others as they become final, in DeepSpeed's buckets. With overlap, at
 ZeRO-3 and under "segment", all ranks must run the same modules (rule 6 of cells/base.py).
 
-Every parameter must have a gradient when the reduction comes, if only zeros. DeepSpeed skips a parameter that has none: ZeRO-3
-would keep the previous step's gradient, and if another rank has one, the ranks would reduce different things.
+Every trained parameter must have a gradient when the reduction comes, if only zeros. DeepSpeed skips a parameter that has none:
+ZeRO-3 would keep the previous step's gradient, and if another rank has one, the ranks would reduce different things.
 """
 
 import contextlib
@@ -31,14 +31,16 @@ class Reduction:
     def __init__(self, engine, reduce: Reduce):
         self.engine, self.optimizer, self.reduce = engine, engine.optimizer, reduce
         self.stage = engine.zero_optimization_stage()
-        self.parameters: list[Any] = list(engine.module.parameters())
+        self.parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad]
         self.overlaps = reduce == "window" and self.stage > 0 and bool(engine.zero_overlap_comm())
 
     @contextlib.contextmanager
     def of_a_step(self) -> Iterator[None]:
         """The context of all backwards of a step. When it ends, gradients are averaged over the ranks."""
         if self.reduce == "segment":
-            if self.stage == 3:
+            if self.stage == 2:
+                self._forget_offloaded()
+            else:
                 # Otherwise the backwards of the first forward overwrite the buffer, and leave stale what they do not reach.
                 self.optimizer.grad_partitions_flat_buffer.zero_()
                 self.optimizer.micro_step_id = 1
@@ -63,6 +65,21 @@ class Reduction:
         if self.overlaps and is_last:
             self._start_others(scalar)
         self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def _forget_offloaded(self) -> None:
+        """Zero the gradients of the step before that ZeRO-2 with offload_optimizer has on the host.
+
+        DeepSpeed starts a sum afresh in the first backward of a step alone. A parameter that a later one is the first to
+        reach, as all of advance's are, would be added to the sum of the step before, and one that none reaches would keep it.
+        """
+        if self.optimizer.cpu_offload:
+            self.optimizer._wait_for_offload_copies()
+            for gradient in self.optimizer.accumulated_grads_in_cpu.values():
+                gradient.zero_()
+            for partition in self.optimizer.single_partition_of_fp32_groups:
+                partition.grad.zero_()
+            for group in self.optimizer.averaged_gradients:  # of bf16 parameters; a step that was skipped leaves them
+                self.optimizer.averaged_gradients[group] = None
 
     def _start_others(self, scalar: Tensor) -> None:
         """Start to reduce the gradients that the backward of `scalar` does not touch; its own follow without coalescing."""

@@ -1,7 +1,14 @@
-"""The section `deepspeed` of a configuration: which keys it may have. Does not import DeepSpeed."""
+"""The section `deepspeed` of a configuration: which keys and options it may have. Does not import DeepSpeed.
 
-from collections.abc import Callable
-from typing import Any
+Every field of DeepSpeed 0.19.8's zero_optimization is either in OPTIONS, and then tests/test_zero_options.py proves gradients,
+checkpoints and resuming with it, or in REFUSED, with the reason. `python -m memformer_dist.zero.settings` prints the tables of
+docs/zero_options.md.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 NO_FP16 = "fp16 is refused: loss scaling would multiply the memory's gradient at every segment"
 # Keys that are not allowed: what to set instead, or the reason.
@@ -25,11 +32,11 @@ SET_BY_US = {
     "sparse_gradients": "it does not work under ZeRO",
     "zero_allow_untested_optimizer": "the engine sets it",
     "zero_force_ds_cpu_optimizer": "the engine sets it",
+    "aio": "it serves offloading to NVMe alone, which is refused",
 }
 # Keys that are allowed. DeepSpeed itself ignores a misspelt key silently, hence the list.
 PASSED_THROUGH = (
     "zero_optimization",
-    "aio",
     "comms_logger",
     "disable_allgather",
     "dump_state",
@@ -40,6 +47,107 @@ PASSED_THROUGH = (
     "wall_clock_breakdown",
 )
 
+FLAG, OBJECT = "true or false", "an object or null"
+POSITIVE, COUNT, EVEN = "an integer > 0", "an integer >= 0", "an even integer > 0"
+DEVICE = '"none" or "cpu"'
+
+
+class Option(NamedTuple):
+    values: str  # what it takes, in words
+    stages: tuple[int, ...]  # of ZeRO, where it does something; at the others it has no effect
+    what: str
+
+    def takes(self, value: Any) -> bool:
+        if self.values == FLAG:
+            return isinstance(value, bool)
+        if self.values == OBJECT:
+            return value is None
+        if self.values == DEVICE:
+            return value in ("none", "cpu")
+        # JSON writes 5e8 for 500000000, and DeepSpeed takes it.
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            return False
+        return {POSITIVE: value > 0, COUNT: value >= 0, EVEN: value > 0 and value % 2 == 0}[self.values]
+
+
+# Options of deepspeed.zero_optimization that are right here. DeepSpeed itself also takes some under their names without stage3_.
+OPTIONS = {
+    "stage": Option("0, 1, 2 or 3", (0, 1, 2, 3), "what is sharded over the ranks: optimiser, gradients, parameters"),
+    "overlap_comm": Option(FLAG, (1, 2, 3), "reduce while the last backward runs; false unless given"),
+    "reduce_bucket_size": Option(
+        POSITIVE, (1, 2, 3), "numbers per reduction; by default the size of the model at most"
+    ),
+    "contiguous_gradients": Option(FLAG, (1, 2, 3), "copy gradients into one buffer as they come"),
+    "reduce_scatter": Option(FLAG, (1, 2), "reduce to the owner of a gradient; ZeRO 2 with bf16_parameters: false"),
+    "use_multi_rank_bucket_allreduce": Option(FLAG, (1, 2), "one all-reduce for the owners of a bucket"),
+    "allgather_partitions": Option(FLAG, (1, 2), "gather updated parameters at once instead of rank by rank"),
+    "allgather_bucket_size": Option(EVEN, (1, 2), "numbers per gathering of updated parameters"),
+    "parameter_alignment": Option(FLAG, (1, 2), "start each parameter at a multiple of 16 bytes"),
+    "ignore_unused_parameters": Option(FLAG, (2,), "every parameter has a gradient here, if only zeros"),
+    "offload_optimizer": Option(OBJECT, (1, 2, 3), "where moments and fp32 weights lie and the update is computed"),
+    "offload_optimizer.device": Option(DEVICE, (1, 2, 3), "cpu: in the host's memory, updated by torch's AdamW"),
+    "offload_optimizer.pin_memory": Option(FLAG, (1, 2, 3), "in pinned memory"),
+    "offload_param": Option(OBJECT, (3,), "where the shards of the parameters lie"),
+    "offload_param.device": Option(DEVICE, (3,), "cpu: in the host's memory"),
+    "offload_param.pin_memory": Option(FLAG, (3,), "in pinned memory"),
+    "sub_group_size": Option(POSITIVE, (3,), "numbers that the optimiser updates at once"),
+    "stage3_prefetch_bucket_size": Option(COUNT, (3,), "numbers gathered ahead of their use"),
+    "stage3_param_persistence_threshold": Option(COUNT, (3,), "parameters below this size are never sharded"),
+    "stage3_model_persistence_threshold": Option(COUNT, (3,), "numbers in all that are never sharded, at most"),
+    "stage3_max_live_parameters": Option(COUNT, (3,), "numbers gathered at once, at most"),
+    "stage3_max_reuse_distance": Option(COUNT, (3,), "keep what is used again within so many numbers"),
+    "stage3_use_all_reduce_for_fetch_params": Option(FLAG, (3,), "gather by all-reduce"),
+    "stage3_allgather_sequential": Option(FLAG, (3,), "gather parameter by parameter, without a bucket"),
+    "memory_efficient_linear": Option(FLAG, (3,), "DeepSpeed's linear layer instead of torch's"),
+    "enable_sanity_checks": Option(FLAG, (3,), "DeepSpeed checks itself"),
+}
+_OWN = "it is about DeepSpeed's own checkpoints; those of this project are independent of it"
+_NVME = "offloading to NVMe needs compiled operators, and checkpoints could not read what lies there"
+_CPU_ADAM = "it needs DeepSpeed's compiled CPU Adam; the optimiser here is torch's AdamW"
+_ROUNDS = "what is sent is rounded to 8 bits or fewer: the gradient would not be that of back-propagation through time"
+# Options that are not taken: the default, which may be written down, and the reason.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "round_robin_gradients": (
+        False,
+        "DeepSpeed 0.19.8 then mixes up which weights and moments belong to which parameter, and checkpoints are garbage",
+    ),
+    "compute_grad_norm": (True, "the norm decides whether a step is applied, and is logged"),
+    "zero_quantized_weights": (False, _ROUNDS),
+    "zero_quantized_nontrainable_weights": (False, _ROUNDS),
+    "zero_quantized_gradients": (False, _ROUNDS),
+    "zero_hpz_partition_size": (1, "which parameters stay gathered is set by mrbp.keep_gathered"),
+    "stage3_module_granularity_threshold": (
+        0,
+        "modules joined by it are not gathered when one part of the cell is called: the forward fails",
+    ),
+    "leaf_module": (None, "which parameters stay gathered is set by mrbp.keep_gathered"),
+    "zenflow": (None, "it updates weights from gradients of earlier steps: training would not be the one described"),
+    "load_from_fp32_weights": (True, _OWN),
+    "elastic_checkpoint": (False, _OWN),
+    "pipeline_loading_checkpoint": (False, _OWN),
+    "stage3_gather_16bit_weights_on_model_save": (False, _OWN),
+    "stage3_gather_fp16_weights_on_model_save": (False, _OWN),
+    "legacy_stage1": (False, "DeepSpeed 0.19.8 has no such stage any more"),
+    "override_module_apply": (True, "it is about building a model in shards; a cell is built whole"),
+    "log_trace_cache_warnings": (False, "the trace of modules that it is about is switched off"),
+    "save_muon_momentum_buffer_in_memory": (False, "the optimiser is AdamW"),
+    "cpu_offload": (None, "DeepSpeed calls it offload_optimizer now"),
+    "cpu_offload_param": (None, "DeepSpeed calls it offload_param now"),
+    "cpu_offload_use_pin_memory": (None, "it is now pin_memory of offload_optimizer and of offload_param"),
+    "offload_optimizer.nvme_path": (None, _NVME),
+    "offload_optimizer.buffer_count": (4, _NVME),
+    "offload_optimizer.pipeline_read": (False, _NVME),
+    "offload_optimizer.pipeline_write": (False, _NVME),
+    "offload_optimizer.fast_init": (False, _NVME),
+    "offload_optimizer.ratio": (1.0, _CPU_ADAM),
+    "offload_optimizer.super_offload": (False, _CPU_ADAM),
+    "offload_optimizer.cpuadam_cores_perc": (0.8, _CPU_ADAM),
+    "offload_param.nvme_path": (None, _NVME),
+    "offload_param.buffer_count": (5, _NVME),
+    "offload_param.buffer_size": (10**8, _NVME),
+    "offload_param.max_in_cpu": (10**9, _NVME),
+}
+
 
 def zero_stage(section: Any) -> Any:
     """Return the ZeRO stage as written in the section; None if the section is malformed."""
@@ -47,20 +155,72 @@ def zero_stage(section: Any) -> Any:
     return zero.get("stage", 0) if isinstance(zero, dict) else None
 
 
-def deepspeed_problems(section: Any, nearest: Callable[[str], str]) -> list[str]:
+def deepspeed_problems(section: Any, nearest: Callable[[str, Collection[str]], str]) -> list[str]:
     """Return what is wrong with the section, one sentence per problem.
 
     Args:
-        nearest: from an unknown key to the end of the sentence about it.
+        nearest: from an unknown key and the keys that there are to the end of the sentence about it.
     """
     if not isinstance(section, dict):
         return [f"deepspeed: found {section!r}, expected an object"]
     problems = [f"deepspeed.{key}: not allowed here; {SET_BY_US[key]}" for key in section if key in SET_BY_US]
     unknown = [key for key in section if key not in SET_BY_US and key not in PASSED_THROUGH]
-    problems += [f"deepspeed.{key}: unknown key{nearest(key)}" for key in unknown]
+    problems += [f"deepspeed.{key}: unknown key{nearest(key, PASSED_THROUGH)}" for key in unknown]
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(f"deepspeed.zero_optimization: found {zero!r}, expected an object with a stage")
     elif (stage := zero.get("stage", 0)) not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
+    else:
+        problems += _option_problems(zero, "", nearest)
+        problems += _stage_problems(zero)
     return problems
+
+
+def _option_problems(
+    options: dict[str, Any], prefix: str, nearest: Callable[[str, Collection[str]], str]
+) -> Iterator[str]:
+    """Problems of the options one by one; `prefix` is "" or the option whose object they are, with a dot behind it."""
+    known = [name.removeprefix(prefix) for name in (*OPTIONS, *REFUSED) if name.startswith(prefix)]
+    known = [name for name in known if "." not in name]
+    for key, value in options.items():
+        name, place = f"{prefix}{key}", f"deepspeed.zero_optimization.{prefix}{key}"
+        if name in REFUSED:
+            default, reason = REFUSED[name]
+            if isinstance(default, bool) != isinstance(value, bool) or value != default:
+                yield f"{place}: found {value!r}, which is refused: {reason}"
+        elif name not in OPTIONS:
+            alias = f"stage3_{key}"
+            yield f"{place}: unknown key" + (f", did you mean {alias}?" if alias in known else nearest(key, known))
+        elif OPTIONS[name].values == OBJECT and isinstance(value, dict):
+            yield from _option_problems(value, f"{name}.", nearest)
+        elif name != "stage" and not OPTIONS[name].takes(value):
+            yield f"{place}: found {value!r}, expected {OPTIONS[name].values}"
+
+
+def _stage_problems(zero: dict[str, Any]) -> Iterator[str]:
+    """Offloading at a stage that has nothing to offload: DeepSpeed would fail, or hold in silence what is to be elsewhere."""
+    for name in ("offload_optimizer", "offload_param"):
+        found, stages = zero.get(name), OPTIONS[name].stages
+        device = found.get("device", "none") if isinstance(found, dict) else "none"
+        if device != "none" and zero.get("stage", 0) not in stages:
+            expected = ", ".join(map(str, stages[:-1])) + f" or {stages[-1]}" if stages[1:] else str(stages[0])
+            yield (
+                f"deepspeed.zero_optimization.{name}: found device {device!r} with stage {zero.get('stage', 0)!r}, expected"
+                f" stage {expected}"
+            )
+
+
+def tables() -> Iterator[str]:
+    """Yield the lines of the tables of docs/zero_options.md."""
+    yield from ("| option | takes | ZeRO 1 | ZeRO 2 | ZeRO 3 | what it does |", "|---|---|---|---|---|---|")
+    for name, option in OPTIONS.items():
+        cells = " | ".join("proven" if stage in option.stages else "no effect" for stage in (1, 2, 3))
+        yield f"| `{name}` | {option.values} | {cells} | {option.what} |"
+    yield from ("", "| refused | but for its default | reason |", "|---|---|---|")
+    for name, (default, reason) in REFUSED.items():
+        yield f"| `{name}` | `{json.dumps(default)}` | {reason} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(tables()) + "\n")

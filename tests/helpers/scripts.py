@@ -26,6 +26,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,6 +58,43 @@ def run_script(
             process.kill()
             raise subprocess.TimeoutExpired(words, timeout, *(path.read_bytes() for path in output))
         return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in output))
+
+
+def run_ranks_of_script(
+    commands: list[tuple], environments: list[dict[str, str]], *, cold: bool = False, timeout: float = 120
+) -> list[subprocess.CompletedProcess]:
+    """One program per rank, side by side, each as run_script would run it: with its own command and environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for rank, (command, environment) in enumerate(zip(commands, environments, strict=True)):
+            words, variables = [str(ROOT / command[0]), *map(str, command[1:])], program_environment() | environment
+            output = [Path(folder) / f"{name}{rank}" for name in ("stdout", "stderr")]
+            if cold:
+                out, err = (path.open("w") for path in output)
+                with out, err:
+                    process = subprocess.Popen(
+                        [sys.executable, *words], cwd=ROOT, env=variables, stdout=out, stderr=err
+                    )
+            else:
+                process = start_fork(_program, words, str(ROOT), variables, output)
+            running.append((process, words, output))
+        ends = time.monotonic() + timeout
+        done = []
+        for process, words, output in running:
+            left = max(0.0, ends - time.monotonic())
+            if isinstance(process, subprocess.Popen):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(left)
+                code = process.poll()
+            else:
+                process.join(left)
+                code = process.exitcode
+            if code is None:
+                for other, _, _ in running:
+                    other.kill()
+                raise subprocess.TimeoutExpired(words, timeout, *(path.read_bytes() for path in output))
+            done.append(subprocess.CompletedProcess(words, code, *(path.read_text() for path in output)))
+        return done
 
 
 def program_environment() -> dict[str, str]:
