@@ -20,7 +20,7 @@ setup(
     package_data={"memformer_dist.configs": ["*.json"]},
     entry_points={
         "console_scripts": [
-            f"memformer-{name} = memformer_dist.commands.{name.replace('-', '_')}:run" for name in PROGRAMS
+            f"memformer-{name} = memformer_dist.commands:run_{name.replace('-', '_')}" for name in PROGRAMS
         ]
     },
     python_requires=">=3.10",

@@ -5,7 +5,7 @@
 The program is memformer_dist/commands/evaluate.py.
 """
 
-from memformer_dist.commands.evaluate import run
+from memformer_dist.commands import run_evaluate as run
 
 if __name__ == "__main__":
     run()

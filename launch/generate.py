@@ -5,7 +5,7 @@
 The program is memformer_dist/commands/generate.py.
 """
 
-from memformer_dist.commands.generate import run
+from memformer_dist.commands import run_generate as run
 
 if __name__ == "__main__":
     run()

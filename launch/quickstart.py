@@ -20,11 +20,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
-from sentencepiece import SentencePieceProcessor
-
 from memformer_dist.data.open_data import open_corpora
-from memformer_dist.errors import UserError, run_program
+from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +32,7 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 
 
 def run(*command: str | Path, advice: str = "", **environment: str) -> None:
-    """Run one step as a user would; a step that fails ends the quickstart with its exit code.
+    """Run one step as a user would; a step that fails or was stopped ends the quickstart with its exit code.
 
     `advice` is printed where the step fails because of a mistake of the user's (exit code 2).
     """
@@ -55,6 +52,8 @@ def run(*command: str | Path, advice: str = "", **environment: str) -> None:
         raise
     finally:
         os.close(ended)
+    if code == STOPPED:
+        raise Stopped("\ntraining was stopped before its end; the same command resumes")
     if code == 2 and advice:
         print(advice, file=sys.stderr)
     if code:
@@ -87,6 +86,8 @@ def prepare(inputs: list[str], folder: Path) -> Path:
 
 def train(corpus: Path, folder: Path) -> dict:
     """Train on every GPU of this machine, or on two CPU ranks -> the figures of summary.json."""
+    import torch  # takes seconds, which the first step need not wait for
+
     ranks, environment = torch.cuda.device_count(), {}
     if ranks == 0:
         ranks = CPU_RANKS
@@ -106,8 +107,7 @@ def train(corpus: Path, folder: Path) -> dict:
     )
     summary = finished(folder, tokens)
     if summary is None:
-        print("\ntraining was stopped before its end; the same command resumes")
-        sys.exit(1)
+        raise Stopped("\ntraining was stopped before its end; the same command resumes")
     return summary
 
 
@@ -133,6 +133,8 @@ def budget(corpus: Path, config: dict) -> int:
 
 def sample(corpus: Path, folder: Path) -> None:
     """Let the model continue the beginning of a held-out document."""
+    from sentencepiece import SentencePieceProcessor
+
     valid = open_corpora(corpus)[1]
     document = int(valid.lengths.argmax())
     beginning = valid.tokens(document, 0, min(PROMPT_TOKENS, int(valid.lengths[document]) // 2 + 1)).tolist()
@@ -197,4 +199,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, interrupted="stopped; the same command resumes")

@@ -5,7 +5,7 @@
 The program is memformer_dist/commands/train.py.
 """
 
-from memformer_dist.commands.train import run
+from memformer_dist.commands import run_train as run
 
 if __name__ == "__main__":
     run()

@@ -6,7 +6,8 @@ Each name is imported when it is first used, so that `import memformer_dist` tak
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as typing has it; importing that takes longer than all the rest before signals are heard
 
 if TYPE_CHECKING:
     from memformer_dist.cells.base import RecurrentCell
@@ -27,7 +28,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)

@@ -8,6 +8,9 @@ Log lines go to standard error and, with the date, to the file, where those of a
 another. Rank 0 reports everything, the other ranks only warnings and errors. In a program that does not call `start`,
 the standard library prints warnings and errors to standard error.
 
+Messages never end a program. Where one cannot be written, because its reader has gone or the disk is full, the others
+say so once; `survive_lost_output` does the same for all that any library prints.
+
     progress = ProgressReport("train", total=1_000_000, unit="tokens")
     progress.update(250_000, "step 120, loss 3.2104")
     progress.close()
@@ -20,11 +23,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from memformer_dist.errors import Output
 
 PACKAGE = "memformer_dist"
 FILE = "log.txt"  # in a run's folder
@@ -41,8 +47,51 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # nobody reads it any more; survive_lost_output says so where that matters
+            pass
         except Exception:
             self.handleError(record)
+
+
+class LogFile(logging.FileHandler):
+    """Appends to a file. Where that fails, standard error says so once, until it works again."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, delay=True, encoding="utf-8")
+        self._failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self.stream is None:
+                Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+                self.stream = self._open()
+            self.stream.write(self.format(record) + self.terminator)
+            self.stream.flush()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                log.warning("%s cannot be written (%s); messages go to standard error", self.baseFilename, why(error))
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+def survive_lost_output() -> None:
+    """From here on nothing that is printed in this process can end it. The log says once what is lost."""
+
+    def on_loss(name: str) -> Callable[[OSError], None]:
+        return lambda error: log.warning("%s cannot be written any more (%s); training goes on", name, why(error))
+
+    sys.stdout = Output.around(sys.stdout, on_loss("standard output"))
+    sys.stderr = Output.around(sys.stderr, on_loss("standard error"))
+
+
+def why(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def start(rank: int, file: Path | None = None) -> None:
@@ -55,8 +104,7 @@ def start(rank: int, file: Path | None = None) -> None:
     console: logging.Handler = ConsoleHandler()
     handlers = [(console, "%H:%M:%S")]
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append((logging.FileHandler(file, delay=True, encoding="utf-8"), "%Y-%m-%d %H:%M:%S"))
+        handlers.append((LogFile(file), "%Y-%m-%d %H:%M:%S"))
     for handler, time_format in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}  %(message)s", time_format))
         logging.getLogger().addHandler(handler)

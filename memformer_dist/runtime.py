@@ -1,42 +1,42 @@
 """A run's folder and its end: who has it locked, and who asks the run to stop.
 
-A run is asked to stop by SIGTERM, SIGINT or SIGUSR1 to any rank, or by a file named `stop` in its folder. A signal is
+A run is asked to stop by a signal to any rank (signals.STOPPING), or by a file named `stop` in its folder. A signal is
 only noted when it arrives; the training loop asks all ranks once per step, so that they stop at the same one.
 """
 
-import signal
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 
+from memformer_dist import signals
 from memformer_dist.errors import UserError
 from memformer_dist.files import try_lock
 from memformer_dist.world import World
+
+log = logging.getLogger(__name__)
 
 
 class StopRequest:
     """Who asked this run to stop: a signal to this process, or the file `stop` in the run's folder.
 
-    Rank 0 alone looks for the file.
+    Rank 0 alone looks for the file. One that is older than this process was meant for an earlier run, and is removed.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, run_dir: Path, world: World):
         self.world = world
         self.file = run_dir / "stop" if world.is_main else None
-        self.received: str | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        signals.note_stop_requests()
+        with suppress(FileNotFoundError):
+            if self.file is not None and self.file.stat().st_mtime < signals.listening_since():
+                log.warning("%s was there before this start, which it does not stop; removed", self.file)
+                self.clear()
 
     def _reason(self) -> str | None:
-        if self.received is None and self.file is not None and self.file.exists():
+        received = signals.received()
+        if received is None and self.file is not None and self.file.exists():
             return f"the file {self.file}"
-        return self.received
+        return received
 
     def agreed(self) -> str | None:
         """Who asked any rank to stop, or None: the same answer on all of them. A collective call."""

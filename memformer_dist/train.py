@@ -57,7 +57,7 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
             if summary is None:
                 reason = reason or trainer.stop.agreed()
                 log.info("stopped by %s at step %d; the same command resumes", reason, trainer.position.step)
-                trainer.stop.clear()
+            trainer.stop.clear()  # also where it came too late: it was meant for this run, not for the next
             return summary
         finally:
             trainer.close()
@@ -142,7 +142,8 @@ class Trainer:
         self.engine.module.train()
         if self.world.is_main and not self._done():
             (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one continues
-        reason = self._evaluate_if_due()  # it is due if the run was stopped just before
+        # A request may have come while the run was set up; an evaluation is due if the run was stopped just before it.
+        reason = None if self._done() else self.stop.agreed() or self._evaluate_if_due()
         readout_group = None if reason or self._done() else self._readout_group()
         skipped_in_a_row = 0
         while readout_group is not None and not (reason or self._done()):

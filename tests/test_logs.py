@@ -157,6 +157,61 @@ def test_tracked_yields_everything_and_ends_the_report_where_it_is_left(start, c
     assert lines_of(capsys)[-1].startswith("evaluate: 1 of 3 segments (33%)")
 
 
+# ---- output that cannot be written -----------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_be_written_is_said_once(start, tmp_path, capsys):
+    """Its folder was there when the program started; an OSError of its disk ended a training."""
+    log = logging.getLogger("memformer_dist")
+    start(0, tmp_path / "run" / "log.txt")
+    (tmp_path / "run").symlink_to("/proc/nowhere")
+    for number in range(3):
+        log.info("message %d", number)
+    assert [line.partition(" (")[0] for line in lines_of(capsys)] == [
+        "message 0",
+        f"{tmp_path / 'run' / 'log.txt'} cannot be written",
+        "message 1",
+        "message 2",
+    ]
+    (tmp_path / "run").unlink()
+    log.info("message 3")
+    assert (tmp_path / "run" / "log.txt").read_text().endswith("message 3\n")
+    logs.stop()
+    start(0, tmp_path / "full")
+    (tmp_path / "full").symlink_to("/dev/full")
+    log.info("message 4")
+    assert "No space left on device" in lines_of(capsys)[-1]
+
+
+LOST = """
+import os, sys
+from memformer_dist import logs
+logs.start(0, "log.txt")
+logs.survive_lost_output()
+import logging
+reader, writer = os.pipe()
+os.close(reader)
+for number in 1, 2:
+    os.dup2(writer, number)
+for number in range(3):
+    print("printed", flush=True)
+    print("printed", file=sys.stderr)
+    logging.getLogger("memformer_dist").info("message %d", number)
+"""
+
+
+def test_a_program_survives_its_readers(tmp_path):
+    environment = program_environment()
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    texts = [line.partition("rank 0  ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert texts == [
+        "standard output cannot be written any more (Broken pipe); training goes on",
+        "standard error cannot be written any more (Broken pipe); training goes on",
+        *(f"message {number}" for number in range(3)),
+    ]
+
+
 # ---- on a terminal, and a whole run ------------------------------------------------------------------------------
 
 

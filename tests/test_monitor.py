@@ -1,7 +1,9 @@
 """What a run records, read back: TensorBoard's curves and metrics.jsonl."""
 
 import math
+import resource
 import time
+from contextlib import contextmanager
 
 import numpy
 import pytest
@@ -211,3 +213,57 @@ def test_other_ranks_write_nothing(tmp_path):
     silent.log(at(1), {"loss/train": 1.0})
     silent.close()
     assert not list(tmp_path.iterdir())
+
+
+# ---- a disk that is full ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk():
+    """No file can grow beyond 600 bytes: what a full disk and a quota do, with EFBIG for ENOSPC and EDQUOT."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_costs_no_record_and_no_run(tmp_path, monkeypatch, caplog):
+    """The run ended with an OSError, and half a record kept it from resuming. TensorBoard lacks what did not fit."""
+    monkeypatch.setattr(monitor, "RETRY_S", 0.0)
+    running = Monitor(tmp_path, at(0), is_main=True)
+    with full_disk():
+        for step in range(1, 21):
+            running.log(at(step), {"loss/train": value(step)})
+            running.by_step._try(lambda writer: writer.flush())  # TensorBoard writes in a thread, some time later
+    assert 0 < len(metrics(tmp_path)) < 10, "whole records alone"
+    for step in range(21, 24):
+        running.log(at(step), {"loss/train": value(step)})
+    running.close()
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 24))
+    said = [record.getMessage() for record in caplog.records]
+    records = tmp_path / "metrics.jsonl"
+    assert (
+        said.count(
+            f"{records} cannot be written (File too large); training goes on, and its records wait in memory, 10,000 at most"
+        )
+        == said.count(f"{records} can be written again")
+        == 1
+    )
+    steps = tmp_path / "tensorboard" / "steps"
+    assert any(line.startswith(f"{steps} cannot be written (File too large); training goes on") for line in said)
+    drawn = [step for step, _ in curve(steps, "loss/train")]
+    assert drawn[-3:] == [21, 22, 23] and len(drawn) < 23
+
+
+def test_half_a_record_is_dropped_on_resume(train, tmp_path):
+    train(0, 3)
+    with (tmp_path / "metrics.jsonl").open("r+") as file:
+        lines = file.readlines()
+        lines[1] = lines[1][:20] + "\n"
+        file.seek(0)
+        file.truncate()
+        file.writelines(lines)
+    train(3, 4)
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 3, 4]

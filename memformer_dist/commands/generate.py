@@ -6,7 +6,8 @@
     memformer-generate --run-dir runs/small --prompt "It was a dark"              # installed
 
 A prompt may be of any length: it is read segment by segment into the memory. The text stops at the end of the document
-(EOS). It goes to standard output, everything else to standard error.
+(EOS). It goes to standard output, everything else to standard error. Ctrl-C ends it after the token at hand; what is
+written by then is saved.
 """
 
 import argparse
@@ -17,9 +18,10 @@ import torch
 from pydantic import ValidationError
 from sentencepiece import SentencePieceProcessor
 
+from memformer_dist import signals
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import open_one
-from memformer_dist.errors import UserError, run_program, sentences
+from memformer_dist.errors import Stopped, UserError, run_program, sentences
 from memformer_dist.files import expect_writable
 from memformer_dist.generate import Generation, Sampling, TextStream
 
@@ -60,11 +62,26 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = saved.tokenizer()
     cell = saved.cell(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     generation = begin(options, cell, tokenizer)
-    write(generation, tokenizer, prompt, options, sampling)
-    if options.save is not None:
-        generation.save(options.save)
+    with signals.noting_the_end() as wish:
+        try:
+            write(generation, tokenizer, prompt, options, sampling, wish)
+        except OSError:  # nobody reads the text any more, or it does not fit on the disk
+            save(generation, options)
+            raise
+        is_saved = save(generation, options)
+    if wish.number is not None:
+        where = f"; --continue-from {options.save} continues" if is_saved else ""
+        raise Stopped(f"stopped{where}", exit_code=128 + wish.number)
     if generation.ended[0]:
         print("(the document has ended)", file=sys.stderr)
+
+
+def save(generation: Generation, options: argparse.Namespace) -> bool:
+    """Write --save, where there is anything to save."""
+    saved = options.save is not None and bool(generation.history[0])
+    if saved:
+        generation.save(options.save)
+    return saved
 
 
 def run() -> None:
@@ -99,21 +116,34 @@ def write(
     prompt: str,
     options: argparse.Namespace,
     sampling: Sampling,
+    wish: signals.Wish,
 ) -> None:
-    """Feed the prompt, then sample, printing both."""
+    """Feed the prompt, then sample, printing both, until somebody wishes it to end."""
     stream = TextStream(tokenizer)
     for token in generation.history[0]:  # it may have been saved in the middle of a character
         stream.push(token)
     read = tokenizer.encode(prompt)
-    generation.feed([read])
-    if not generation.history[0]:
+    read = read[: feed(generation, read, wish)]
+    if not generation.history[0] and wish.number is None:
         raise UserError("--prompt: found no text, expected some: models do not learn how documents begin")
     print("".join(map(stream.push, read)), end="", flush=True)
-    for (sampled,) in generation.sample(options.tokens, sampling):
-        if sampled is not None:
-            print(stream.push(sampled), end="", flush=True)
+    samples = generation.sample(options.tokens, sampling)  # lazy: a wish that has come already is honoured first
+    while wish.number is None and (sampled := next(samples, None)) is not None:
+        if sampled[0] is not None:
+            print(stream.push(sampled[0]), end="", flush=True)
     # The last bytes of an unfinished character may come when a saved document is continued.
     print(stream.finish() if options.save is None else "")
+
+
+def feed(generation: Generation, tokens: list[int], wish: signals.Wish) -> int:
+    """Feed the tokens segment by segment, until somebody wishes it to end -> how many were fed."""
+    fed = 0
+    while fed < len(tokens) and wish.number is None:
+        size = generation.cell.segment_length
+        count = size - generation.used[0] or size
+        generation.feed([tokens[fed : fed + count]])
+        fed += min(count, len(tokens) - fed)
+    return fed
 
 
 if __name__ == "__main__":

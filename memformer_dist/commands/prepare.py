@@ -76,4 +76,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run() -> None:
-    run_program(main)
+    run_program(main, interrupted="stopped; the same command resumes")

@@ -9,22 +9,26 @@
 
 Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... starts two CPU ranks.
 
-Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT or SIGUSR1 to any of its ranks: it finishes the step, saves a
-checkpoint and ends with exit code 0. Ctrl-C in a terminal and most batch systems signal all processes, which is fine
-too. A SIGTERM to the `deepspeed` command alone ends that command and leaves the ranks running: use `touch RUN/stop`
-instead. Messages also go to RUN/log.txt.
+Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU to any of its ranks: it
+finishes the step, saves a checkpoint and ends with exit code 75, "start the same command again"; a finished run ends
+with 0. A second signal ends it at once, without saving. Ctrl-C in a terminal and most batch systems signal all
+processes, which is fine too. Signals that are ignored when it starts (nohup) stay ignored. A SIGTERM to the `deepspeed`
+command alone ends that command and leaves the ranks running: use `touch RUN/stop` instead. Messages also go to
+RUN/log.txt.
 """
 
 import argparse
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import memformer_dist
-from memformer_dist import logs
-from memformer_dist.config import RunConfig
-from memformer_dist.data.open_data import open_data
-from memformer_dist.errors import UserError, run_program
+from memformer_dist import logs, signals
+from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
-from memformer_dist.world import World, several_ranks_can_meet, world_size
+
+if TYPE_CHECKING:
+    from memformer_dist.world import World
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,33 +43,48 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Raises UserError."""
+    """Raises UserError, and Stopped if the run was stopped before its end."""
     _train(parse(arguments))
 
 
 def run() -> None:
+    signals.note_stop_requests()
+    logs.survive_lost_output()
     options = parse(None)
     run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
 
 
 def _train(options: argparse.Namespace) -> None:
+    # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
+    from memformer_dist.config import RunConfig
+    from memformer_dist.data.open_data import open_data
+    from memformer_dist.world import World, several_ranks_can_meet, world_size
+
     def load() -> RunConfig:
         return RunConfig.load(find_config(options.config), options.set, world_size())
 
     if not several_ranks_can_meet():
         load()  # a mistake is reported before any device is touched
     world = World.start()
-    config = world.on_all_or_raise(
-        load
-    )  # what one of several ranks finds must reach the others: they would wait for it
+    config = world.on_all_or_raise(load)  # what one rank finds must reach the others: they would wait for it
     world.on_all_or_raise(lambda: start_log(world, options.run_dir))
     corpora = world.on_all_or_raise(lambda: open_data(config.data))
-    from memformer_dist.train import train  # imports deepspeed, which wants to know the device and takes seconds
+    from memformer_dist.train import train
 
-    train(config, options.run_dir, corpora, world)
+    stopped = train(config, options.run_dir, corpora, world) is None
+    code = code_of_a_stopped_run() if stopped else 0
+    signals.everything_is_saved(code)
+    if stopped:
+        raise Stopped(exit_code=code)
 
 
-def start_log(world: World, run_dir: Path) -> None:
+def code_of_a_stopped_run() -> int:
+    """STOPPED; 0 where torchrun would take any other code for a failure and start the ranks again (--max-restarts)."""
+    restarts, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return STOPPED if restarts >= limit else 0
+
+
+def start_log(world: "World", run_dir: Path) -> None:
     """Log to RUN/log.txt. Raises UserError if it cannot be written."""
     expect_writable(run_dir / logs.FILE, "--run-dir")
     logs.start(world.rank, run_dir / logs.FILE)
