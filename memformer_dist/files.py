@@ -13,18 +13,23 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from memformer_dist.errors import UserError
 
 PARTIAL = ".partial"  # what a file is called until it is whole
 REMOVED = "removed-"  # how the name of a folder begins that could not be removed yet
 LOCK_ATTEMPTS = 10
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno where a file does not fit
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # by fsync, on some file systems
+TRIED_BYTES = 2**12  # written by `expect_writable`: a full disk still makes empty files
 READ_BYTES = 2**20  # at once, where a file is hashed
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,39 @@ def written(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def expect_writable(path: Path, option: str) -> None:
+    """Try to write where a file is to be written later, so that a mistake is found before the work and not after it.
+
+    The folder is made if it is missing. What is at `path` stays as it is. Raises UserError beginning with `option`.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            return  # /dev/stdout, say
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(TRIED_BYTES))
+            file.flush()
+    except FileExistsError as error:  # by mkdir
+        raise UserError(f"{option}: cannot write {path}: {error.filename} is not a folder") from None
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {path}: {error.strerror}") from None
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether a folder is where a file system, or another folder (bind mount), is mounted: it cannot be renamed."""
+    if os.path.ismount(folder):
+        return True
+    with suppress(OSError):  # a bind mount of the same file system is found here alone
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+        places = (line.split(" ")[4] for line in mounts)
+        unescaped = (re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place) for place in places)
+        return os.path.realpath(folder) in unescaped
+    return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:

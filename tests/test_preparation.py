@@ -249,12 +249,11 @@ def test_parquet_of_parts_and_of_nothing(tmp_path, model_file):
     report = shard(tmp_path / "corpus", model_file, [tmp_path], valid_fraction=0)
     listed = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
     assert [(Path(line["file"]).name, line["position"]) for line in listed] == [
-        ("a.parquet", 2),
         ("b.parquet", 0),
         ("c.parquet", 2),
         ("d.parquet", 0),
     ]
-    assert "expected a column text or parts, found body" in listed[1]["reason"]
+    assert "expected a column text or parts, found body" in listed[0]["reason"]
     assert report["splits"]["train"]["documents"] == 4
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     assert read_back(tmp_path / "corpus" / "train")[0] == model.encode("ask") + model.encode("answer")

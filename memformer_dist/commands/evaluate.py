@@ -22,7 +22,7 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
-from memformer_dist.files import write_text
+from memformer_dist.files import expect_writable, write_text
 from memformer_dist.metrics import AGES, Losses, gap
 from memformer_dist.world import World
 
@@ -54,6 +54,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: found no folder {options.json.parent}")
+    if options.json is not None:
+        expect_writable(options.json, "--json")
     return options
 
 

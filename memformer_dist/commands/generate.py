@@ -22,6 +22,7 @@ from memformer_dist import signals
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import open_one
 from memformer_dist.errors import Stopped, UserError, run_program, sentences
+from memformer_dist.files import expect_writable
 from memformer_dist.generate import Generation, Sampling, TextStream
 
 
@@ -48,6 +49,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
         raise UserError("\n".join(f"--{field.replace('_', '-')}:{found}" for field, _, found in problems)) from None
     if options.save is not None and not options.save.parent.is_dir():
         raise UserError(f"--save: found no folder {options.save.parent}")
+    if options.save is not None:
+        expect_writable(options.save, "--save")
     return options, sampling
 
 

@@ -3,11 +3,13 @@
     python tokenizer/shard.py --input my_texts/ --tokenizer tokenizer_8k.model --output corpora/my_texts
     mpirun -n 64 python tokenizer/shard.py --input 'crawl/*.zst' --tokenizer tokenizer_8k.model --output corpora/crawl
 
-Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines or Parquet, also compressed
-(.gz, .zst); memformer_dist/prepare/documents.py describes how they are read. They are cut into partitions of about
---partition-mib, and every partition makes a shard. --workers processes work on the partitions in parallel, or the
-ranks of an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number of them. The
-inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The
+Inputs are folders, globs, files and URLs (http, s3, ...) of text, source code, JSON lines, JSON, Parquet or Arrow, also
+compressed (.gz, .zst). JSON and tables have a field text, or parts with a loss mask, or messages of a chat, or the
+field that --text-field names; memformer_dist/prepare/records.py has the details. In folders, files that are not text
+by their suffix are not read but listed (ignored.jsonl); a glob reads text whatever its suffix. The inputs are cut into
+partitions of about --partition-mib, and every partition makes a shard. --workers processes work on the partitions in
+parallel, or the ranks of an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number
+of them. The inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The
 validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single document
 is an error unless --valid-fraction 0 asks for no validation split.
 
@@ -37,9 +39,11 @@ def describe(report: Report) -> str:
         rows.append([split, f"{figures['documents']:,}", f"{figures['tokens']:,}", f"{ratio:.2f}", *padding])
     widths = [len(title) or len("train") for title in titles]
     table = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lost = f"; nothing could be read of {report['lost']:,} files" if report.get("lost") else ""
     return (
         f"{table}\nleft out: {report['empty']:,} empty documents, {report['unreadable']:,} unreadable "
-        f"(quarantine.jsonl), {report['ignored']:,} files in folders that are not text by their suffix"
+        f"(quarantine.jsonl{lost}), {report['ignored']:,} files in folders that are not text"
+        f"{' (ignored.jsonl)' if report['ignored'] else ''}"
     )
 
 
@@ -50,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tokenizer", type=Path, required=True, metavar="MODEL", help="a SentencePiece model, see tokenizer/train.py")
     add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
+    add("--text-field", metavar="NAME", help="field or column that holds the text (default: text, parts or messages)")
     add("--valid-input", nargs="+", default=[], help="the validation documents, instead of a share of the input")
     add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (default: 0.05)")
     add("--seed", type=int, default=0, help="of the choice of the validation documents (default: 0)")

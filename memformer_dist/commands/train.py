@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import memformer_dist
 from memformer_dist import logs, signals
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
+from memformer_dist.files import expect_writable
 
 if TYPE_CHECKING:
     from memformer_dist.world import World
@@ -84,11 +85,9 @@ def code_of_a_stopped_run() -> int:
 
 
 def start_log(world: "World", run_dir: Path) -> None:
-    """Log to RUN/log.txt. Raises UserError if its folder cannot be made."""
-    try:
-        logs.start(world.rank, run_dir / logs.FILE)
-    except OSError as error:
-        raise UserError(f"--run-dir: cannot make {run_dir}: {error.strerror}") from None
+    """Log to RUN/log.txt. Raises UserError if it cannot be written."""
+    expect_writable(run_dir / logs.FILE, "--run-dir")
+    logs.start(world.rank, run_dir / logs.FILE)
 
 
 def find_config(name: str) -> Path:

@@ -15,21 +15,22 @@ partitions that are not finished.
 import hashlib
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
+from typing_extensions import NotRequired
 
 from memformer_dist.data.format import MANIFEST, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
 from memformer_dist.errors import UserError
-from memformer_dist.files import sha256_of
+from memformer_dist.files import expect_writable, sha256_of
+from memformer_dist.prepare.documents import Place, shown_places
 from memformer_dist.prepare.encode import (
     QUARANTINE,
     Encoded,
@@ -42,14 +43,13 @@ from memformer_dist.prepare.encode import (
     usable_documents,
     write_partition,
 )
-from memformer_dist.prepare.partitions import Partition, cut_partitions, discover
+from memformer_dist.prepare.partitions import Ignored, Partition, cut_partitions, describe_ignored, discover
 from memformer_dist.prepare.pool import Pool, open_pool
 from memformer_dist.prepare.tokenizer import load_tokenizer
-from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, listed
+from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, is_empty, listed
 from memformer_dist.vocabulary import Vocabulary
 
 PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
-SHOWN_UNREADABLE = 5  # documents; quarantine.jsonl lists all of them
 
 Task = TypeVar("Task", EncodeTask, WriteTask)
 Result = TypeVar("Result")
@@ -69,7 +69,8 @@ class Report(TypedDict):
     splits: dict[str, SplitReport]
     empty: int  # documents
     unreadable: int  # documents, listed in quarantine.jsonl
-    ignored: int  # files in folders, for their suffix
+    ignored: int  # files in folders, listed in ignored.jsonl
+    lost: NotRequired[int]  # files of which no document could be read, if any
 
 
 def shard(
@@ -85,6 +86,7 @@ def shard(
     workers: int = 1,
     strict: bool = False,
     overwrite: bool = False,
+    text_field: str | None = None,
 ) -> Report | None:
     """Make the corpus, or find it already made -> its report; under MPI in rank 0, and None in the others.
 
@@ -95,8 +97,13 @@ def shard(
         if pool is None:  # another rank: it has worked for rank 0
             return None
         _check_options(valid_fraction, seed, partition_mib)
+        workspace = Workspace.of(output)
+        workspace.restore()
+        there_already = is_corpus(workspace.output)
+        if not there_already or overwrite:
+            expect_writable(workspace.lock, "--output")
         model, raw_model = load_tokenizer(tokenizer)
-        sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)))
+        sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)), text_field)
         vocabulary = Vocabulary(
             size=model.vocab_size(),
             bos_id=model.bos_id(),
@@ -111,10 +118,11 @@ def shard(
             valid_fraction=valid_fraction,
             seed=seed,
             partition_mib=partition_mib,
+            text_field=text_field,
         )
-        workspace = Workspace(Path(os.path.abspath(output)))
-        workspace.restore()
-        if is_corpus(workspace.output) and not overwrite:
+        if ignored:
+            print(describe_ignored(ignored), file=sys.stderr)
+        if there_already and not overwrite:
             report = existing_report(workspace.output, recipe, strict)
             workspace.remove_leftover()
         else:
@@ -152,7 +160,7 @@ def is_corpus(output: Path) -> bool:
     """Whether there is a corpus, rather than nothing. Raises UserError where something else is there."""
     if (output / RECORD).exists():
         return True
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise UserError(f"--output: {output} exists and is not a corpus; it is not overwritten")
     return False
 
@@ -188,11 +196,15 @@ class Source(NamedTuple):
 
 
 def list_sources(
-    inputs: Sequence[str | Path], valid_inputs: Sequence[str | Path], exclude: Sequence[str], partition_bytes: int
-) -> tuple[list[Source], int]:
-    """The partitions in the order of the corpus, and how many files in folders are passed over for their suffix."""
-    files, ignored = discover(inputs, exclude)
-    valid_files, valid_ignored = discover(valid_inputs, exclude)
+    inputs: Sequence[str | Path],
+    valid_inputs: Sequence[str | Path],
+    exclude: Sequence[str],
+    partition_bytes: int,
+    text_field: str | None = None,
+) -> tuple[list[Source], list[Ignored]]:
+    """The partitions in the order of the corpus, and the files in folders that are not read."""
+    files, ignored = discover(inputs, exclude, text_field)
+    valid_files, valid_ignored = discover(valid_inputs, exclude, text_field)
     if both := {file.path for file in files} & {file.path for file in valid_files}:
         raise UserError(f"--valid-input: {min(both)} is among the files of --input too")
     sources = [Source(partition, held_out=False) for partition in cut_partitions(files, partition_bytes)]
@@ -217,7 +229,7 @@ class Build:
     vocabulary: Vocabulary
     tokenizer: bytes  # content of its file
     sources: Sequence[Source]
-    ignored: int  # files
+    ignored: Sequence[Ignored]
     strict: bool
 
     def run(self, pool: Pool) -> Report:
@@ -226,7 +238,8 @@ class Build:
         self.workspace.begin(self.recipe, self.tokenizer, encoded={task.stem.name for task in tasks})
         encoded = self._work(pool, "tokenising", encode_partition, tasks, already_encoded)
         unreadable = sum(partition.unreadable for partition in encoded)
-        self._show_unreadable(unreadable, quarantine(tasks, encoded))
+        lost = lost_files(tasks, encoded)
+        self._show_unreadable(unreadable, lost, quarantine(tasks, encoded))
         valid = held_out_documents(
             [source.held_out for source in self.sources],
             [usable_documents(task.stem) for task in tasks],
@@ -246,14 +259,18 @@ class Build:
             "splits": splits,
             "empty": documents - unreadable - sum(split["documents"] for split in splits.values()),
             "unreadable": unreadable,
-            "ignored": self.ignored,
+            "ignored": len(self.ignored),
         }
-        self.workspace.finish(self.recipe, dict(report), quarantine(tasks, encoded))
+        if lost:
+            report["lost"] = len(lost)
+        ignored = ({"file": name, "reason": reason} for name, reason in self.ignored)
+        self.workspace.finish(self.recipe, dict(report), quarantine(tasks, encoded), ignored)
         return report
 
     def _encode_task(self, number: int, partition: Partition) -> EncodeTask:
-        stem = self.workspace.stem(partition, self.vocabulary.tokenizer_sha256)
-        return EncodeTask(number, self.workspace, stem, partition, self.vocabulary)
+        text_field = self.recipe.text_field
+        stem = self.workspace.stem(partition, self.vocabulary.tokenizer_sha256, text_field)
+        return EncodeTask(number, self.workspace, stem, partition, self.vocabulary, text_field)
 
     def _work(
         self,
@@ -279,9 +296,9 @@ class Build:
                 progress.update(sizes[number])
         return [result for result in results.values() if result is not None]
 
-    def _show_unreadable(self, unreadable: int, lines: Iterator[dict[str, Any]]) -> None:
-        """Print the first documents that cannot be read; raise UserError with `strict`."""
-        places = [_place(line) for line in islice(lines, SHOWN_UNREADABLE)]
+    def _show_unreadable(self, unreadable: int, lost: Collection[str], lines: Iterator[dict[str, Any]]) -> None:
+        """Print the first documents that cannot be read, one per lost file; raise UserError with `strict`."""
+        places = shown_places((Place(*line.values()) for line in lines), lost)
         for place in places:
             print(f"cannot read {place}", file=sys.stderr)
         if self.strict and unreadable:
@@ -306,9 +323,15 @@ def quarantine(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> Itera
                     yield {"file": file_name, "position": position + offset, "reason": reason}
 
 
-def _place(line: dict[str, Any]) -> str:
-    position = f", line {line['position']}" if line["position"] else ""
-    return f"{line['file']}{position}: {line['reason']}"
+def lost_files(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> frozenset[str]:
+    """The files of which no document could be read, in any of their parts."""
+    lost: set[str] = set()
+    kept: set[str] = set()
+    for task, partition in zip(tasks, encoded, strict=True):
+        lost.update(partition.lost)
+        if partition.documents > partition.unreadable:
+            kept.update(piece.file.name for piece in task.partition.pieces if piece.stop is not None)
+    return frozenset(lost - kept)
 
 
 # ------------------------------------------------------------------------------------------------- validation documents

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from memformer_dist.data.format import Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
 from memformer_dist.files import flush, write_bytes, write_text
-from memformer_dist.prepare.documents import Document, File, Reader, look
+from memformer_dist.prepare.documents import Document, File, Reader, Unreadable, look
 from memformer_dist.prepare.partitions import Partition
 from memformer_dist.prepare.tokenizer import load_tokenizer
 from memformer_dist.prepare.workspace import Workspace, cannot_write, writing
@@ -43,6 +43,7 @@ class EncodeTask(NamedTuple):
     stem: Path  # the files of the encoded partition, without their suffix
     partition: Partition
     vocabulary: Vocabulary
+    text_field: str | None = None
 
 
 class Encoded(NamedTuple):
@@ -51,7 +52,8 @@ class Encoded(NamedTuple):
     documents: int
     unreadable: int  # of these; listed in the .quarantine file
     masked: bool  # the loss of some part does not count
-    lines: int  # of the last file, where it is a .jsonl
+    lines: int  # of the last file, where it is JSON lines
+    lost: Sequence[str] = ()  # files with unreadable documents and no others
 
 
 def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
@@ -63,7 +65,7 @@ def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
     stem, dtype = task.stem, task.vocabulary.token_dtype
     model = _model(task.workspace.tokenizer, task.vocabulary.tokenizer_sha256)
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes for a number, where a list takes 36
-    reader, unreadable = PartitionReader(task.partition), 0
+    reader, unreadable = PartitionReader(task.partition, task.text_field), Unreadable()
     streams = [stem.with_suffix(suffix) for suffix in (TOKENS, MASK, QUARANTINE)]
     summary = stem.with_suffix(SUMMARY)
     with writing(streams[0]):
@@ -79,14 +81,14 @@ def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
                 length.append(len(tokens))
                 characters.append(len(document.text))
                 masked.append(mask is not None)
-                if document.unreadable:
-                    unreadable += 1
+                unreadable.add(document)
+                if document.unreadable is not None:
                     line = [document.source, document.position, document.unreadable]
                     quarantine.write(json.dumps(line).encode() + b"\n")
         for file in streams:
             flush(file)
     columns = {"length": length, "characters": characters, "masked": masked}
-    encoded = Encoded(len(length), unreadable, any(masked), reader.lines)
+    encoded = Encoded(len(length), unreadable.count, any(masked), reader.lines, list(unreadable.lost))
     with writing(stem.with_suffix(COLUMNS)):
         raw = save_safetensors({name: np.array(column) for name, column in columns.items()})
         write_bytes(stem.with_suffix(COLUMNS), raw)
@@ -113,18 +115,18 @@ def usable_documents(stem: Path) -> np.ndarray:
 class PartitionReader:
     """Iterates over the documents of a partition.
 
-    lines   lines of the last file, or part of a file, where it is a .jsonl
+    lines   lines of the last file, or part of a file, where it is JSON lines
     Raises UserError naming a file that has changed since it was listed.
     """
 
-    def __init__(self, partition: Partition):
-        self._partition = partition
+    def __init__(self, partition: Partition, text_field: str | None = None):
+        self._partition, self._text_field = partition, text_field
         self.lines = 0
 
     def __iter__(self) -> Iterator[Document]:
         for piece in self._partition.pieces:
             _expect_unchanged(piece.file)
-            reader = Reader(piece)
+            reader = Reader(piece, self._text_field)
             yield from reader
             self.lines = reader.lines
             _expect_unchanged(piece.file)

@@ -14,7 +14,7 @@ Text that looks like a control token ("<s>") is spelt out; only the ids 0 pad, 1
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from memformer_dist.errors import UserError
-from memformer_dist.prepare.documents import read_documents
+from memformer_dist.prepare.documents import Document, File, read_documents
 
 ESCAPES = [("\u2581", "\ue000\ue001"), ("\ue000", "\ue000\ue002")]
 RESERVED = 4 + 256 + 2 + 4  # tokens: control, bytes, newline and tab, those that stand for spaces and escapes
@@ -43,14 +43,30 @@ def load_tokenizer(path: Path) -> tuple[SentencePieceProcessor, bytes]:
     return model, raw
 
 
-def sample_lines(files: Sequence[str | Path], characters: int | None, seed: int = 0) -> list[str]:
-    """The lines of all documents (None), or a seeded sample of about so many characters, every line equally likely."""
+def sample_lines(
+    files: Sequence[str | Path | File],
+    characters: int | None,
+    seed: int = 0,
+    *,
+    text_field: str | None = None,
+    observe: Callable[[Document], None] = lambda document: None,
+) -> list[str]:
+    """The lines of all documents (None), or a seeded sample of about so many characters, every line equally likely.
+
+    `observe` is called once with every document, those that cannot be read included.
+    """
     keep = 1.0
     if characters is not None:
-        total = sum(len(line) for line in _lines(files, "counting"))
+        total = sum(len(line) for line in _lines(read_documents(files, text_field), "counting"))
         keep = min(1.0, characters / max(total, 1))
     generator = np.random.Generator(np.random.PCG64(seed))
-    return [line for line in _lines(files, "reading") if keep == 1.0 or generator.random() < keep]
+
+    def observed() -> Iterator[Document]:
+        for document in read_documents(files, text_field):
+            observe(document)
+            yield document
+
+    return [line for line in _lines(observed(), "reading") if keep == 1.0 or generator.random() < keep]
 
 
 def train_tokenizer(
@@ -110,8 +126,8 @@ def train_tokenizer(
     return _with_inverse_rules(model)
 
 
-def _lines(files: Sequence[str | Path], verb: str) -> Iterator[str]:
-    for document in tqdm(read_documents(files), desc=verb, unit=" documents", disable=None):
+def _lines(documents: Iterable[Document], verb: str) -> Iterator[str]:
+    for document in tqdm(documents, desc=verb, unit=" documents", disable=None):
         for line in document.text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

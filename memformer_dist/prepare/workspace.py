@@ -7,13 +7,18 @@ sharding.json        the recipe of the shards: inputs with sizes and times, sett
 shards/000042.json   the record of a partition's shards, written last; 000042-train.safetensors: the index of one
 corpus/              becomes CORPUS at the end
 replaced/            the old corpus, for a moment, with --overwrite
+moving               there while the corpus moves into an --output that stays where it is
 removed-NAME-0       what could not be removed, because a process of a network file system still had it open
 
 CORPUS.partial.lock, beside it, is held by the process that works there.
+
+A link is followed. Where CORPUS is a folder that cannot be renamed (a mount point, or in a folder that may not be
+written to), it stays as it is: CORPUS.partial is CORPUS/.partial, and what is in it moves to CORPUS at the end.
 """
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,19 +32,23 @@ from memformer_dist.files import (
     PARTIAL,
     flush,
     held,
+    is_mount_point,
     make_way,
     read_json,
     remove_folder,
     write_bytes,
     write_text,
 )
-from memformer_dist.prepare.documents import File
+from memformer_dist.prepare.documents import File, suffix_of
+from memformer_dist.prepare.kinds import Kind
 from memformer_dist.prepare.partitions import Partition
 
-RECORD, QUARANTINE, TOKENIZER = "sharding.json", "quarantine.jsonl", "tokenizer.model"
+RECORD, QUARANTINE, IGNORED, TOKENIZER = "sharding.json", "quarantine.jsonl", "ignored.jsonl", "tokenizer.model"
 RECIPE_VERSION = 2
+INSIDE = ".partial"  # CORPUS.partial, if it is inside
+NO_CORPUS = (INSIDE, f"{INSIDE}.lock", "lost+found")  # what may be in a folder that counts as empty
 
-ListedFile = tuple[str, int | None, str]  # absolute path, bytes, mark of the last change
+ListedFile = tuple[str | int | None, ...]  # absolute path, bytes, mark of the last change; kind, if `listed` says so
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,17 @@ class Recipe:
     valid_fraction: float
     seed: int
     partition_mib: float
+    text_field: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As sharding.json has them. An option that came later is there where it is used, so older records compare."""
+        return {name: value for name, value in vars(self).items() if name != "text_field" or value is not None}
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """The fields in which a sharding.json, parsed, is another recipe."""
-        record, own = upgrade(record), json.loads(json.dumps(vars(self)))
-        return [name for name in own if record.get(name) != own[name]]
+        record, own = upgrade(record), json.loads(json.dumps(self.fields))
+        return [name for name in vars(self) if record.get(name) != own.get(name)]
 
 
 def upgrade(record: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +81,10 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(file: File) -> ListedFile:
-    return file.path, file.size, file.changed
+    """With its kind where version 0.1 took the file for another: for text, whatever it was."""
+    usual = (file.path, file.size, file.changed)
+    before = {".jsonl": Kind.JSON_LINES, ".parquet": Kind.PARQUET}.get(suffix_of(file.name), Kind.TEXT)
+    return usual if file.kind in (before, Kind.BINARY, None) else (*usual, file.kind.value)
 
 
 @dataclass(frozen=True)
@@ -74,10 +92,21 @@ class Workspace:
     """The folder of a corpus that is to be at `output`."""
 
     output: Path
+    stays: bool = False  # `output` is there and keeps its place
+
+    @classmethod
+    def of(cls, output: Path) -> "Workspace":
+        """For an --output as it was given."""
+        path = Path(os.path.realpath(output) if output.is_symlink() else os.path.abspath(output))
+        return cls(path, path.is_dir() and (is_mount_point(path) or not os.access(path.parent, os.W_OK)))
 
     @property
     def folder(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return self.output / INSIDE if self.stays else self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")  # not in the folder: see `locked`
 
     @property
     def tokenizer(self) -> Path:
@@ -95,10 +124,11 @@ class Workspace:
     def shard_index(self, number: int, split: str) -> Path:
         return self.folder / "shards" / f"{number:06d}-{split}.safetensors"
 
-    def stem(self, partition: Partition, tokenizer_sha256: str) -> Path:
+    def stem(self, partition: Partition, tokenizer_sha256: str, text_field: str | None = None) -> Path:
         """The files of an encoded partition without their suffix: the same files, cuts and tokenizer, the same name."""
         pieces = [(*listed(file), *place) for file, *place in partition.pieces]
-        name = hashlib.sha256(json.dumps([tokenizer_sha256, pieces]).encode()).hexdigest()[:32]
+        made_of = [tokenizer_sha256, pieces, *([] if text_field is None else [text_field])]
+        name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
         return self.folder / "encoded" / name
 
     @property
@@ -110,6 +140,10 @@ class Workspace:
         return self.folder / "replaced"
 
     @property
+    def _moving(self) -> Path:
+        return self.folder / "moving"
+
+    @property
     def _recipe(self) -> Path:
         return self.folder / RECORD
 
@@ -119,7 +153,7 @@ class Workspace:
         with writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             # Not in the folder: on NFS no folder can be removed that holds an open file.
-            with held(self.folder.with_name(f"{self.folder.name}.lock")) as is_ours:
+            with held(self.lock) as is_ours:
                 if not is_ours:
                     raise UserError(f"{self.folder}: another process is working on this corpus")
                 self.folder.mkdir(exist_ok=True)
@@ -127,9 +161,14 @@ class Workspace:
 
     def restore(self) -> None:
         """Give the old corpus its name back, where a run with --overwrite was killed before the new one took it."""
-        if self._replaced.exists():
+        if self.stays and self._moving.exists():
             with self.locked():
-                if not self.output.exists():
+                self._move_in()
+        elif self._replaced.exists():
+            with self.locked():
+                if self.stays and not (self.output / RECORD).exists():
+                    _move_entries(self._replaced, self.output)
+                elif not self.output.exists():
                     self._replaced.rename(self.output)
 
     def remove_leftover(self) -> None:
@@ -158,24 +197,60 @@ class Workspace:
                 path.unlink(missing_ok=True)
         write_bytes(self.tokenizer, tokenizer)
         if differences:
-            write_text(self._recipe, json.dumps(vars(recipe), indent=1))
+            write_text(self._recipe, json.dumps(recipe.fields, indent=1))
 
-    def finish(self, recipe: Recipe, report: dict[str, Any], quarantine: Iterable[dict[str, Any]]) -> None:
+    def finish(
+        self,
+        recipe: Recipe,
+        report: dict[str, Any],
+        quarantine: Iterable[dict[str, Any]],
+        ignored: Iterable[dict[str, Any]] = (),
+    ) -> None:
         """The corpus takes its name; CORPUS.partial goes if it can, and with it the corpus that is replaced."""
         with open(self._corpus / QUARANTINE, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in quarantine)
-        (self._corpus / RECORD).write_text(json.dumps(vars(recipe) | {"report": report}, indent=1) + "\n")
+        if lines := [json.dumps(line) + "\n" for line in ignored]:
+            (self._corpus / IGNORED).write_text("".join(lines))
+        (self._corpus / RECORD).write_text(json.dumps(recipe.fields | {"report": report}, indent=1) + "\n")
         for path in self._corpus.rglob("*"):
             if path.suffix != ".tar":  # shards are on the disk already
                 flush(path)
         if self.output.exists():
             make_way(self._replaced)
-            self.output.rename(self._replaced)
-        self._corpus.rename(self.output)
+            if self.stays:
+                self._replaced.mkdir()
+                _move_entries(self.output, self._replaced)
+            else:
+                self.output.rename(self._replaced)
+        if self.stays:
+            write_text(self._moving, "")  # from here on the new corpus counts
+            self._move_in()
+        else:
+            self._corpus.rename(self.output)
+            remove_folder(self.folder)
+
+    def _move_in(self) -> None:
+        if self._corpus.exists():
+            _move_entries(self._corpus, self.output)
+            flush(self.output)
+            self._corpus.rmdir()
         remove_folder(self.folder)
 
     def discard(self) -> None:
         remove_folder(self.folder)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what file systems and unfinished preparations put there."""
+    return all(path.name in NO_CORPUS for path in folder.iterdir())
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """What is in a folder of a corpus into another. The record goes last where it comes and first where it leaves."""
+    names = sorted(path.name for path in source.iterdir() if path.name not in NO_CORPUS)
+    leaves = target.is_relative_to(source)
+    for name in sorted(names, key=lambda name: (name == RECORD) != leaves):
+        (source / name).rename(target / name)
 
 
 @contextmanager
