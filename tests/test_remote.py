@@ -540,7 +540,7 @@ from memformer_dist.data.open_data import open_split
 corpus = open_split(sys.argv[1], cache=sys.argv[2])
 corpus.prefetch(Spans(*np.array([[0, 3, 6], [0, 0, 0], [9, 9, 9]])))
 wait = corpus._shards._changed.wait
-corpus._shards._changed.wait = lambda: (print("waits", flush=True), wait())
+corpus._shards._changed.wait = lambda timeout: (print("waits", flush=True), wait(timeout))
 print("open", flush=True)
 if sys.argv[3] != "nothing":
     corpus.check(Spans(*np.array([[{"a thread": 0, "itself": 23}[sys.argv[3]]], [0], [9]])))

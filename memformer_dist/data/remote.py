@@ -32,6 +32,7 @@ from memformer_dist.files import sha256_of, write_bytes
 FETCHERS = 4  # threads
 REST_S = 60.0  # after a shard could not be fetched, until it is tried again
 POLL_S = 0.05  # while another process fetches what this one needs
+SIGNALS_S = 1.0  # Python may miss a signal that comes just before a wait begins: after so long it is looked for
 log = logging.getLogger(__name__)
 
 
@@ -166,7 +167,7 @@ class RemoteShards:
         with self._changed:
             if number in self._fetching:
                 while number in self._fetching:
-                    self._changed.wait()
+                    self._changed.wait(SIGNALS_S)
                 if number in self._failed:
                     raise self._failed[number]
                 return
