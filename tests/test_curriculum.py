@@ -43,7 +43,7 @@ def saved_and_loaded(curriculum: Curriculum, window: WindowPlan, step: int) -> C
     stop=st.integers(0, 30),
 )
 def test_by_step(by_step, stop):
-    """The window of step s is that of the last entry up to s, with or without a stop; a change is told as it comes."""
+    """The window of step s is that of the last entry up to s, with or without a stop; each change is reported as it comes."""
     expected = [5]
     for step in range(1, 32):
         expected.append(by_step.get(step, expected[-1]))

@@ -417,5 +417,5 @@ def test_the_estimate_bounds_the_growth_of_the_real_peak(peaks, case):
 
 @pytest.mark.slow
 def test_an_estimate_without_dropout_does_not_bound_training_with_it(peaks):
-    """The control: that much is told apart."""
+    """The control: so small a difference is seen."""
     assert growth(peaks["dropout"]) > readout_size.SAFETY * peaks["plain"][0]

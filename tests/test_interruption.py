@@ -317,7 +317,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("step, share", [(r"encoded/[0-9a-f]+\.\w+", 0.5), (r"shard-0000\d\d.tar", 1.05)])
 def test_a_full_disk(texts, model_file, whole, small_disk, workers, step, share):
-    """It is told which file did not fit; no shard under its name is less than whole; with space it goes on.
+    """The message names the file that did not fit; a shard that exists is whole; with more space the command resumes.
 
     The disk has room for some of the tokens, or for all of them and no shard.
     """
