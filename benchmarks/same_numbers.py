@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ def main() -> None:
             run = folder / name
             run.mkdir()
             (run / "stop").touch()
+            os.utime(run / "stop", (time.time() + 3600,) * 2)  # one that is older than the run stops nothing
             first.train(run, settings, stops=True)
             if (run / "summary.json").exists():
                 raise RuntimeError(f"{name}: was not stopped")
