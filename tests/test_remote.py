@@ -218,7 +218,7 @@ def test_who_waits_for_a_thread_gets_its_error(server, tmp_path, monkeypatch):
     changed = corpus._shards._changed
     wait = changed.wait
     # The first try ends when it is waited for.
-    monkeypatch.setattr(changed, "wait", lambda: (server.released.set(), wait()))
+    monkeypatch.setattr(changed, "wait", lambda seconds: (server.released.set(), wait(seconds)))
     prefetch(corpus, [0])
     wait_until(server.shards)  # the thread has begun
     with pytest.raises(CorpusError, match="given up after 5 tries"):
