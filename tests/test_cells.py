@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.check import hide_parameters
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.mrbp.executor import TorchExecutor
@@ -382,31 +383,12 @@ def test_extend_in_any_pieces_equals_advance_and_readout(name, cuts, length, res
 # ---- ZeRO-3 and speed ----------------------------------------------------------------------------------------------------
 
 
-def take_parameters_away(cell: nn.Module) -> None:
-    """As ZeRO-3 does: outside the forward of the module that owns it, a parameter is empty."""
-    for module in cell.modules():
-        owned = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
-
-        def bring(module, inputs, owned=owned):
-            for name, value in owned.items():
-                getattr(module, name).data = value
-
-        def take(module, inputs=None, output=None, owned=owned):
-            for name, value in owned.items():
-                getattr(module, name).data = value.new_empty(0)
-
-        if owned:
-            module.register_forward_pre_hook(bring)
-            module.register_forward_hook(take)
-            take(module)
-
-
 @every_cell
 def test_parameters_are_read_in_the_forward_of_their_owner_alone(name):
     cell = new_cell(name)
     window, state = random_window(3, LANES, SIZE, seed=1), mid_document(cell)
     expected, _ = run(cell, window, state)
-    take_parameters_away(cell)
+    hide_parameters(cell)
     assert equal(cell.empty_state(LANES, device=torch.device("cpu")), CELLS[name](0.0).double().empty_state(LANES))
     assert torch.equal(run(cell, window, state)[0], expected)
     cell("diagnose", window[0], state)

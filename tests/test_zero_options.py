@@ -207,6 +207,16 @@ def resumed_from(world, weights, moments, settings, cell=None, **options):
     return engine
 
 
+def check_resumed(engine, resumed, run, case):
+    """The two hold the same numbers, and the same after another step."""
+    (weights, moments), (again, moments_again) = saved_of(engine), saved_of(resumed)
+    assert largest_difference(again, weights) == 0, case
+    assert all(largest_difference(moments_again[name], moments[name]) == 0 for name in moments), case
+    for one in (engine, resumed):
+        engine_run(**run, kind="adamw", learning_rate=1e-2, steps=1, engine=one)
+    assert largest_difference(saved_of(resumed)[0], saved_of(engine)[0]) == 0, case
+
+
 def options_rank(world, stage, reduce, chosen):
     _, norms, expected = reference_run("toy", "sgd", 0.2, steps=3)
     _, _, expected_adamw = reference_run("toy", "adamw", 1e-2, steps=2)
@@ -226,12 +236,7 @@ def options_rank(world, stage, reduce, chosen):
         assert all(largest_difference({"": both["exp_avg"]}, {"": torch.zeros(())}) > 0 for both in moments.values())
 
         resumed = resumed_from(world, weights, moments, zero, reduce=reduce)
-        again, moments_again = saved_of(resumed)
-        assert largest_difference(again, weights) == 0, case
-        assert all(largest_difference(moments_again[name], moments[name]) == 0 for name in moments), case
-        for one in (engine, resumed):
-            engine_run(**run, kind="adamw", learning_rate=1e-2, steps=1, engine=one)
-        assert largest_difference(saved_of(resumed)[0], saved_of(engine)[0]) == 0, case
+        check_resumed(engine, resumed, run, case)
 
 
 @pytest.mark.slow
@@ -285,12 +290,7 @@ def bf16_parameters_rank(world, stage):
         engine, weights, moments = weights_after(zero, 2)
         assert largest_difference(weights, expected) <= 1e-5, zero
         resumed = resumed_from(world, weights, moments, zero, new_cell("decoder"), **engine_of_case)
-        again, moments_again = saved_of(resumed)
-        assert largest_difference(again, weights) == 0, zero
-        assert all(largest_difference(moments_again[name], moments[name]) == 0 for name in moments), zero
-        for one in (engine, resumed):
-            engine_run(**run, kind="adamw", learning_rate=1e-2, steps=1, engine=one)
-        assert largest_difference(saved_of(resumed)[0], saved_of(engine)[0]) == 0, zero
+        check_resumed(engine, resumed, run, zero)
 
 
 @pytest.mark.slow

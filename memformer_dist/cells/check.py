@@ -257,8 +257,7 @@ def _parameters(text: _Text) -> Iterator[str]:
     state, window, cell = text.mid_document(), text.window(), text.cell
     expected, _ = text.losses(window, state)
     text.cell = copy.deepcopy(cell)
-    for module in text.cell.modules():
-        _hide_parameters(module)
+    hide_parameters(text.cell)
     try:
         found, _ = text.losses(window, state)
         problem = (
@@ -271,21 +270,23 @@ def _parameters(text: _Text) -> Iterator[str]:
         yield f"rule 6: a parameter is read outside the forward of its own module: {problem}"
 
 
-def _hide_parameters(module: nn.Module) -> None:
-    owned = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+def hide_parameters(cell: nn.Module) -> None:
+    """Empty every parameter outside the forward of the module that owns it, as ZeRO-3 does."""
+    for module in cell.modules():
+        owned = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
 
-    def show(module: nn.Module, inputs: Any) -> None:
-        for name, value in owned.items():
-            getattr(module, name).data = value
+        def show(module: nn.Module, inputs: Any, owned: dict[str, Tensor] = owned) -> None:
+            for name, value in owned.items():
+                getattr(module, name).data = value
 
-    def hide(module: nn.Module, inputs: Any = None, output: Any = None) -> None:
-        for name, value in owned.items():
-            getattr(module, name).data = value.new_empty(0)
+        def hide(module: nn.Module, inputs: Any = None, output: Any = None, owned: dict[str, Tensor] = owned) -> None:
+            for name, value in owned.items():
+                getattr(module, name).data = value.new_empty(0)
 
-    if owned:
-        module.register_forward_pre_hook(show)
-        module.register_forward_hook(hide)
-        hide(module)
+        if owned:
+            module.register_forward_pre_hook(show)
+            module.register_forward_hook(hide)
+            hide(module)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
