@@ -25,7 +25,7 @@ from memformer_dist.cells.base import CellConfig
 from memformer_dist.curriculum import WindowByMetric, plan_model
 from memformer_dist.data.open_data import DataConfig, is_url
 from memformer_dist.errors import UserError, sentences
-from memformer_dist.mrbp.settings import MrbpConfig
+from memformer_dist.mrbp.settings import DRIFT_LIMITS, MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.section import Section
 from memformer_dist.upgrade import outdated_fields, upgrade
@@ -133,6 +133,12 @@ class RunConfig(Section):
     @property
     def zero_stage(self) -> int:
         return zero_stage(self.deepspeed)
+
+    @property
+    def drift_limit(self) -> float:
+        """mrbp.drift_limit, the default resolved."""
+        limit = self.mrbp.drift_limit
+        return DRIFT_LIMITS[self.training.precision] if limit is None else limit
 
     def lanes_per_group(self, world_size: int) -> int:
         return self.mrbp.lanes_per_group or self.data.lanes // world_size

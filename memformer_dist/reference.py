@@ -6,7 +6,7 @@ A test compares that file with what this module prints.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -60,12 +60,14 @@ def _table(model: type[BaseModel], section: str) -> Iterator[str]:
 
 def _values(field: FieldInfo) -> str:
     """The values that a field takes, in words: "integer > 0 or null"."""
-    bounds: dict[str, Any] = {}
-    for item in field.metadata:
-        bounds |= {sign: value for sign in ("gt", "ge", "lt", "le") if (value := getattr(item, sign, None)) is not None}
+    return " ".join(filter(None, [_type(field.annotation), _limits(field.metadata)]))
+
+
+def _limits(metadata: Iterable[Any]) -> str:
+    """ "> 0, < 1"; empty where there are none."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = ", ".join(f"{signs[sign]} {value}" for sign, value in bounds.items())
-    return " ".join(filter(None, [_type(field.annotation), limits]))
+    found = [(sign, getattr(item, name, None)) for item in metadata for name, sign in signs.items()]
+    return ", ".join(f"{sign} {bound}" for sign, bound in found if bound is not None)
 
 
 def _type(annotation: Any) -> str:
@@ -80,8 +82,7 @@ def _type(annotation: Any) -> str:
         return {dict: "object", tuple: "list", list: "list"}[origin]
     if hasattr(annotation, "__metadata__"):  # Annotated: a tag of a union, or bounds
         inner = get_args(annotation)[0]
-        limits = [f"> {m.gt}" for m in annotation.__metadata__ if getattr(m, "gt", None) is not None]
-        return " ".join([_type(inner), *limits])
+        return " ".join(filter(None, [_type(inner), _limits(annotation.__metadata__)]))
     if get_args(annotation):
         return " or ".join(dict.fromkeys(_type(member) for member in get_args(annotation)))
     return {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any"}.get(

@@ -13,7 +13,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from memformer_dist.files import read_json, write_text
 from memformer_dist.logs import ProgressReport
 from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
 from memformer_dist.monitor import Monitor
+from memformer_dist.mrbp.drift import drift_problem, exceeds
 from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, learning_rate
 from memformer_dist.progress import Interval, Position
@@ -235,7 +236,11 @@ class Trainer:
         else:  # an update without a gradient would still move the weights, by Adam's moments and by their decay
             window, result = self.engine.advance(windows, self.states), WITHOUT_LABELS
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
-        drift, *sums = self.world.all_reduce_sum([float(window.drift), *losses.sums.flatten().tolist()])
+        drift, relative = torch.stack([window.drift, window.relative_drift.max()]).tolist()  # waits for the device
+        is_beyond = exceeds(relative, config.drift_limit)
+        drift, ranks_beyond, *sums = self.world.all_reduce_sum([drift, is_beyond, *losses.sums.flatten().tolist()])
+        if ranks_beyond:
+            self._raise_drift(window.relative_drift)
 
         seconds = time.perf_counter() - began
         position.add(segments=segments, tokens=valid_tokens, applied=result.applied, seconds=seconds)
@@ -254,6 +259,16 @@ class Trainer:
         ages = len(LOGGED_AGES)
         nll, labels = (sum(sums[:ages]), sum(sums[ages:])) if result.applied else (0.0, 0.0)
         return Trained(result, nll, labels, window.state_gradient_squares)
+
+    def _raise_drift(self, relative: Tensor) -> NoReturn:
+        """The replay of a rank does not repeat its rollout: nothing of this step is saved. On all ranks."""
+        limit = self.config.drift_limit
+        mine = exceeds(float(relative.max()), limit)
+        problem = drift_problem(relative, self.states[0]._fields, limit) if mine else None
+        raise UserError(
+            f"{self.world.first_problem(problem)}. This was step {self.position.step + 1}; the last checkpoint is of step"
+            f" {self.saved.step}"
+        )
 
     def _finite_lanes(self, state: Tensors) -> Tensors:
         """After a skipped step: lanes whose state is not finite start again from the empty one."""

@@ -679,7 +679,7 @@ def every_field(config: BaseModel) -> list[str]:
 
 ALLOWED = {
     *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
-    *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered"),
+    *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),

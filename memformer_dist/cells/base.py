@@ -8,19 +8,22 @@ B lanes, independent documents side by side, and is cut in two where the recurre
 
 Memory replay (mrbp/replay.py) runs `advance` alone, without gradient, through a whole window, and later recomputes it
 segment by segment, last to first; `readout` runs once per segment, or once for several of them stacked as more lanes. Hence
-the rules; check_cell (check.py) says which of them a cell breaks, and tests/test_cells.py checks all cells there are:
+the rules; check_cell (check.py) says which of them a cell breaks, and tests/test_cells.py checks all cells there are. What
+breaks rules 1 and 5 in the rollout or the replay alone gives gradients of something else than the loss: a run stops where the
+states of the two differ (mrbp.drift_limit).
 
 1.  State, features and cache are NamedTuples of tensors whose first dimension is the lane; a state has at least one. Its
     floating-point leaves carry gradient across segments and are kept in float32 (float64 in a float64 model), whatever the
     autocast; its integer and bool leaves do not and may have any meaning. Lanes never see one another, nothing is written in
-    place, and nothing but the state goes from one segment to the next: no attributes, no buffers.
+    place, and nothing but the state goes from one call to the next: no attribute in which a call leaves something for a later
+    one, no buffer that a forward updates (running statistics, counters).
 2.  A new document starts INSIDE advance: `where(segment.reset, learned initial state, state)`. Only so does the learned
     initial state get a gradient. `empty_state` therefore need not mean anything: a run's first segment resets every lane.
 3.  Where `segment.reset_memory` is set, the state's `memory_leaves` are reset and the rest of it is kept: what is lost is what
     the memory is worth. Evaluation also exchanges these leaves between lanes. A cell without memory has none, ().
 4.  Padding (positions from segment.length on) changes nothing, and a lane of length 0 computes anything but NaN.
-5.  All randomness is torch's global one: it is seeded before each call, so that the replay repeats the rollout. In evaluation
-    mode nothing is random.
+5.  All randomness is torch's global one: it is seeded before each call, so that the replay repeats the rollout. No numpy, no
+    random, no torch.Generator of the cell's own, no clock. In evaluation mode nothing is random.
 6.  For ZeRO-3, which takes a module's parameters away outside its forward: a parameter is read in the forward of the module
     that owns it and nowhere else, modules are called, never their weights used from outside, and which modules run does not
     depend on data. No `.item()` and nothing else that waits for the device.

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memformer_dist.mrbp.drift import Drift
 from memformer_dist.mrbp.executor import Cell, Executor, TorchExecutor
 from memformer_dist.mrbp.states import DeviceStates, HostStates
 from memformer_dist.segment import Some, Tensors, concatenate, differentiable, select_rows
@@ -34,6 +35,7 @@ class Replayed(NamedTuple):
     state: Tensors  # detached state after the window's last segment: where the next window starts
     rollout_s: float  # seconds
     drift: Tensor  # largest |recomputed - stored| over all states: 0 when replay repeats the rollout bit by bit
+    relative_drift: Tensor  # [N, leaves], see mrbp.drift.Drift: far above rounding, the cell breaks a rule (check_cell)
     state_gradient_squares: Tensor  # [N], item t: squared norm of dL/d(state entering segment t), all lanes and leaves
 
 
@@ -110,9 +112,8 @@ def memory_replay(
 
     gradient: Gradients = [None] * len(state)  # dL/d(output state of segment t); none behind the window's last
     final = following = state  # the window's last state; the stored state that segment t was rolled out to
-    device = state[0].device
-    drift = torch.zeros((), device=device)
-    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=device)  # of the input states' gradients
+    drift = Drift(last + 1, state)
+    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=state[0].device)  # of the input states' gradients
     for stop in range(last + 1, 0, -readout_group):  # line 8
         group = range(max(0, stop - readout_group), stop)
         advanced: list[_Advanced] = []  # of this group, last to first
@@ -125,7 +126,7 @@ def memory_replay(
             if t == last:
                 final = _detached(output)
             else:
-                drift = torch.maximum(drift, _largest_difference(output, following))
+                drift.compare(t, output, following)
             following = inputs
         # The window's last backward is that of the earliest advance that a gradient flows through, or of the readout.
         passing = [a.t for a in advanced if _any_flows(a.features) or (a.t < last and _any_flows(a.output))]
@@ -139,7 +140,7 @@ def memory_replay(
             gradient = [x.grad for x in inputs]  # nabla M_t, for the segment before
             squares[t] = _norm_square(gradient)
             del features, output, surrogate  # this segment's graph, before the next is built
-    return Replayed(final, rollout_s, drift, squares)
+    return Replayed(final, rollout_s, drift.largest, drift.relative, squares)
 
 
 def in_order(
@@ -157,7 +158,6 @@ def in_order(
     Arguments as there, but `observe` sees the segments of a readout group last to first, the groups first to last.
     """
     last = len(window) - 1
-    device = state[0].device
     for start in range(0, last + 1, readout_group):
         advanced: list[_Advanced] = []
         for t in range(start, min(start + readout_group, last + 1)):
@@ -176,8 +176,9 @@ def in_order(
             if surrogate is not None:
                 executor.backward(surrogate, last=t == ending)
             del features, surrogate
-    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=device)
-    return Replayed(state, 0.0, torch.zeros((), device=device), squares)
+    nothing = Drift(last + 1, state)
+    squares = torch.zeros(last + 1, dtype=_real_dtype(state), device=state[0].device)
+    return Replayed(state, 0.0, nothing.largest, nothing.relative, squares)
 
 
 def _read_out(
@@ -271,10 +272,3 @@ def _real_dtype(state: Tensors) -> torch.dtype:
 def _norm_square(gradients: Gradients) -> Tensor | float:
     """Squared norm of all of them together."""
     return sum(torch.linalg.vector_norm(x).square() for x in gradients if x is not None)
-
-
-def _largest_difference(tensors: Tensors, others: Tensors) -> Tensor:
-    """Over all leaves that carry a gradient, 0 where there are none."""
-    pairs = [(x.detach(), y.detach()) for x, y in zip(tensors, others) if differentiable(x) and x.numel()]
-    device = tensors[0].device
-    return torch.stack([(x - y).abs().max() for x, y in pairs]).max() if pairs else torch.zeros((), device=device)

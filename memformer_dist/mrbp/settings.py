@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
 
 from memformer_dist.curriculum import WindowPlan
 from memformer_dist.section import Section
@@ -10,6 +10,9 @@ from memformer_dist.section import Section
 Store = Literal["device", "host"]
 Reduce = Literal["window", "segment"]
 Keep = Literal["none", "readout", "all"]
+
+# mrbp.drift_limit null, by training.precision. The rounding of all operations of an advance together is below 1e-5 and 2e-2.
+DRIFT_LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "bf16_parameters": 5e-2}
 
 
 def _number_or_auto(value: Any) -> str | None:
@@ -63,4 +66,10 @@ class MrbpConfig(Section):
         description="which parameters stay gathered under ZeRO-3. all: those of advance for a window, those of the"
         " readout for a readout group, which sends the fewest bytes; readout: the latter alone, if both do not fit; none:"
         " every module is gathered for every use",
+    )
+    drift_limit: NonNegativeFloat | None = Field(
+        None,
+        description="the run stops where a state of the replay differs from the rollout's by more than this share of its"
+        " size (the norms of both): the cell breaks a rule, and gradients are wrong; null: 0.001 with training.precision"
+        " fp32, 0.05 with bf16, beyond what kernels that are not deterministic add. 0: not by a bit; a large number: never",
     )

@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scat
 class Accumulated(NamedTuple):
     states: list[Any]  # of this rank's lane groups after the window, detached
     drift: Tensor  # largest difference between a state recomputed and rolled out, on this rank
+    relative_drift: Tensor  # [N, leaves], see mrbp.drift.Drift; of the lane group that has the largest
     rollout_s: float
     state_gradient_squares: Tensor  # [N], see mrbp.replay.Replayed; of this rank's lanes
 
@@ -152,6 +153,7 @@ class Engine:
         return Accumulated(
             [result.state for result in results],
             torch.stack([result.drift for result in results]).max(),
+            torch.stack([result.relative_drift for result in results]).amax(0),
             sum(result.rollout_s for result in results),
             torch.stack([result.state_gradient_squares for result in results]).sum(0),
         )
@@ -166,7 +168,8 @@ class Engine:
                 state = executor.rollout(t, window[t], state)
             ends.append(state)
         zeros = torch.zeros(1 + len(windows[0]), device=self.world.device)
-        return Accumulated(ends, zeros[0], time.perf_counter() - began, zeros[1:])
+        no_drift = zeros.new_zeros(len(windows[0]), len(states[0]))
+        return Accumulated(ends, zeros[0], no_drift, time.perf_counter() - began, zeros[1:])
 
     def _replay(
         self,
