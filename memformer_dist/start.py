@@ -5,18 +5,30 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from memformer_dist.checkpoint import Checkpoint
+from memformer_dist.checkpoint import Checkpoint, Damaged
 from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
+from memformer_dist.errors import UserError
 from memformer_dist.files import read_json_lines, write_bytes, write_text
+from memformer_dist.optimizer import decay_start, learning_rate
 from memformer_dist.world import World
 
+# Fields that the learning rate of a step depends on.
+OF_THE_SCHEDULE = (
+    "training.tokens",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.decay_share",
+    "optimizer.final_learning_rate_ratio",
+    "optimizer.warmup_tokens",
+)
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
 log = logging.getLogger(__name__)
 
@@ -69,12 +81,49 @@ def introduce(
         )
 
 
-def introduce_resumed(resumed: Checkpoint | None, changes: dict[str, tuple[Any, Any]], window: int) -> None:
-    """Log where the run resumes and which fields have changed; `window` is that of the next step, in segments."""
-    if resumed is not None:
-        position = resumed.contents.position
-        log.info(f"resumed from {resumed.path} at step {position.step}, {position.tokens:,} tokens")
+def introduce_resumed(
+    resumed: Checkpoint | None, config: RunConfig, changes: dict[str, tuple[Any, Any]], window: int
+) -> None:
+    """Log where the run resumes, which fields have changed and what that does; `window` is that of the next step."""
+    if resumed is None:
+        return
+    position = resumed.contents.position
+    log.info(f"resumed from {resumed.path} at step {position.step}, {position.tokens:,} tokens")
     for name, (then, now) in changes.items():
         log.info(f"changed since: {name} was {then!r}, is {now!r}")
     if "mrbp.window" in changes:
         log.info(f"windows of {window} segments from here")
+    if fields := [name for name in OF_THE_SCHEDULE if name in changes]:
+        _introduce_learning_rate(resumed, config, ", ".join(fields))
+
+
+def _introduce_learning_rate(resumed: Checkpoint, config: RunConfig, fields: str) -> None:
+    """Log what changed `fields` do to the learning rate."""
+    saved, tokens = resumed.contents.config, resumed.contents.position.tokens
+    if tokens >= config.training.tokens:
+        log.info(f"training.tokens: {tokens:,} are trained on already, so the run ends here")
+        return
+    then, now = (learning_rate(x.optimizer, tokens, x.training.tokens) for x in (saved, config))
+    if now == then:
+        log.info(f"{fields}: the learning rate stays {now:.4g} at this step")
+    else:
+        log.log(
+            logging.WARNING if now > then else logging.INFO,
+            f"{fields}: the learning rate goes from {then:.4g} to {now:.4g} at this step",
+        )
+    decay = decay_start(saved.optimizer, saved.training.tokens)
+    if now > then and saved.optimizer.schedule == config.optimizer.schedule == "warmup_stable_decay" and tokens > decay:
+        before = _last_before(resumed.path.parent, decay)
+        log.warning(
+            "this checkpoint lies in the decay"
+            + ("" if before is None else f"; {before} does not: to resume from there, move the later ones elsewhere")
+        )
+
+
+def _last_before(checkpoints: Path, tokens: int) -> Path | None:
+    """The newest checkpoint that has been trained on at most so many tokens."""
+    for path in sorted(checkpoints.glob("step-[0-9]*"), reverse=True):
+        with suppress(Damaged, UserError):
+            if Checkpoint(path).contents.position.tokens <= tokens:
+                return path
+    return None

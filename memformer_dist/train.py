@@ -13,7 +13,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
 from memformer_dist.monitor import Monitor
 from memformer_dist.mrbp.drift import drift_problem, exceeds
 from memformer_dist.mrbp.readout_size import choose_readout_group
-from memformer_dist.optimizer import adamw, learning_rate
+from memformer_dist.optimizer import adamw, decay_begins, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Tensors
@@ -102,7 +102,7 @@ class Trainer:
         )
         auto = config.mrbp.readout_group == "auto"
         self.chosen_group = resumed.contents.readout_group if resumed and auto else None
-        self.saved = self.position.model_copy()
+        self.saved, self.is_anchor = self.position.model_copy(), resumed is not None and resumed.contents.anchor
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
         cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed)
@@ -131,7 +131,7 @@ class Trainer:
         if world.is_main:
             start.record(run_dir, config, self.train_corpus.tokenizer(), world.size, self.position.step)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
-            start.introduce_resumed(resumed, changes, self.curriculum.window)
+            start.introduce_resumed(resumed, config, changes, self.curriculum.window)
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
 
@@ -221,6 +221,9 @@ class Trainer:
         config, position, segments = self.config, self.position, self.curriculum.window
         counts = self.reader.counts(position.tick, position.tick + segments)
         valid_tokens = self._labels(counts)
+        if decay_begins(config.optimizer, position.tokens, position.tokens + valid_tokens, config.training.tokens):
+            self._save(anchor=True)  # resumed from here, a longer run is one that was as long from the start
+            began = time.perf_counter()
         losses = LossByAge(self.world.device, LOGGED_AGES)
         windows = [self.reader.window(position.tick, segments, group) for group in self.groups]
         if valid_tokens > 0:
@@ -239,8 +242,12 @@ class Trainer:
         drift, relative = torch.stack([window.drift, window.relative_drift.max()]).tolist()  # waits for the device
         is_beyond = exceeds(relative, config.drift_limit)
         drift, ranks_beyond, *sums = self.world.all_reduce_sum([drift, is_beyond, *losses.sums.flatten().tolist()])
-        if ranks_beyond:
-            self._raise_drift(window.relative_drift)
+        if ranks_beyond:  # nothing of this step is saved
+            problem = drift_problem(window.relative_drift, self.states[0]._fields, config.drift_limit)
+            raise UserError(
+                f"{self.world.first_problem(problem)}. This was step {position.step + 1}; the last checkpoint is of step"
+                f" {self.saved.step}"
+            )
 
         seconds = time.perf_counter() - began
         position.add(segments=segments, tokens=valid_tokens, applied=result.applied, seconds=seconds)
@@ -259,16 +266,6 @@ class Trainer:
         ages = len(LOGGED_AGES)
         nll, labels = (sum(sums[:ages]), sum(sums[ages:])) if result.applied else (0.0, 0.0)
         return Trained(result, nll, labels, window.state_gradient_squares)
-
-    def _raise_drift(self, relative: Tensor) -> NoReturn:
-        """The replay of a rank does not repeat its rollout: nothing of this step is saved. On all ranks."""
-        limit = self.config.drift_limit
-        mine = exceeds(float(relative.max()), limit)
-        problem = drift_problem(relative, self.states[0]._fields, limit) if mine else None
-        raise UserError(
-            f"{self.world.first_problem(problem)}. This was step {self.position.step + 1}; the last checkpoint is of step"
-            f" {self.saved.step}"
-        )
 
     def _finite_lanes(self, state: Tensors) -> Tensors:
         """After a skipped step: lanes whose state is not finite start again from the empty one."""
@@ -380,17 +377,19 @@ class Trainer:
             write_text(path, json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _save(self) -> None:
-        if self.saved.step == self.position.step:
+    def _save(self, *, anchor: bool = False) -> None:
+        if self.saved.step == self.position.step and (self.is_anchor or not anchor):
             return
         self.position.wall_s = time.perf_counter() - self.began
+        every = self.config.checkpoint.anchor_every_tokens
+        self.is_anchor = anchor or crosses(self.saved.tokens, self.position.tokens, every)
         contents = Contents(
             position=self.position,
             interval=self.interval,
             curriculum=self.curriculum.progress,
             readout_group=self.chosen_group,
             corpus=self.train_corpus.fingerprint,
-            anchor=crosses(self.saved.tokens, self.position.tokens, self.config.checkpoint.anchor_every_tokens),
+            anchor=self.is_anchor,
             vocabulary=self.train_corpus.vocabulary,
             config=self.config,
         )

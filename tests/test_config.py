@@ -64,6 +64,15 @@ def test_the_configuration_of_the_other_tests_is_good(config):
         ("mrbp.reduce", "step", "mrbp.reduce: found 'step'; input should be 'window' or 'segment'"),
         ("mrbp.keep_gathered", True, "mrbp.keep_gathered: found True; input should be 'none', 'readout' or 'all'"),
         ("optimizer.betas", [0.9], "optimizer.betas.1: missing"),
+        ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1: found 1.0; input should be less than 1"),
+        ("optimizer.betas", [-0.1, 0.9], "optimizer.betas.0: found -0.1; input should be greater than or equal to 0"),
+        ("optimizer.decay_share", 0, "optimizer.decay_share: found 0; input should be greater than 0"),
+        ("optimizer.decay_share", 1.1, "optimizer.decay_share: found 1.1; input should be less than or equal to 1"),
+        (
+            "optimizer.schedule",
+            "linear",
+            "optimizer.schedule: found 'linear'; input should be 'cosine' or 'warmup_stable",
+        ),
         (
             "optimizer.gradient_clipping",
             float("inf"),
@@ -681,6 +690,7 @@ ALLOWED = {
     *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
     *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
+    *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
     *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),

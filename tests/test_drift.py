@@ -67,12 +67,12 @@ def test_what_is_finite_in_neither_is_no_drift(value):
 
 def test_the_message_names_leaf_and_segment():
     figures = torch.tensor([[0.0, 0.2], [math.nan, 0.0], [0.5, 0.3]])
-    assert "memory behind segment 1 of the window differs by nan of its size, expected at most 0.05" in drift_problem(
-        figures, ToyState._fields, 0.05
-    )
+    message = drift_problem(figures, ToyState._fields, 0.05)
+    assert "memory behind segment 1 of the window differs by nan of its size, expected at most 0.05" in message
     figures[1, 0] = 0.0
     figures[2, 1] = 0.6
     message = drift_problem(figures, ToyState._fields, 0.05)
+    assert drift_problem(figures, ToyState._fields, 0.6) is None
     assert (
         message.startswith("mrbp.drift_limit: ") and "seen behind segment 2 of the window differs by 0.6 of" in message
     )

@@ -1,11 +1,16 @@
-"""How a run was started: starts.jsonl, config.json and tokenizer.model."""
+"""How a run was started: starts.jsonl, config.json and tokenizer.model; what a resumed run says of its changes."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
+import pytest
 
 from memformer_dist import start
+from memformer_dist.optimizer import OptimizerConfig
+from memformer_dist.progress import Position
 
 
 def test_record_of_the_start(tmp_path, monkeypatch):
@@ -32,3 +37,65 @@ def test_record_of_the_start(tmp_path, monkeypatch):
     assert versions["numpy"] == numpy.__version__ and set(versions) == set(start.PACKAGES)
     assert (run_dir / "config.json").read_text() == '{"data": {}}'
     assert (run_dir / "tokenizer.model").read_bytes() == b"model"
+
+
+def resumed_at(tokens: int, checkpoints: Path, **saved) -> SimpleNamespace:
+    """A checkpoint, as much of it as the introduction reads; `saved`: fields of its `training` and `optimizer`."""
+    contents = SimpleNamespace(position=Position(step=3, tokens=tokens), config=schedule_of(**saved))
+    return SimpleNamespace(path=checkpoints / "step-00000003", contents=contents)
+
+
+def schedule_of(tokens=1000, **optimizer) -> SimpleNamespace:
+    return SimpleNamespace(training=SimpleNamespace(tokens=tokens), optimizer=OptimizerConfig(**optimizer))
+
+
+@pytest.mark.parametrize(
+    "at, saved, now, expected",
+    [
+        (1000, {}, {"tokens": 4000}, "training.tokens: the learning rate goes from 3e-05 to 0.0002605 at this step"),
+        (500, {}, {"tokens": 600}, "training.tokens: the learning rate goes from 0.000165 to 4.809e-05 at this step"),
+        (500, {}, {"tokens": 400}, "training.tokens: 500 are trained on already, so the run ends here"),
+        (
+            500,
+            {},
+            {"learning_rate": 6e-4},
+            "optimizer.learning_rate: the learning rate goes from 0.000165 to 0.00033 at",
+        ),
+        (500, {}, {"warmup_tokens": 750}, "optimizer.warmup_tokens: the learning rate goes from 0.000165 to 0.0002 at"),
+        (
+            500,
+            {},
+            {"final_learning_rate_ratio": 0.5, "tokens": 500},
+            "training.tokens: 500 are trained on already, so the run ends here",
+        ),
+        (
+            500,
+            {},
+            {"schedule": "warmup_stable_decay", "tokens": 900},
+            "training.tokens, optimizer.schedule: the learning rate goes from 0.000165 to 0.0003 at this step",
+        ),
+        (
+            500,
+            {"schedule": "warmup_stable_decay"},
+            {"schedule": "warmup_stable_decay", "decay_share": 0.1},
+            "optimizer.decay_share: the learning rate stays 0.0003 at this step",
+        ),
+        (500, {}, {"weight_decay": 0.2}, None),
+    ],
+)
+def test_what_a_change_does_to_the_learning_rate(tmp_path, caplog, at, saved, now, expected):
+    resumed, config = resumed_at(at, tmp_path, **saved), schedule_of(**now)
+    changes = dict.fromkeys(("mrbp.replay", "optimizer.weight_decay"), (None, None))
+    for name in start.OF_THE_SCHEDULE:
+        section, field = name.split(".")
+        one, other = (getattr(getattr(x, section), field) for x in (resumed.contents.config, config))
+        changes |= {name: (one, other)} if one != other else {}
+    with caplog.at_level("INFO"):
+        start.introduce_resumed(resumed, config, changes, 2)
+    said = [record for record in caplog.records if "changed since" not in record.message]
+    assert said.pop(0).message == f"resumed from {tmp_path}/step-00000003 at step 3, {at:,} tokens"
+    assert [record.message.startswith(expected) for record in said] == ([True] if expected else [])
+    for record in said:
+        rates = re.search("from (.+) to (.+) at", record.message)
+        rises = rates is not None and float(rates[2]) > float(rates[1])
+        assert record.levelname == ("WARNING" if rises else "INFO")

@@ -21,7 +21,6 @@ from memformer_dist.data.open_data import open_corpora
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.mrbp.executor import reseed
-from memformer_dist.optimizer import OptimizerConfig, learning_rate
 from memformer_dist.prepare.build import shard
 from memformer_dist.train import crosses
 from tests.helpers import ROOT
@@ -492,14 +491,6 @@ def test_torchrun_stops_on_a_stop_file_and_resumes(corpus_dir, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     command += ["launch/train.py", "--config", write_config(corpus_dir, tmp_path), "--run-dir", tmp_path / "run"]
     interrupt_and_resume(command, touch_stop, tmp_path / "run", expected_codes=(1,))  # torchrun's for any but 0
-
-
-def test_learning_rate_follows_tokens():
-    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=100, final_learning_rate_ratio=0.1)
-    assert learning_rate(config, 50, 1100) == 0.5
-    assert learning_rate(config, 100, 1100) == 1.0
-    assert learning_rate(config, 600, 1100) == pytest.approx(0.55)
-    assert learning_rate(config, 1100, 1100) == learning_rate(config, 2000, 1100) == pytest.approx(0.1)
 
 
 def test_crosses():

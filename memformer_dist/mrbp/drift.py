@@ -69,8 +69,10 @@ def exceeds(relative: float, limit: float) -> bool:
     return not relative <= limit
 
 
-def drift_problem(relative: Tensor, leaves: Sequence[str], limit: float) -> str:
-    """One sentence about the largest entry of Drift.relative, and the advice."""
+def drift_problem(relative: Tensor, leaves: Sequence[str], limit: float) -> str | None:
+    """What is wrong with the largest entry of Drift.relative, and the advice; None if nothing is."""
+    if not exceeds(float(relative.max()), limit):
+        return None
     t, leaf = divmod(int(relative.nan_to_num(nan=torch.inf).argmax()), len(leaves))
     return (
         f"mrbp.drift_limit: the replay does not repeat the rollout: {leaves[leaf]} behind segment {t} of the window differs by"
