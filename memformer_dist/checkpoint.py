@@ -193,8 +193,15 @@ class Checkpoint:
     def _moments(self) -> "TensorFiles":
         return TensorFiles(self.files("moments-"))
 
-    def moment(self, name: str, key: str) -> Tensor:
-        return self._moments[f"{key}.{name}"]
+    def moment(self, name: str, key: str) -> Tensor | None:
+        """None of a parameter that was frozen."""
+        found = f"{key}.{name}"
+        return self._moments[found] if found in self._moments.file_of else None
+
+    @property
+    def trained(self) -> set[str]:
+        """The names of the parameters that were not frozen."""
+        return {name.partition(".")[2] for name in self._moments.file_of}
 
     def load_lanes(self, lanes: range, empty: Tensors) -> Tensors:
         """The state of the given global lanes, in the types and on the device of `empty`."""

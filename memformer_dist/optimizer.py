@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import nn
 
+from memformer_dist.errors import UserError
 from memformer_dist.section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -47,11 +48,14 @@ class OptimizerConfig(Section):
 def adamw(cell: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on linear layers' weights alone: not on norms, embeddings, or a cell's own vectors.
 
-    A weight that a linear layer shares with an embedding is an embedding's. Frozen parameters are left out.
+    A weight that a linear layer shares with an embedding is an embedding's. Frozen parameters are left out. Raises UserError
+    where no others are left.
     """
     linear = {id(module.weight) for module in cell.modules() if isinstance(module, nn.Linear)}
     linear -= {id(module.weight) for module in cell.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     trained = [parameter for parameter in cell.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("model: found no parameter that is trained (requires_grad), expected some")
     groups = [
         {"params": [p for p in trained if id(p) in linear], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if id(p) not in linear], "weight_decay": 0.0},

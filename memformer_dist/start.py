@@ -5,10 +5,13 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from memformer_dist.checkpoint import Checkpoint, Damaged
 from memformer_dist.config import RunConfig
@@ -29,6 +32,7 @@ OF_THE_SCHEDULE = (
     "optimizer.final_learning_rate_ratio",
     "optimizer.warmup_tokens",
 )
+NAMES_SHOWN = 5
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
 log = logging.getLogger(__name__)
 
@@ -82,9 +86,9 @@ def introduce(
 
 
 def introduce_resumed(
-    resumed: Checkpoint | None, config: RunConfig, changes: dict[str, tuple[Any, Any]], window: int
+    resumed: Checkpoint | None, config: RunConfig, changes: dict[str, tuple[Any, Any]], window: int, cell: nn.Module
 ) -> None:
-    """Log where the run resumes, which fields have changed and what that does; `window` is that of the next step."""
+    """Log where the run resumes, what has changed and what that does; `window` is that of the next step."""
     if resumed is None:
         return
     position = resumed.contents.position
@@ -95,6 +99,17 @@ def introduce_resumed(
         log.info(f"windows of {window} segments from here")
     if fields := [name for name in OF_THE_SCHEDULE if name in changes]:
         _introduce_learning_rate(resumed, config, ", ".join(fields))
+    frozen = {name for name, parameter in cell.named_parameters() if not parameter.requires_grad}
+    trained = {name for name, _ in cell.named_parameters()} - frozen
+    if thawed := sorted(trained - resumed.trained):
+        log.warning(f"trained from here on, frozen until now, Adam's moments start at zero: {_shortened(thawed)}")
+    if dropped := sorted(frozen & resumed.trained):
+        log.warning(f"frozen from here on, Adam's moments are dropped: {_shortened(dropped)}")
+
+
+def _shortened(names: Sequence[str]) -> str:
+    left = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {left} more" if left > 0 else "")
 
 
 def _introduce_learning_rate(resumed: Checkpoint, config: RunConfig, fields: str) -> None:

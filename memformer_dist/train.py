@@ -131,7 +131,7 @@ class Trainer:
         if world.is_main:
             start.record(run_dir, config, self.train_corpus.tokenizer(), world.size, self.position.step)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
-            start.introduce_resumed(resumed, config, changes, self.curriculum.window)
+            start.introduce_resumed(resumed, config, changes, self.curriculum.window, self.engine.module)
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+from torch.nn import Linear, Module
 
 from memformer_dist import start
 from memformer_dist.optimizer import OptimizerConfig
@@ -42,7 +43,7 @@ def test_record_of_the_start(tmp_path, monkeypatch):
 def resumed_at(tokens: int, checkpoints: Path, **saved) -> SimpleNamespace:
     """A checkpoint, as much of it as the introduction reads; `saved`: fields of its `training` and `optimizer`."""
     contents = SimpleNamespace(position=Position(step=3, tokens=tokens), config=schedule_of(**saved))
-    return SimpleNamespace(path=checkpoints / "step-00000003", contents=contents)
+    return SimpleNamespace(path=checkpoints / "step-00000003", contents=contents, trained={"weight", "bias"})
 
 
 def schedule_of(tokens=1000, **optimizer) -> SimpleNamespace:
@@ -91,7 +92,7 @@ def test_what_a_change_does_to_the_learning_rate(tmp_path, caplog, at, saved, no
         one, other = (getattr(getattr(x, section), field) for x in (resumed.contents.config, config))
         changes |= {name: (one, other)} if one != other else {}
     with caplog.at_level("INFO"):
-        start.introduce_resumed(resumed, config, changes, 2)
+        start.introduce_resumed(resumed, config, changes, 2, Linear(2, 2))
     said = [record for record in caplog.records if "changed since" not in record.message]
     assert said.pop(0).message == f"resumed from {tmp_path}/step-00000003 at step 3, {at:,} tokens"
     assert [record.message.startswith(expected) for record in said] == ([True] if expected else [])
@@ -99,3 +100,22 @@ def test_what_a_change_does_to_the_learning_rate(tmp_path, caplog, at, saved, no
         rates = re.search("from (.+) to (.+) at", record.message)
         rises = rates is not None and float(rates[2]) > float(rates[1])
         assert record.levelname == ("WARNING" if rises else "INFO")
+
+
+def test_parameters_that_are_frozen_now_or_were(tmp_path, caplog):
+    cell = Module()
+    for name in "abcdefgh":
+        cell.add_module(name, Linear(1, 1, bias=False))
+    cell.a.requires_grad_(False)
+    resumed = resumed_at(500, tmp_path)
+    resumed.trained = {"a.weight", "b.weight"}
+    start.introduce_resumed(resumed, schedule_of(), {}, 2, cell)
+    thawed = "c.weight, d.weight, e.weight, f.weight, g.weight and 1 more"
+    assert [record.message for record in caplog.records] == [
+        f"trained from here on, frozen until now, Adam's moments start at zero: {thawed}",
+        "frozen from here on, Adam's moments are dropped: a.weight",
+    ]
+    caplog.clear()
+    resumed.trained = {f"{name}.weight" for name in "bcdefgh"}
+    start.introduce_resumed(resumed, schedule_of(), {}, 2, cell)
+    assert not caplog.records

@@ -203,7 +203,7 @@ def resumed_from(world, weights, moments, settings, cell=None, **options):
     for name, parameter in cell.named_parameters():
         parameter.data.copy_(weights[name])
     engine = engine_of(world, "adamw", 1e-2, settings, cell, **options)
-    engine.load_moments(2, lambda name, key: moments[name][key])
+    engine.load_moments(2, lambda name, key: moments[name].get(key))
     return engine
 
 
@@ -376,6 +376,52 @@ BF16_WAYS = [(stage, {"reduce": "segment", "precision": "bf16_parameters"}) for 
 def test_frozen_parameters(name, frozen, ways):
     """They keep their bits and have no moments; the others are trained, saved and resumed. The first save once failed."""
     run_ranks(WORLD, frozen_rank, name, frozen, ways)
+
+
+def thawed_rank(world):
+    """Two steps with some parameters frozen, and one with others: against torch's AdamW with moments of zero for the former."""
+    before, after = ("embedding", "write.bias"), ("head", "mix.bias")
+    for stage in STAGES:
+        engine = engine_of(world, "adamw", 1e-2, {"stage": stage}, with_frozen("toy", before))
+        engine_run(world, "toy", "adamw", 1e-2, 2, stage=stage, engine=engine)
+        weights, moments = saved_of(engine)
+        zero = {"stage": (stage + 1) % 4}
+        resumed = resumed_from(world, weights, moments, zero, with_frozen("toy", after))
+        for name, both in saved_of(resumed)[1].items():
+            if name.startswith(after):
+                assert both == {}
+            else:
+                assert all(bool(x.any()) == (not name.startswith(before)) for x in both.values()), (stage, name)
+        engine_run(world, "toy", "adamw", 1e-2, 1, stage=zero["stage"], engine=resumed)
+
+        cell = with_frozen("toy", after)
+        optimizer = make_optimizer("adamw", cell, 1e-2)
+        for name, parameter in cell.named_parameters():
+            parameter.data.copy_(weights[name])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(2.0),
+                **{
+                    key: moments[name].get(key, torch.zeros_like(parameter)).clone()
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
+            }
+        (window,) = windows(1)
+        full_bptt(TorchExecutor(cell, 0), window, cell.empty_state(LANES), loss_scale=1 / labels_in(window))
+        optimizer.step()
+        expected = {name: parameter.detach() for name, parameter in cell.named_parameters()}
+        assert largest_difference(saved_of(resumed)[0], expected) <= 1e-4, stage
+        assert largest_difference(weights, {n: x for n, x in expected.items() if n.startswith(before)}) > 1e-3
+
+
+@pytest.mark.slow
+def test_parameters_that_are_frozen_or_trained_from_a_resume_on():
+    """A parameter whose moments no checkpoint has starts with moments of zero; it once was a KeyError."""
+    run_ranks(WORLD, thawed_rank)
+
+
+def test_a_cell_without_anything_to_train():
+    with pytest.raises(UserError, match="model: found no parameter that is trained"):
+        adamw(with_frozen("toy", ("",)), OptimizerConfig())
 
 
 def test_what_decays():

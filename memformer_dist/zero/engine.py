@@ -212,8 +212,11 @@ class Engine:
         """(name, fp32 weight, Adam's moments) of every parameter, whole, one at a time. A collective call."""
         return self._moments.tensors()
 
-    def load_moments(self, steps: int, moment: Callable[[str, str], Tensor]) -> None:
-        """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter. Weights are loaded before."""
+    def load_moments(self, steps: int, moment: Callable[[str, str], Tensor | None]) -> None:
+        """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter; None where it was frozen.
+
+        Weights are loaded before.
+        """
         self._moments.load(steps, moment)
 
     def first_step_bytes(self, state: Tensors, window: int) -> int:

@@ -49,17 +49,19 @@ class Moments:
                 moments = {key: state[key] for key in MOMENTS}
             yield name, weight, moments
 
-    def load(self, steps: int, moment: Callable[[str, str], Tensor]) -> None:
-        """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter."""
+    def load(self, steps: int, moment: Callable[[str, str], Tensor | None]) -> None:
+        """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter; None leaves it at zero."""
         self._create(steps)
         self._link()
         for name, parameter in self._module.named_parameters():
             for key in MOMENTS if parameter.requires_grad else ():
-                value = moment(name, key).to(self._world.device)
+                value = moment(name, key)
+                if value is None:
+                    continue
                 if self._stage == 0:
                     self._optimizer().state[parameter][key].copy_(value)
                 else:
-                    self.set_whole(parameter, value, key)
+                    self.set_whole(parameter, value.to(self._world.device), key)
 
     def set_whole(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
         """Set a parameter's fp32 weight, or its moment `key`, from the whole tensor. ZeRO 1-3."""
