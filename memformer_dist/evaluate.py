@@ -65,10 +65,8 @@ def evaluate(
 
     Raises CorpusError, on every rank, if a document is damaged.
     """
-    dealt = min(lanes, len(dataset.lengths))
-    lanes = evaluation_lanes(dataset, lanes, world.size)
-    schedule = LaneSchedule(dataset.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1, dealt=dealt)
-    ticks = min(schedule.ticks, segments or schedule.ticks)
+    schedule = evaluation_schedule(dataset, lanes, world.size, segment_length)
+    lanes, ticks = schedule.lanes, min(schedule.ticks, segments or schedule.ticks)
     reader = WindowReader(dataset, schedule, lanes=world.lanes_of_rank(lanes), stop=ticks)
     _raise_on_all(world, _prepare_all(reader, ticks))
     evaluation = Evaluation(forward, cell, world, len(reader.lanes), lanes_per_group)
@@ -169,6 +167,12 @@ def _next_lane(memory: Tensor, alive: np.ndarray, world: World) -> Tensor:
     exchanged = memory.clone()
     exchanged[mine] = torch.cat([memory[mine[1:]], firsts[following]])
     return exchanged
+
+
+def evaluation_schedule(dataset: TokenDataset, lanes: int, world_size: int, segment_length: int) -> LaneSchedule:
+    """Which lane reads which document: each of them once."""
+    dealt, lanes = min(lanes, len(dataset.lengths)), evaluation_lanes(dataset, lanes, world_size)
+    return LaneSchedule(dataset.lengths, seed=0, lanes=lanes, segment_length=segment_length, epochs=1, dealt=dealt)
 
 
 def evaluation_lanes(dataset: TokenDataset, lanes: int, world_size: int) -> int:

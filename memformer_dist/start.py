@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from memformer_dist.advice import Sizes, Source, advice
 from memformer_dist.checkpoint import Checkpoint, Damaged
 from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.labels import expect_labels
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
 from memformer_dist.errors import UserError
+from memformer_dist.evaluate import evaluation_schedule
 from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.optimizer import decay_start, learning_rate
 from memformer_dist.world import World
@@ -83,6 +86,59 @@ def introduce(
             f"data.lanes={data.lanes} is large for this corpus: up to {copies} lanes will read the same document at the"
             " same time. Use fewer lanes or more text."
         )
+
+
+class Labels(NamedTuple):
+    share: float  # of the tokens of an epoch, those whose label counts in the loss
+    facts: list[str]  # about documents without any
+
+
+def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -> Labels:
+    """What loss masks leave of the training split and of the validation split.
+
+    Raises UserError if they leave nothing of the training split: it would be read for ever.
+    """
+    train, valid = corpora
+    names = list(config.data.corpora)
+    share, facts = expect_labels(train, train.sources(config.data.min_tokens), names)
+    try:
+        _, of_valid = expect_labels(valid, valid.sources(), names)
+        facts += [f"{fact} (validation split)" for fact in of_valid]
+    except UserError:
+        facts.append(
+            "data.corpus: no label of the validation split counts in the loss: evaluations will have no figures"
+        )
+    return Labels(share, facts)
+
+
+def advise(
+    config: RunConfig,
+    world: World,
+    corpora: tuple[TokenDataset, TokenDataset],
+    schedule: LaneSchedule,
+    labels: Labels,
+    *,
+    replays: bool,
+) -> None:
+    """Log which settings will not do what they say. `replays`: see advice.Sizes."""
+    (train, valid), data = corpora, config.data
+    sources, epoch = train.sources(data.min_tokens), first_epoch(train, schedule)
+    sizes = Sizes(
+        tokens=epoch.tokens,
+        labels=labels.share,
+        padding=epoch.padding,
+        longest=max(int(train.lengths[source.documents].max()) for source in sources),
+        sources=[
+            Source(name, float(source.weight), len(source.documents))
+            for name, source in zip(data.corpora, sources, strict=False)  # a stream is one source
+        ],
+        shards=None if train.shard_ends is None else len(train.shard_ends),
+        evaluation_segments=evaluation_schedule(valid, data.lanes, world.size, data.segment_length).ticks,
+        is_remote=train.is_remote,
+        replays=replays,
+    )
+    for sentence in (*labels.facts, *advice(config, sizes)):
+        log.warning(sentence)
 
 
 def introduce_resumed(

@@ -23,6 +23,7 @@ from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.labels import expect_labels_ahead
 from memformer_dist.data.open_data import training_schedule
 from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
@@ -90,6 +91,7 @@ class Trainer:
         self.reader = WindowReader(self.train_corpus, schedule, lanes=lanes, prefetch=prefetch, device=world.device)
         self.groups = [range(first, first + share) for first in range(lanes.start, lanes.stop, share)]
 
+        labels = world.on_all_or_raise(lambda: start.find_labels(config, corpora) if world.is_main else None)
         resumed = checkpoint.newest(run_dir, world)
         changes = resumed.changes(config, self.train_corpus) if resumed else {}
         self.position = resumed.contents.position if resumed else Position()
@@ -102,6 +104,7 @@ class Trainer:
         )
         auto = config.mrbp.readout_group == "auto"
         self.chosen_group = resumed.contents.readout_group if resumed and auto else None
+        self.labels_at = self.position.tick  # where a window with labels was seen last, in this part of the run
         self.saved, self.is_anchor = self.position.model_copy(), resumed is not None and resumed.contents.anchor
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
@@ -131,6 +134,8 @@ class Trainer:
         if world.is_main:
             start.record(run_dir, config, self.train_corpus.tokenizer(), world.size, self.position.step)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
+            assert labels is not None
+            start.advise(config, world, corpora, schedule, labels, replays=self.engine.module.carries_gradient)
             start.introduce_resumed(resumed, config, changes, self.curriculum.window, self.engine.module)
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
@@ -236,7 +241,10 @@ class Trainer:
             )
             rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
             result = self.engine.step(rate)
+            self.labels_at = position.tick
         else:  # an update without a gradient would still move the weights, by Adam's moments and by their decay
+            sources = self.train_corpus.sources(config.data.min_tokens)
+            expect_labels_ahead(self.reader.schedule, sources, since=self.labels_at, tick=position.tick)
             window, result = self.engine.advance(windows, self.states), WITHOUT_LABELS
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
         drift, relative = torch.stack([window.drift, window.relative_drift.max()]).tolist()  # waits for the device

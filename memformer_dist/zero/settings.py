@@ -211,6 +211,16 @@ def _stage_problems(zero: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def options_without_effect(section: dict[str, Any]) -> list[str]:
+    """Return the options of zero_optimization that DeepSpeed does not look at, at the stage of a section without problems."""
+    zero = section.get("zero_optimization", {})
+    return [
+        name
+        for name, value in zero.items()
+        if name in OPTIONS and value is not None and zero.get("stage", 0) not in OPTIONS[name].stages
+    ]
+
+
 def tables() -> Iterator[str]:
     """Yield the lines of the tables of docs/zero_options.md."""
     yield from ("| option | takes | ZeRO 1 | ZeRO 2 | ZeRO 3 | what it does |", "|---|---|---|---|---|---|")
