@@ -6,8 +6,10 @@ docs/zero_options.md.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 NO_FP16 = "fp16 is refused: loss scaling would multiply the memory's gradient at every segment"
@@ -34,22 +36,51 @@ SET_BY_US = {
     "zero_force_ds_cpu_optimizer": "the engine sets it",
     "aio": "it serves offloading to NVMe alone, which is refused",
 }
-# Keys that are allowed. DeepSpeed itself ignores a misspelt key silently, hence the list.
-PASSED_THROUGH = (
-    "zero_optimization",
-    "comms_logger",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-)
 
-FLAG, OBJECT = "true or false", "an object or null"
+
+def _is_integer(value: Any) -> bool:
+    """JSON writes 5e8 for 500000000, and DeepSpeed takes it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+
+
+FLAG, OBJECT, DEVICE = "true or false", "an object or null", '"none" or "cpu"'
 POSITIVE, COUNT, EVEN = "an integer > 0", "an integer >= 0", "an even integer > 0"
-DEVICE = '"none" or "cpu"'
+POSITIVE_OR_NULL, LEVEL, NUMBER = "an integer > 0 or null", "an integer >= -1", "a number >= 0"
+FILE, NAMES = "the name of a file or null", "a list of names"
+# What values take, by the words about them.
+TAKES: dict[str, Callable[[Any], bool]] = {
+    FLAG: lambda value: isinstance(value, bool),
+    OBJECT: lambda value: value is None,  # what is in an object is looked at one by one
+    DEVICE: lambda value: value in ("none", "cpu"),
+    POSITIVE: lambda value: _is_integer(value) and value > 0,
+    COUNT: lambda value: _is_integer(value) and value >= 0,
+    EVEN: lambda value: _is_integer(value) and value > 0 and value % 2 == 0,
+    POSITIVE_OR_NULL: lambda value: value is None or (_is_integer(value) and value > 0),
+    LEVEL: lambda value: _is_integer(value) and value >= -1,
+    NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf,
+    FILE: lambda value: value is None or (isinstance(value, str) and value != "" and not Path(value).is_dir()),
+    NAMES: lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+# Keys that are allowed, with what they take; an object by its keys. DeepSpeed itself ignores many a misspelt key silently.
+PASSED_THROUGH: dict[str, Any] = {
+    "zero_optimization": {},  # OPTIONS
+    "comms_logger": {"enabled": FLAG, "verbose": FLAG, "prof_all": FLAG, "prof_ops": NAMES, "debug": FLAG},
+    "disable_allgather": FLAG,
+    "dump_state": FLAG,
+    "flops_profiler": {
+        "enabled": FLAG,
+        "recompute_fwd_factor": NUMBER,
+        "profile_step": POSITIVE,
+        "module_depth": LEVEL,
+        "top_modules": POSITIVE,
+        "detailed": FLAG,
+        "output_file": FILE,
+    },
+    "memory_breakdown": FLAG,
+    "steps_per_print": POSITIVE_OR_NULL,
+    "timers": {"throughput": {"enabled": FLAG, "synchronized": FLAG}},
+    "wall_clock_breakdown": FLAG,
+}
 
 
 class Option(NamedTuple):
@@ -58,16 +89,7 @@ class Option(NamedTuple):
     what: str
 
     def takes(self, value: Any) -> bool:
-        if self.values == FLAG:
-            return isinstance(value, bool)
-        if self.values == OBJECT:
-            return value is None
-        if self.values == DEVICE:
-            return value in ("none", "cpu")
-        # JSON writes 5e8 for 500000000, and DeepSpeed takes it.
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-            return False
-        return {POSITIVE: value > 0, COUNT: value >= 0, EVEN: value > 0 and value % 2 == 0}[self.values]
+        return TAKES[self.values](value)
 
 
 # Options of deepspeed.zero_optimization that are right here. DeepSpeed itself also takes some under their names without stage3_.
@@ -166,15 +188,35 @@ def deepspeed_problems(section: Any, nearest: Callable[[str, Collection[str]], s
     problems = [f"deepspeed.{key}: not allowed here; {SET_BY_US[key]}" for key in section if key in SET_BY_US]
     unknown = [key for key in section if key not in SET_BY_US and key not in PASSED_THROUGH]
     problems += [f"deepspeed.{key}: unknown key{nearest(key, PASSED_THROUGH)}" for key in unknown]
+    for key, value in section.items():
+        if key in PASSED_THROUGH and key != "zero_optimization":
+            problems += _value_problems(value, PASSED_THROUGH[key], f"deepspeed.{key}", nearest)
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(f"deepspeed.zero_optimization: found {zero!r}, expected an object with a stage")
-    elif (stage := zero.get("stage", 0)) not in (0, 1, 2, 3):
+    elif type(stage := zero.get("stage", 0)) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
     else:
         problems += _option_problems(zero, "", nearest)
         problems += _stage_problems(zero)
     return problems
+
+
+def _value_problems(
+    value: Any, expected: str | dict[str, Any], place: str, nearest: Callable[[str, Collection[str]], str]
+) -> Iterator[str]:
+    """Problems of a value that PASSED_THROUGH says something about, and of what is in it."""
+    if isinstance(expected, str):
+        if not TAKES[expected](value):
+            yield f"{place}: found {value!r}, expected {expected}"
+    elif not isinstance(value, dict):
+        yield f"{place}: found {value!r}, expected an object with {', '.join(expected)}"
+    else:
+        for key, inner in value.items():
+            if key in expected:
+                yield from _value_problems(inner, expected[key], f"{place}.{key}", nearest)
+            else:
+                yield f"{place}.{key}: unknown key{nearest(key, expected)}"
 
 
 def _option_problems(
