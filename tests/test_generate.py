@@ -1,12 +1,10 @@
 """Generation against advance + readout: a document in any pieces, alone or not, gives the same predictions."""
 
-import io
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +13,10 @@ from safetensors.torch import save_file
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.commands import generate as command
 from memformer_dist.errors import UserError
-from memformer_dist.generate import Generation, Sampling, TextStream
-from memformer_dist.prepare.tokenizer import train_tokenizer
+from memformer_dist.generate import Generation, Sampling
+from memformer_dist.tokenizer import SentencePieceTokenizer
 from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
+from tests.helpers.tokenizers import ordinary_sentencepiece
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}
@@ -210,81 +209,16 @@ def test_what_cannot_be_continued(tmp_path):
 # ------------------------------------------------------------------------------------------------- text, command line
 
 
-@pytest.fixture(scope="module")
-def tokenizer_model() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=9,
-    )
-    return model.getvalue()
-
-
-def test_text_streams_whole_characters(tokenizer_model):
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    text = "the fox é 漢字 \N{FOX FACE} over"
-    ids = tokenizer.encode(text)
-    assert sum(tokenizer.is_byte(token) for token in ids) >= 2 + 3 + 3 + 4
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in [tokenizer.bos_id(), *ids, tokenizer.eos_id()]]
-    assert "".join(pieces).strip() == text and not any("\ufffd" in piece for piece in pieces)
-    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)  # the control: token by token
-    stream.push(ids[next(i for i, token in enumerate(ids) if tokenizer.is_byte(token))])
-    assert stream.finish() == "\ufffd"
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tokenizer_model) -> list[sentencepiece.SentencePieceProcessor]:
-    """Ours, with pieces that hold escapes whole and in halves, and a plain one, which takes a space off the text."""
-    lines = ["x\u2581\u2581y \ue000\ue000z"] * 50 + ["the quick\u2581brown\ue000 fox \ue001\ue002"] * 50
-    ours = train_tokenizer(lines, vocab_size=320, cap_vocabulary=True)
-    return [sentencepiece.SentencePieceProcessor(model_proto=model) for model in (ours, tokenizer_model)]
-
-
-awkward = st.lists(
-    st.sampled_from([*"xyz \n\t\u2581\ue000\ue001\ue002\ufffdé漢\N{FOX FACE}", "the quick"]) | st.text(max_size=3),
-    max_size=10,
-).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(text=awkward, numbers=st.lists(st.integers(0, 10**6), max_size=20), data=st.data())
-def test_the_streamed_text_is_that_of_decode(tokenizers, text, numbers, data):
-    """Of any tokens, in any order: what a model writes need be no text's."""
-    for tokenizer in tokenizers:
-        size = tokenizer.vocab_size()
-        ids = tokenizer.encode(text)
-        for number in numbers:
-            token = number % size if number % 2 else tokenizer.encode("\u2581\ue000\ue001 ")[number % 3]
-            ids.insert(number % (len(ids) + 1), token)
-        stream = TextStream(tokenizer)
-        assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
-    stream = TextStream(tokenizers[0])
-    assert "".join(map(stream.push, tokenizers[0].encode(text))) + stream.finish() == text
-
-
-def test_text_does_not_wait_longer_than_it_must(tokenizers):
-    ours = tokenizers[0]
-    stream = TextStream(ours)
-    assert all(stream.push(token) == ours.decode([token]) != "" for token in ours.encode("the quick\nbrown fox"))
-    escaped = ours.encode("\u2581\ue000")
-    assert [ours.decode([token]) for token in escaped] != [stream.push(token) for token in escaped]  # the control
-
-
 @pytest.fixture
-def program(tmp_path, monkeypatch, tokenizer_model):
+def program(tmp_path, monkeypatch):
     """Its main, with an untrained cell in place of a run's."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    vocabulary = tokenizer.vocab_size()
+    tokenizer = SentencePieceTokenizer(ordinary_sentencepiece())
+    vocabulary = tokenizer.size
     cell = make(dtype=torch.float32)
     cell.embedding = TokenEmbedding(vocabulary, 8, std=0.3)
     cell.vocab_size = vocabulary
-    saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to)
+    contents = SimpleNamespace(vocabulary=SimpleNamespace(eos_id=tokenizer.eos_id))
+    saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to, contents=contents)
     monkeypatch.setattr(command, "open_one", lambda path: saved)
     return lambda *arguments: command.main(["--run-dir", str(tmp_path), *arguments])
 
@@ -328,7 +262,9 @@ def test_a_run_or_one_of_its_checkpoints_with_their_tokenizer(trained_run, tmp_p
         written.append(capsys.readouterr().out)
     assert written[0] == written[1] != ""
     shutil.copytree(saved, tmp_path / "alone" / saved.name)
-    with pytest.raises(UserError, match="tokenizer.model, expected the run's tokenizer"):
+    with pytest.raises(
+        UserError, match="found no tokenizer.model or tokenizer.json in .*, expected the run's tokenizer"
+    ):
         command.main(["--run-dir", str(tmp_path / "alone" / saved.name), "--prompt", "Bada"])
     with (run / "tokenizer.model").open("ab") as file:
         file.write(b"\0")
