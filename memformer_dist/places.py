@@ -57,7 +57,7 @@ def configured(path: str) -> str:
 
 
 def recorded(path: str) -> str:
-    """A path as records keep it, the same in every locale: in UTF-8, with surrogates for what is not."""
+    """A path or a word of a command line as records keep it, the same in every locale: surrogates are what is not UTF-8."""
     return path if is_url(path) else os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
@@ -96,4 +96,5 @@ class Places:
 
     def seen(self, paths: Mapping[str, str]) -> dict[str, str]:
         """What is to be recorded at a start: where the `paths`, each with what is inside, are now."""
-        return {path: os.path.abspath(self.find(path, inside)) for path, inside in paths.items() if not is_url(path)}
+        local = {path: self.find(path, inside) for path, inside in paths.items() if not is_url(path)}
+        return {path: recorded(os.path.abspath(place)) for path, place in local.items()}

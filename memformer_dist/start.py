@@ -15,7 +15,7 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
 from memformer_dist.files import read_json_lines, write_bytes, write_text
-from memformer_dist.places import PLACES, STARTS, Places
+from memformer_dist.places import PLACES, STARTS, Places, recorded
 from memformer_dist.tokenizer import file_name_of
 from memformer_dist.world import World
 
@@ -30,7 +30,7 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, s
     write_bytes(run_dir / file_name_of(raw), raw)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.executable, *sys.argv],
+        "command": [recorded(word) for word in (sys.executable, *sys.argv)],
         "step": step,
         "world_size": world_size,
         "git": _commit(),

@@ -24,7 +24,7 @@ from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
 from memformer_dist.files import expect_writable, write_text
 from memformer_dist.metrics import AGES, Losses, gap
-from memformer_dist.places import Places, path_option, path_or_url_option
+from memformer_dist.places import Places, path_option, path_or_url_option, recorded
 from memformer_dist.world import World
 
 NAMES = {
@@ -136,10 +136,10 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
     )
     if options.json is not None:
         facts = {
-            "checkpoint": str(saved.path),
+            "checkpoint": recorded(str(saved.path)),
             "step": position.step,
             "tokens": position.tokens,
-            "corpus": str(dataset.path),
+            "corpus": recorded(str(dataset.path)),
             "max_segments": options.max_segments,
         }
         write_text(options.json, json.dumps(facts | summary(losses), indent=2) + "\n")
