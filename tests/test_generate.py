@@ -1,19 +1,24 @@
 """Generation against advance + readout: a document in any pieces, alone or not, gives the same predictions."""
 
+import io
+import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from memformer_dist import logs, signals
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.commands import generate as command
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling
+from memformer_dist.prepare.documents import read_documents
 from memformer_dist.tokenizer import SentencePieceTokenizer
 from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
 from tests.helpers.tokenizers import ordinary_sentencepiece
@@ -235,6 +240,92 @@ def test_command_line(program, tmp_path, capsys):
     assert begin.removesuffix("\n") + capsys.readouterr().out == whole
     program(*prompt, "--tokens", "30", "--seed", "4")
     assert capsys.readouterr().out != whole
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def standard_input(monkeypatch, raw: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+
+
+def saved_history(path: Path) -> list[int]:
+    return load_file(path)["history"].tolist()
+
+
+@pytest.mark.parametrize("raw", [b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\n", "caf\u00e9\u2028x".encode(), b" \0 \x0c"])
+def test_a_prompt_is_kept_as_a_document_is(program, tmp_path, monkeypatch, raw):
+    """A file was read with its newlines translated, so that it had other ids than the same text in a corpus."""
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    (document,) = read_documents([tmp_path / "prompt.txt"])
+    expected = SentencePieceTokenizer(ordinary_sentencepiece()).encode([document.text])[0].tolist()
+    for arguments in ("--prompt-file", f"{tmp_path}/prompt.txt"), ("--prompt-file", "-"), ("--prompt", "-"):
+        standard_input(monkeypatch, raw)
+        program(*arguments, "--tokens", "0", "--save", f"{tmp_path}/saved")
+        assert saved_history(tmp_path / "saved") == expected
+
+
+def test_a_prompt_that_is_no_text(program, tmp_path, monkeypatch):
+    standard_input(monkeypatch, b"caf\xe9")
+    with pytest.raises(
+        UserError, match="^--prompt-file: found 'utf-8' codec .*, expected text in UTF-8 on standard input$"
+    ):
+        program("--prompt-file", "-")
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="^--prompt-file: found 'utf-8' codec .*, expected a text file in UTF-8$"):
+        program("--prompt-file", f"{tmp_path}/prompt.txt")
+    with pytest.raises(UserError, match=r"^--prompt: found 'caf\\udce9', expected text in UTF-8$"):
+        program("--prompt", "caf\udce9")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="^--prompt: standard input is closed"):
+        program("--prompt", "-")
+
+
+def test_a_terminal_has_a_mark_between_prompt_and_continuation(program, monkeypatch, capsys):
+    """What is piped is the text alone."""
+    arguments = ("--prompt", "the quick fox", "--tokens", "20", "--temperature", "0")
+    program(*arguments)
+    piped = capsys.readouterr().out
+    assert piped.startswith("the quick fox") and command.MARK not in piped
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    program(*arguments)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"the quick fox{command.MARK}") and shown.replace(command.MARK, "", 1) == piped
+
+
+def test_a_continued_document_has_a_mark_only_behind_more_of_a_prompt(program, monkeypatch, tmp_path, capsys):
+    program("--prompt", "the quick fox", "--tokens", "2", "--save", f"{tmp_path}/saved")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    program("--continue-from", f"{tmp_path}/saved", "--tokens", "2")
+    assert command.MARK not in capsys.readouterr().out
+    program("--continue-from", f"{tmp_path}/saved", "--tokens", "2", "--prompt", " and")
+    assert capsys.readouterr().out.count(command.MARK) == 1
+
+
+def test_a_long_prompt_is_read_with_progress(capsys):
+    """How much of how much, and the time that is left; a short one says nothing."""
+    seconds = itertools.count(step=0.4)  # each look at the clock; there are a few for a segment
+    logs.start(0)
+    generation, wish = begun(documents=1), signals.Wish()
+    assert command.feed(generation, [3] * 2 * SIZE, wish, clock=lambda: 0.0) == 2 * SIZE
+    assert capsys.readouterr().err == ""
+    assert command.feed(generation, [3] * 50 * SIZE, wish, clock=lambda: next(seconds)) == 50 * SIZE
+    logs.stop()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and lines[-1].endswith(f"prompt: {50 * SIZE} of {50 * SIZE} tokens (100%)")
+    assert all("prompt: " in line and f" of {50 * SIZE} tokens" in line for line in lines)
+    assert all(line.endswith(" left") for line in lines[:-1])
+
+
+def test_a_long_prompt_is_read_with_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for delay_s in 60.0, 0.0:
+        monkeypatch.setattr(command, "SILENT_S", delay_s)
+        assert command.feed(begun(documents=1), [3] * 10 * SIZE, signals.Wish()) == 10 * SIZE
+        said = capsys.readouterr().err
+        assert (f"{10 * SIZE}/{10 * SIZE} [" in said and "prompt: 100%" in said) == (delay_s == 0.0), said
+    assert command.feed(begun(documents=1), [], signals.Wish()) == 0
 
 
 @pytest.mark.parametrize(
