@@ -35,11 +35,19 @@ BOS_NAMES = (
     "<bos>",
     "<|begin_of_text|>",
     "<|startoftext|>",
-    "<|begin\u2581of\u2581sentence|>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
     "[BOS]",
     "[CLS]",
 )
-EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|end\u2581of\u2581sentence|>", "[EOS]", "[SEP]")
+EOS_NAMES = (
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[EOS]",
+    "[SEP]",
+)
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # say which is which, in a model's folder
 SHOWN_TOKENS = 12  # in a message
 

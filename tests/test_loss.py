@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from memformer_dist.commands.corpus import main as corpus_program
 from memformer_dist.data.corpus import Corpus
+from memformer_dist.data.open_data import open_split
 from memformer_dist.errors import UserError
 from memformer_dist.inspect.verify import verify
 from memformer_dist.prepare import loss as loss_module
@@ -24,6 +25,7 @@ from memformer_dist.tokenizer import open_tokenizer
 from tests.helpers import tokenizers as made
 from tests.helpers.corpora import documents, mib, read_back
 from tests.helpers.files import tree
+from tests.helpers.http import FileServer
 from tests.helpers.runs import STEP_TOKENS
 from tests.helpers.runs import settings as run_settings
 from tests.helpers.scripts import run_script
@@ -211,6 +213,9 @@ def test_a_corpus_with_a_tokenizer_json(tmp_path, capsys):
     assert sorted(found) == sorted(texts)
     assert (opened.vocabulary.size, opened.vocabulary.bos_id, opened.vocabulary.eos_id) == (decoder.size, 0, 0)
     assert verify(corpus).problems == [] == verify(corpus / "valid").problems
+    with FileServer(corpus) as server:
+        fetched = open_split(f"{server.url}/train", cache=tmp_path / "cache").tokenizer()
+        assert fetched.name == "tokenizer.json" and fetched.read_bytes() == raw
     (corpus / "tokenizer.model").touch()
     assert verify(corpus).problems == [f"{corpus}/tokenizer.model: does not belong to the corpus"]
     for workers in 1, 2:

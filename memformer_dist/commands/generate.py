@@ -45,7 +45,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     add("--run-dir", type=path_option, required=True, help="a run, whose newest checkpoint is used, or a checkpoint")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", type=text_option, help="the beginning of the document, or more of a continued one; - reads it"
+        "--prompt",
+        type=text_option,
+        help="the beginning of the document, or more of a continued one; - is standard input",
     )
     prompt.add_argument("--prompt-file", type=path_option, help="the same from a file; - is standard input")
     add("--tokens", type=int, default=200, help="write at most this many (200)")
