@@ -43,8 +43,9 @@ setup(
     extras_require={
         "parquet": ["pyarrow"],
         "remote": ["fsspec[http]"],
+        "tokenizers": ["tokenizers>=0.21"],  # Hugging Face's, for files tokenizer.json
         "plot": ["matplotlib"],
-        "test": ["pytest", "hypothesis", "pyarrow", "fsspec[http]", "mpich", "psutil"],
+        "test": ["pytest", "hypothesis", "pyarrow", "fsspec[http]", "tokenizers", "mpich", "psutil"],
         "dev": ["ruff", "mypy", "types-tqdm", "build", "pre-commit"],
     },
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import read_json, read_json_lines
+from memformer_dist.places import path_option
 
 CURVES = {
     "eval/loss": ("memory carried", "tab:blue"),
@@ -76,10 +77,14 @@ def draw(run_dir: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, help="a finished run")
-    parser.add_argument("--output", type=Path, required=True, help="a .png or .svg file")
-    options = parser.parse_args()
-    run_program(lambda: draw(options.run_dir, options.output))
+    parser.add_argument("--run-dir", type=path_option, required=True, help="a finished run")
+    parser.add_argument("--output", type=path_option, required=True, help="a .png or .svg file")
+
+    def program() -> None:
+        options = parser.parse_args()
+        draw(options.run_dir, options.output)
+
+    run_program(program)
 
 
 if __name__ == "__main__":

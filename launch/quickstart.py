@@ -23,6 +23,8 @@ from pathlib import Path
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
+from memformer_dist.places import path_option
+from memformer_dist.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
@@ -92,7 +94,7 @@ def train(corpus: Path, folder: Path) -> dict:
     if ranks == 0:
         ranks = CPU_RANKS
         environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    config = json.loads(CONFIG.read_text())
+    config = json.loads(CONFIG.read_bytes())
     lanes, tokens = lanes_for(ranks, config), budget(corpus, config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -133,14 +135,11 @@ def budget(corpus: Path, config: dict) -> int:
 
 def sample(corpus: Path, folder: Path) -> None:
     """Let the model continue the beginning of a held-out document."""
-    from sentencepiece import SentencePieceProcessor
-
     valid = open_corpora(corpus)[1]
     document = int(valid.lengths.argmax())
     beginning = valid.tokens(document, 0, min(PROMPT_TOKENS, int(valid.lengths[document]) // 2 + 1)).tolist()
-    prompt = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).decode(beginning)
     prompt_file = folder / "prompt.txt"
-    prompt_file.write_text(prompt)
+    prompt_file.write_bytes(open_tokenizer(valid.tokenizer()).decode(beginning).encode())
     print("\nThe beginning of a held-out document, and how the model continues it:")
     run(
         *(sys.executable, ROOT / "launch/generate.py", "--run-dir", folder, "--prompt-file", prompt_file),
@@ -176,10 +175,13 @@ def table(summary: dict, folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "path", nargs="?", type=Path, help="a folder of text (default: the source code of Python's standard library)"
+        "path",
+        nargs="?",
+        type=path_option,
+        help="a folder of text (default: the source code of Python's standard library)",
     )
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
+        "--runs", type=path_option, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
     )
     options = parser.parse_args(arguments)
     if options.path is None:

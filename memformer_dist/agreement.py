@@ -30,6 +30,7 @@ from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import LaunchError, UserError
 from memformer_dist.files import sha256_of, write_text
+from memformer_dist.places import configured
 from memformer_dist.world import World, ranks_on_hosts
 
 Facts = dict[str, str]
@@ -115,7 +116,7 @@ def settings(config: RunConfig) -> Facts:
     """Every field of the resolved configuration, but for places on this machine; the checkpoint of init_from."""
     facts = {name: text for name, text in _fields("", json.loads(config.to_json())) if name not in PLACES}
     if config.training.init_from:
-        facts |= manifest("training.init_from", _newest(Path(config.training.init_from)))
+        facts |= manifest("training.init_from", _newest(Path(configured(config.training.init_from))))
     return facts
 
 

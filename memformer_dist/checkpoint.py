@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterable, Iterator, KeysView
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,16 +32,15 @@ from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
-from memformer_dist.files import REMOVED, flush, make_way, remove_folder, sha256_of, usual_mode
+from memformer_dist.files import REMOVED, flush, make_way, named_in_utf8, remove_folder, sha256_of, usual_mode
 from memformer_dist.mrbp.executor import reseed
+from memformer_dist.places import configured
 from memformer_dist.progress import Interval, Position
 from memformer_dist.segment import Tensors
+from memformer_dist.tokenizer import FILES, Tokenizer, find_tokenizer, open_tokenizer
 from memformer_dist.upgrade import upgrade
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
-
-if TYPE_CHECKING:  # read by generation alone
-    from sentencepiece import SentencePieceProcessor
 
 FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
 log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ class Checkpoint:
         if there != here:
             raise UserError(
                 f"data.corpus: {config.data.corpus} was made with another tokenizer than this run's (sha256"
-                f" {here[:12]}, the run has {there[:12]}); prepare it with the run's tokenizer.model, or start a fresh"
+                f" {here[:12]}, the run has {there[:12]}); prepare it with the run's tokenizer, or start a fresh"
                 " run in another --run-dir"
             )
         if self.contents.corpus != corpus.fingerprint:
@@ -172,22 +171,27 @@ class Checkpoint:
         self.load_weights(cell)
         return cell.to(device).eval()
 
-    def tokenizer(self) -> "SentencePieceProcessor":
-        """The tokenizer of the checkpoint's run. Raises UserError if it is missing or another one."""
-        from sentencepiece import SentencePieceProcessor
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run that has written it."""
+        return self.path.resolve().parent.parent
 
-        path = self.path.resolve().parent.parent / "tokenizer.model"
-        if not path.exists():
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the checkpoint's run. Raises UserError if it is missing or another one."""
+        expected = self.contents.vocabulary.tokenizer_sha256
+        path = find_tokenizer(self.run_dir, expected)
+        if path is None:
             raise UserError(
-                f"--run-dir: found no {path}, expected the run's tokenizer in the folder that holds its checkpoints/"
+                f"--run-dir: found no {' or '.join(FILES)} in {self.run_dir}, expected the run's tokenizer in the folder"
+                " that holds its checkpoints/"
             )
-        found, expected = sha256_of(path), self.contents.vocabulary.tokenizer_sha256
+        found = sha256_of(path)
         if found != expected:
             raise UserError(
                 f"--run-dir: {path} is not the tokenizer that the model was trained with: found sha256 {found[:16]},"
                 f" expected {expected[:16]}"
             )
-        return SentencePieceProcessor(model_file=str(path))
+        return open_tokenizer(path, "--run-dir")
 
     @cached_property  # of names: nothing stays open
     def _moments(self) -> "TensorFiles":
@@ -210,7 +214,7 @@ class Checkpoint:
             first, stop = (int(part) for part in path.stem.split("-")[1:])
             begin, end = max(first, lanes.start), min(stop, lanes.stop)
             if begin < end:
-                with safe_open(path, "pt") as file:
+                with named_in_utf8(path) as name, safe_open(name, "pt") as file:
                     pieces.append([file.get_slice(field)[begin - first : end - first] for field in empty._fields])
         return empty._make(
             torch.cat(column).to(like) for column, like in zip(zip(*pieces, strict=True), empty, strict=True)
@@ -226,14 +230,14 @@ class TensorFiles:
     def __init__(self, paths: Iterable[Path]):
         self.file_of: dict[str, Path] = {}
         for path in paths:
-            with safe_open(path, "pt") as file:
+            with named_in_utf8(path) as name, safe_open(name, "pt") as file:
                 self.file_of |= dict.fromkeys(file.keys(), path)
 
     def keys(self) -> KeysView[str]:
         return self.file_of.keys()
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.file_of[name], "pt") as file:
+        with named_in_utf8(self.file_of[name]) as path, safe_open(path, "pt") as file:
             return file.get_tensor(name).clone()  # what it returns is a view of the mapped file
 
 
@@ -258,7 +262,7 @@ def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents,
     dist.barrier()
     if world.is_main:
         # Not by files.write_text: the whole folder is flushed and renamed at once.
-        (partial / "checkpoint.json").write_text(contents.model_dump_json(indent=2))
+        (partial / "checkpoint.json").write_bytes(contents.model_dump_json(indent=2).encode())
         records = {path.name: FileRecord.of(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_bytes(FILE_RECORDS.dump_json(records, indent=2))
         for path in (*partial.iterdir(), partial):
@@ -298,8 +302,8 @@ def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    with usual_mode(path):
-        save_file(tensors, path)
+    with usual_mode(path), named_in_utf8(path) as name:
+        save_file(tensors, name)
 
 
 def newest(run_dir: Path, world: World) -> Checkpoint | None:
@@ -376,7 +380,7 @@ def initial_cell(config: RunConfig, vocabulary: Vocabulary, resumed: Checkpoint 
     if resumed is not None:
         resumed.load_weights(cell)
     elif config.training.init_from:
-        open_initial(Path(config.training.init_from), vocabulary).load_weights(cell)
+        open_initial(Path(configured(config.training.init_from)), vocabulary).load_weights(cell)
     return cell
 
 

@@ -23,10 +23,11 @@ from memformer_dist import suggest
 from memformer_dist.cells import DEFAULT_CELL, ModelConfig
 from memformer_dist.cells.base import CellConfig
 from memformer_dist.curriculum import WindowByMetric, plan_model
-from memformer_dist.data.open_data import DataConfig, is_url
+from memformer_dist.data.open_data import IN_A_CORPUS, DataConfig
 from memformer_dist.errors import UserError, sentences
 from memformer_dist.mrbp.settings import DRIFT_LIMITS, MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
+from memformer_dist.places import Places, is_unicode, is_url
 from memformer_dist.section import Section
 from memformer_dist.upgrade import outdated_fields, upgrade
 from memformer_dist.zero.settings import NO_FP16, PASSED_THROUGH, deepspeed_problems, zero_stage
@@ -140,17 +141,24 @@ class RunConfig(Section):
         limit = self.mrbp.drift_limit
         return DRIFT_LIMITS[self.training.precision] if limit is None else limit
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths and URLs that it names, and what is inside each by which it is known to be there (places.py)."""
+        initial = {self.training.init_from: ""} if self.training.init_from else {}
+        return dict.fromkeys(self.data.corpora, IN_A_CORPUS) | initial
+
     def lanes_per_group(self, world_size: int) -> int:
         return self.mrbp.lanes_per_group or self.data.lanes // world_size
 
     @classmethod
-    def load(cls, path: Path, overrides: Iterable[str] = (), world_size: int = 1) -> Self:
+    def load(cls, path: Path, overrides: Iterable[str] = (), world_size: int = 1, places: Places | None = None) -> Self:
         """Read a file, apply `--set` overrides, and check. Raises UserError with every problem found.
 
         A field of an earlier version is taken under its old name, with one warning.
 
         Args:
             overrides: "section.field=value", the value in JSON or else a string; a later one replaces an earlier one.
+            places: of the run, where its configuration may name what is not seen from the working folder.
         """
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +177,7 @@ class RunConfig(Section):
         if os.environ.get("RANK", "0") == "0":
             for old, new in outdated.items():
                 log.warning("%s is now called %s; the old name still works", old, new)
-        return cls.check(raw, world_size, source=str(path), problems=problems)
+        return cls.check(raw, world_size, source=str(path), problems=problems, places=places)
 
     @classmethod
     def check(
@@ -179,6 +187,7 @@ class RunConfig(Section):
         *,
         source: str = "configuration",
         problems: Iterable[str] = (),
+        places: Places | None = None,
     ) -> Self:
         """Validate a configuration of this or an earlier version. Raises UserError with every problem found.
 
@@ -186,6 +195,7 @@ class RunConfig(Section):
             raw: the sections, as read from JSON.
             source: where they were read from; the message begins with it.
             problems: what has already been found wrong; reported first.
+            places: as for `load`.
         """
         raw, problems = upgrade(raw), list(problems)
         known = known_fields(raw.get("model"))
@@ -198,7 +208,8 @@ class RunConfig(Section):
             sections["deepspeed"], lambda key, keys: suggest.nearest(key, "deepspeed", known | {"deepspeed": keys})
         )
         problems += _relations(sections, world_size)
-        problems += _missing_shards(raw.get("data"))
+        problems += _not_unicode("", raw)
+        problems += _missing_shards(raw.get("data"), places or Places())
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise UserError(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -413,9 +424,19 @@ def _reduction_in_bf16(training: TrainingConfig, deepspeed: Any, stage: Any) -> 
         )
 
 
-def _missing_shards(data: Any) -> Iterator[str]:
+def _not_unicode(name: str, value: Any) -> Iterator[str]:
+    """Texts that are not Unicode, such as names of files that are not UTF-8: no JSON file can hold them."""
+    if isinstance(value, str) and not is_unicode(value):
+        yield f"{name}: found {value!r}, which is not UTF-8, expected text; a link may give a folder another name"
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_unicode(f"{name}.{key}" if name else key, inner if is_unicode(key) else key)
+
+
+def _missing_shards(data: Any, places: Places) -> Iterator[str]:
     found = data.get("corpus") if isinstance(data, dict) else None
     corpora = [found] if isinstance(found, str) else found if isinstance(found, dict) else []  # else reported already
-    for split in (Path(corpus) / split for corpus in corpora if not is_url(corpus) for split in ("train", "valid")):
-        if not (split / "corpus.json").exists():
-            yield f"data.corpus: no token shards in {split}; tokenizer/shard.py writes them"
+    for corpus in (places.find(corpus, IN_A_CORPUS) for corpus in corpora if not is_url(corpus) and is_unicode(corpus)):
+        for split in (Path(corpus) / split for split in ("train", "valid")):
+            if not (split / "corpus.json").exists():
+                yield f"data.corpus: no token shards in {split}; tokenizer/shard.py writes them"

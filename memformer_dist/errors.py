@@ -6,6 +6,7 @@ Without torch, because the worker processes of preparation import this module.
 """
 
 import errno
+import io
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ STOPPED = 75  # exit code of a run that was stopped before its end: start the sa
 READER_GONE = 141  # exit code of a program whose output nobody reads any more, as that of one that dies of SIGPIPE
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # OSError.errno of a pipe without a reader, of a terminal that was closed
 LONGEST_SHOWN = 120  # characters of a value in a message
+UNWRITABLE = "backslashreplace"  # what becomes of characters that an encoding lacks, and of names that are no text
 
 
 class UserError(ValueError):
@@ -118,7 +120,7 @@ class Output:
     """Standard output or standard error, which may lose its reader or the room on its disk at any time.
 
     `on_loss` is called when something cannot be written for the first time, and may raise. What cannot be written after
-    that is dropped.
+    that is dropped. Any text can be written, whatever the locale: see `_take_any_text`.
     """
 
     def __init__(self, stream: TextIO, on_loss: Callable[[OSError], None]):
@@ -127,6 +129,7 @@ class Output:
     @classmethod
     def around(cls, stream: TextIO | None, on_loss: Callable[[OSError], None]) -> Any:
         """Takes the place of `stream`, which is None where its descriptor was closed when the program started."""
+        _take_any_text(stream)
         return cls(open(os.devnull, "w") if stream is None else stream, on_loss)
 
     def write(self, text: str) -> int:
@@ -149,6 +152,17 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _take_any_text(stream: TextIO | None) -> None:
+    """From here on any text can be written, also by libraries that hold the stream.
+
+    What goes into a pipe or a file is UTF-8. A terminal, and whoever sets PYTHONIOENCODING, gets its own encoding;
+    characters that this lacks are written as escapes such as \\u6f22.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        own = stream.isatty() or "PYTHONIOENCODING" in os.environ
+        stream.reconfigure(encoding=stream.encoding if own else "utf-8", errors=UNWRITABLE)
 
 
 def run_program(program: Callable[[], None], error_log: Path | None = None, *, interrupted: str = "stopped") -> None:
@@ -211,7 +225,7 @@ def _append(error_log: Path | None, text: str) -> None:
         return
     with suppress(OSError):  # the disk may be full
         error_log.parent.mkdir(parents=True, exist_ok=True)
-        with error_log.open("a", encoding="utf-8") as log:  # in the format of logs.py
+        with error_log.open("a", encoding="utf-8", errors=UNWRITABLE) as log:  # in the format of logs.py
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {os.environ.get('RANK', '0')}  {text}\n")
 
 

@@ -160,6 +160,28 @@ def usual_mode(path: Path) -> Iterator[None]:
         path.chmod(mode)
 
 
+@contextmanager
+def named_in_utf8(path: Path) -> Iterator[Path]:
+    """A file under a name that is UTF-8: safetensors takes no other. One whose last part is not must exist."""
+    if _is_utf8(path):
+        yield path
+        return
+    through_folder = _is_utf8(Path(path.name))
+    handle = os.open(path.parent if through_folder else path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{handle}", path.name if through_folder else "")
+    finally:
+        os.close(handle)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on disk. A file system that cannot flush them is no error."""
     is_folder = path.is_dir()

@@ -18,7 +18,6 @@ A model is never trained to predict a document's first token (there is no BOS in
 a prompt.
 """
 
-import codecs
 import itertools
 import json
 import zlib
@@ -30,17 +29,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from sentencepiece import SentencePieceProcessor
+from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import Self
 
 from memformer_dist.cells.base import Cache, RecurrentCell
 from memformer_dist.errors import UserError
-from memformer_dist.files import usual_mode, written
+from memformer_dist.files import named_in_utf8, write_bytes
 
 VERSION = 1
-ESCAPE = "\ue000"  # the first of the two characters as which the tokenizer encodes U+2581 and U+E000
 
 
 class Sampling(BaseModel, extra="forbid", frozen=True):
@@ -144,18 +141,17 @@ class Generation:
             "used": self.used,
             "ended": self.ended,
         }
-        with written(path) as partial, usual_mode(partial):
-            save_file(tensors, partial, metadata={"generation": json.dumps(about)})
+        write_bytes(path, save(tensors, {"generation": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path, cell: RecurrentCell, *, eos_id: int) -> Self:
         """Continue a saved generation. Raises UserError if `path` is none, or was made by other weights."""
         try:
-            with safe_open(path, "pt") as file:
+            with named_in_utf8(path) as name, safe_open(name, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("generation", "{}"))
                 # Cloned, because they are views of the file, which then stays mapped. SIM118: `file` is no dict.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: found no saved generation: {error}") from None
         if about.get("version") != VERSION:
             raise UserError(f"{path}: found version {about.get('version')}, expected a generation of version {VERSION}")
@@ -191,34 +187,3 @@ def checksum(cell: RecurrentCell) -> int:
     for weight in cell.state_dict().values():
         result = zlib.crc32(weight.cpu().flatten().view(torch.uint8).numpy(), result)
     return result
-
-
-class TextStream:
-    """Decodes tokens one by one. All the pieces of text together equal the tokenizer's `decode` of all the tokens.
-
-    The text of a character that is spelled in bytes waits for its last byte, that of an escape for the character behind
-    it.
-    """
-
-    def __init__(self, tokenizer: SentencePieceProcessor):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # knows whether a character is complete
-        self.pending: list[int] = []
-        self.context: list[int] = []  # tokens with some text before: `decode` may strip a space at the start
-
-    def push(self, token: int) -> str:
-        """The text that is complete with this token, perhaps none."""
-        self.pending.append(token)
-        if self.tokenizer.is_byte(token):
-            self.decoder.decode(bytes([int(self.tokenizer.id_to_piece(token)[1:-1], 16)]))  # "<0xE2>"
-        else:
-            self.decoder.reset()
-        unfinished, _ = self.decoder.getstate()
-        return "" if unfinished or self.tokenizer.decode(self.pending).endswith(ESCAPE) else self.finish()
-
-    def finish(self) -> str:
-        """The text that is still waiting, incomplete as it may be."""
-        before, after = (self.tokenizer.decode(tokens) for tokens in (self.context, self.context + self.pending))
-        self.context = self.pending if self.tokenizer.decode(self.pending) else self.context + self.pending
-        self.pending = []
-        return after[len(before) :]

@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from memformer_dist.errors import Output
+from memformer_dist.errors import UNWRITABLE, Output
 
 PACKAGE = "memformer_dist"
 FILE = "log.txt"  # in a run's folder
@@ -57,7 +57,7 @@ class LogFile(logging.FileHandler):
     """Appends to a file. Where that fails, standard error says so once, until it works again."""
 
     def __init__(self, path: Path):
-        super().__init__(path, delay=True, encoding="utf-8")
+        super().__init__(path, delay=True, encoding="utf-8", errors=UNWRITABLE)
         self._failing = False
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -90,8 +90,8 @@ def survive_lost_output() -> None:
     sys.stderr = Output.around(sys.stderr, on_loss("standard error"))
 
 
-def why(error: OSError) -> str:
-    return error.strerror or str(error)
+def why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def start(rank: int, file: Path | None = None) -> None:
@@ -130,6 +130,7 @@ class ProgressReport:
         enabled: report nothing if false; meant for ranks other than 0.
         terminal: whether standard error can show a bar; found out by default.
         every_s: seconds between two lines where it cannot.
+        delay_s: seconds in which nothing is reported; a task that ends within them is not reported at all.
         clock: seconds that have passed, since any moment.
     """
 
@@ -143,17 +144,24 @@ class ProgressReport:
         enabled: bool = True,
         terminal: bool | None = None,
         every_s: float = EVERY_S,
+        delay_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.name, self.total, self.unit, self.done = name, total, unit, done
-        self.enabled, self.every_s, self.clock = enabled, every_s, clock
+        self.enabled, self.every_s, self.delay_s, self.clock = enabled, every_s, delay_s, clock
         self.status = ""
         self._first, self._began = done, clock()
         self._reported, self._reported_at = done, -float("inf")  # so that the first update is reported
         self._bar: tqdm | None = None
         if enabled and (sys.stderr.isatty() if terminal is None else terminal):
             self._bar = tqdm(
-                desc=name, total=total, initial=done, unit=f" {unit}", unit_scale=total >= 100_000, smoothing=0.1
+                desc=name,
+                total=total,
+                initial=done,
+                unit=f" {unit}",
+                unit_scale=total >= 100_000,
+                smoothing=0.1,
+                delay=delay_s,
             )
 
     def update(self, done: int, status: str = "") -> None:
@@ -162,15 +170,18 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.set_postfix_str(status, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif self.clock() - self._reported_at >= self.every_s:
+        elif self._is_late() and self.clock() - self._reported_at >= self.every_s:
             self._report()
 
     def close(self) -> None:
         """Report where the task has ended. May be called again."""
         if self._bar is not None:
             self._bar.close()
-        elif self._reported != self.done:
+        elif self._is_late() and self._reported != self.done:
             self._report()
+
+    def _is_late(self) -> bool:
+        return self.clock() - self._began >= self.delay_s
 
     def _report(self) -> None:
         self._reported, self._reported_at = self.done, self.clock()

@@ -90,7 +90,7 @@ class Loss:
     def __init__(self, path: Path, meanwhile: str):
         self.path, self.meanwhile, self.failing = path, meanwhile, False
 
-    def report(self, error: OSError) -> None:
+    def report(self, error: OSError | UnicodeError) -> None:
         if not self.failing:
             self.failing = True
             log.warning("%s cannot be written (%s); training goes on, %s", self.path, why(error), self.meanwhile)
@@ -177,7 +177,7 @@ class Curve:
                     self._writer.flush()
                     self._purge_from = None
             write(self._writer)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # TensorBoard writes to no folder whose name is not UTF-8
             self._loss.report(error)
             self._drop()
         else:

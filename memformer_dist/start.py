@@ -24,6 +24,8 @@ from memformer_dist.errors import UserError
 from memformer_dist.evaluate import evaluation_schedule
 from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.optimizer import decay_start, learning_rate
+from memformer_dist.places import PLACES, STARTS, Places, recorded
+from memformer_dist.tokenizer import file_name_of
 from memformer_dist.world import World
 
 # Fields that the learning rate of a step depends on.
@@ -41,18 +43,20 @@ log = logging.getLogger(__name__)
 
 
 def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int) -> None:
-    """Write config.json and tokenizer.model; append command, package versions, git commit and time to starts.jsonl."""
+    """Write config.json and the tokenizer; append command, versions, git commit, time and places to starts.jsonl."""
     write_text(run_dir / "config.json", config.to_json())
-    write_bytes(run_dir / "tokenizer.model", tokenizer.read_bytes())
+    raw = tokenizer.read_bytes()
+    write_bytes(run_dir / file_name_of(raw), raw)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.executable, *sys.argv],
+        "command": [recorded(word) for word in (sys.executable, *sys.argv)],
         "step": step,
         "world_size": world_size,
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
+        PLACES: Places.of_run(run_dir).seen(config.paths),
     }
-    path = run_dir / "starts.jsonl"
+    path = run_dir / STARTS
     lines = [line for line, _ in read_json_lines(path)]
     write_bytes(path, b"".join([*lines, json.dumps(entry).encode() + b"\n"]))
 
@@ -61,10 +65,10 @@ def _commit() -> str | None:
     """The commit of the checkout that this file lies in; None if it lies in none or the machine has no git."""
     here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+    return found.stdout.decode(errors="replace").strip() or None
 
 
 def introduce(

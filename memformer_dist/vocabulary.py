@@ -8,7 +8,7 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
     size: int  # tokens
     bos_id: int
     eos_id: int
-    tokenizer_sha256: str  # of the SentencePiece model's file
+    tokenizer_sha256: str  # of its file
 
     @property
     def token_dtype(self) -> np.dtype:

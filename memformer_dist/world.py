@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 
 LEAST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "LOCAL_SIZE": 1}  # of these variables
 HOSTS_SHOWN = 4  # in one message
+ANY_NAME = "surrogatepass"  # messages name files, whose names need not be UTF-8
 
 
 class World(NamedTuple):
@@ -73,7 +74,7 @@ class World(NamedTuple):
 
     def broadcast_first(self, message: str | None) -> str | None:
         """The message of the first rank that has one, on every rank; None where nobody has. Not pickled, unlike objects."""
-        raw = (message or "").encode()
+        raw = (message or "").encode(errors=ANY_NAME)
         sizes = self._sizes(raw)
         speaker = next((rank for rank, size in enumerate(sizes) if size), None)
         if speaker is None:
@@ -82,7 +83,7 @@ class World(NamedTuple):
         if self.rank == speaker:
             text.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
         dist.broadcast(text, speaker)
-        return bytes(text.tolist()).decode()
+        return bytes(text.tolist()).decode(errors=ANY_NAME)
 
     def first_problem(self, problem: str | None) -> str | None:
         """As `broadcast_first`, with the rank and its host in front where there are several ranks."""
@@ -92,7 +93,7 @@ class World(NamedTuple):
 
     def gather(self, text: str) -> list[str]:
         """The text of every rank, by rank, on every rank. Not pickled; of any lengths, which are exchanged first."""
-        raw = text.encode()
+        raw = text.encode(errors=ANY_NAME)
         sizes = self._sizes(raw)
         if not any(sizes):
             return [""] * self.size
@@ -101,7 +102,8 @@ class World(NamedTuple):
             mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         all_texts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(all_texts, mine)
-        return [bytes(found[:size].tolist()).decode() for found, size in zip(all_texts, sizes, strict=True)]
+        pairs = zip(all_texts, sizes, strict=True)
+        return [bytes(found[:size].tolist()).decode(errors=ANY_NAME) for found, size in pairs]
 
     def on_all_or_raise(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on this rank. If it raises UserError on one rank, all of them do: none is left waiting.

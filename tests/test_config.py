@@ -523,7 +523,7 @@ def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
     [("corpus", {"a": 0.5, "b": 1}, "{'a': 0.5}"), ("min_tokens", 3, "3"), ("shuffle_shards", 2, "2")],
 )
 def test_what_a_stream_cannot_use(config, monkeypatch, field, value, found):
-    monkeypatch.setattr("memformer_dist.config._missing_shards", lambda raw: [])
+    monkeypatch.setattr("memformer_dist.config._missing_shards", lambda *_: [])
     config["data"][field] = value
     RunConfig.check(config, 1)
     config["data"]["mode"] = "stream"

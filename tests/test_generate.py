@@ -1,23 +1,27 @@
 """Generation against advance + readout: a document in any pieces, alone or not, gives the same predictions."""
 
 import io
+import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from memformer_dist import logs, signals
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.commands import generate as command
 from memformer_dist.errors import UserError
-from memformer_dist.generate import Generation, Sampling, TextStream
-from memformer_dist.prepare.tokenizer import train_tokenizer
+from memformer_dist.generate import Generation, Sampling
+from memformer_dist.prepare.documents import read_documents
+from memformer_dist.tokenizer import SentencePieceTokenizer
 from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
+from tests.helpers.tokenizers import ordinary_sentencepiece
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}
@@ -210,81 +214,16 @@ def test_what_cannot_be_continued(tmp_path):
 # ------------------------------------------------------------------------------------------------- text, command line
 
 
-@pytest.fixture(scope="module")
-def tokenizer_model() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=9,
-    )
-    return model.getvalue()
-
-
-def test_text_streams_whole_characters(tokenizer_model):
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    text = "the fox é 漢字 \N{FOX FACE} over"
-    ids = tokenizer.encode(text)
-    assert sum(tokenizer.is_byte(token) for token in ids) >= 2 + 3 + 3 + 4
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in [tokenizer.bos_id(), *ids, tokenizer.eos_id()]]
-    assert "".join(pieces).strip() == text and not any("\ufffd" in piece for piece in pieces)
-    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)  # the control: token by token
-    stream.push(ids[next(i for i, token in enumerate(ids) if tokenizer.is_byte(token))])
-    assert stream.finish() == "\ufffd"
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tokenizer_model) -> list[sentencepiece.SentencePieceProcessor]:
-    """Ours, with pieces that hold escapes whole and in halves, and a plain one, which takes a space off the text."""
-    lines = ["x\u2581\u2581y \ue000\ue000z"] * 50 + ["the quick\u2581brown\ue000 fox \ue001\ue002"] * 50
-    ours = train_tokenizer(lines, vocab_size=320, cap_vocabulary=True)
-    return [sentencepiece.SentencePieceProcessor(model_proto=model) for model in (ours, tokenizer_model)]
-
-
-awkward = st.lists(
-    st.sampled_from([*"xyz \n\t\u2581\ue000\ue001\ue002\ufffdé漢\N{FOX FACE}", "the quick"]) | st.text(max_size=3),
-    max_size=10,
-).map("".join)
-
-
-@settings(max_examples=300, deadline=None)
-@given(text=awkward, numbers=st.lists(st.integers(0, 10**6), max_size=20), data=st.data())
-def test_the_streamed_text_is_that_of_decode(tokenizers, text, numbers, data):
-    """Of any tokens, in any order: what a model writes need be no text's."""
-    for tokenizer in tokenizers:
-        size = tokenizer.vocab_size()
-        ids = tokenizer.encode(text)
-        for number in numbers:
-            token = number % size if number % 2 else tokenizer.encode("\u2581\ue000\ue001 ")[number % 3]
-            ids.insert(number % (len(ids) + 1), token)
-        stream = TextStream(tokenizer)
-        assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
-    stream = TextStream(tokenizers[0])
-    assert "".join(map(stream.push, tokenizers[0].encode(text))) + stream.finish() == text
-
-
-def test_text_does_not_wait_longer_than_it_must(tokenizers):
-    ours = tokenizers[0]
-    stream = TextStream(ours)
-    assert all(stream.push(token) == ours.decode([token]) != "" for token in ours.encode("the quick\nbrown fox"))
-    escaped = ours.encode("\u2581\ue000")
-    assert [ours.decode([token]) for token in escaped] != [stream.push(token) for token in escaped]  # the control
-
-
 @pytest.fixture
-def program(tmp_path, monkeypatch, tokenizer_model):
+def program(tmp_path, monkeypatch):
     """Its main, with an untrained cell in place of a run's."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    vocabulary = tokenizer.vocab_size()
+    tokenizer = SentencePieceTokenizer(ordinary_sentencepiece())
+    vocabulary = tokenizer.size
     cell = make(dtype=torch.float32)
     cell.embedding = TokenEmbedding(vocabulary, 8, std=0.3)
     cell.vocab_size = vocabulary
-    saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to)
+    contents = SimpleNamespace(vocabulary=SimpleNamespace(eos_id=tokenizer.eos_id))
+    saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to, contents=contents)
     monkeypatch.setattr(command, "open_one", lambda path: saved)
     return lambda *arguments: command.main(["--run-dir", str(tmp_path), *arguments])
 
@@ -301,6 +240,92 @@ def test_command_line(program, tmp_path, capsys):
     assert begin.removesuffix("\n") + capsys.readouterr().out == whole
     program(*prompt, "--tokens", "30", "--seed", "4")
     assert capsys.readouterr().out != whole
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def standard_input(monkeypatch, raw: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+
+
+def saved_history(path: Path) -> list[int]:
+    return load_file(path)["history"].tolist()
+
+
+@pytest.mark.parametrize("raw", [b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\n", "caf\u00e9\u2028x".encode(), b" \0 \x0c"])
+def test_a_prompt_is_kept_as_a_document_is(program, tmp_path, monkeypatch, raw):
+    """A file was read with its newlines translated, so that it had other ids than the same text in a corpus."""
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    (document,) = read_documents([tmp_path / "prompt.txt"])
+    expected = SentencePieceTokenizer(ordinary_sentencepiece()).encode([document.text])[0].tolist()
+    for arguments in ("--prompt-file", f"{tmp_path}/prompt.txt"), ("--prompt-file", "-"), ("--prompt", "-"):
+        standard_input(monkeypatch, raw)
+        program(*arguments, "--tokens", "0", "--save", f"{tmp_path}/saved")
+        assert saved_history(tmp_path / "saved") == expected
+
+
+def test_a_prompt_that_is_no_text(program, tmp_path, monkeypatch):
+    standard_input(monkeypatch, b"caf\xe9")
+    with pytest.raises(
+        UserError, match="^--prompt-file: found 'utf-8' codec .*, expected text in UTF-8 on standard input$"
+    ):
+        program("--prompt-file", "-")
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="^--prompt-file: found 'utf-8' codec .*, expected a text file in UTF-8$"):
+        program("--prompt-file", f"{tmp_path}/prompt.txt")
+    with pytest.raises(UserError, match=r"^--prompt: found 'caf\\udce9', expected text in UTF-8$"):
+        program("--prompt", "caf\udce9")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="^--prompt: standard input is closed"):
+        program("--prompt", "-")
+
+
+def test_a_terminal_has_a_mark_between_prompt_and_continuation(program, monkeypatch, capsys):
+    """What is piped is the text alone."""
+    arguments = ("--prompt", "the quick fox", "--tokens", "20", "--temperature", "0")
+    program(*arguments)
+    piped = capsys.readouterr().out
+    assert piped.startswith("the quick fox") and command.MARK not in piped
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    program(*arguments)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"the quick fox{command.MARK}") and shown.replace(command.MARK, "", 1) == piped
+
+
+def test_a_continued_document_has_a_mark_only_behind_more_of_a_prompt(program, monkeypatch, tmp_path, capsys):
+    program("--prompt", "the quick fox", "--tokens", "2", "--save", f"{tmp_path}/saved")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    program("--continue-from", f"{tmp_path}/saved", "--tokens", "2")
+    assert command.MARK not in capsys.readouterr().out
+    program("--continue-from", f"{tmp_path}/saved", "--tokens", "2", "--prompt", " and")
+    assert capsys.readouterr().out.count(command.MARK) == 1
+
+
+def test_a_long_prompt_is_read_with_progress(capsys):
+    """How much of how much, and the time that is left; a short one says nothing."""
+    seconds = itertools.count(step=0.4)  # each look at the clock; there are a few for a segment
+    logs.start(0)
+    generation, wish = begun(documents=1), signals.Wish()
+    assert command.feed(generation, [3] * 2 * SIZE, wish, clock=lambda: 0.0) == 2 * SIZE
+    assert capsys.readouterr().err == ""
+    assert command.feed(generation, [3] * 50 * SIZE, wish, clock=lambda: next(seconds)) == 50 * SIZE
+    logs.stop()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and lines[-1].endswith(f"prompt: {50 * SIZE} of {50 * SIZE} tokens (100%)")
+    assert all("prompt: " in line and f" of {50 * SIZE} tokens" in line for line in lines)
+    assert all(line.endswith(" left") for line in lines[:-1])
+
+
+def test_a_long_prompt_is_read_with_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for delay_s in 60.0, 0.0:
+        monkeypatch.setattr(command, "SILENT_S", delay_s)
+        assert command.feed(begun(documents=1), [3] * 10 * SIZE, signals.Wish()) == 10 * SIZE
+        said = capsys.readouterr().err
+        assert (f"{10 * SIZE}/{10 * SIZE} [" in said and "prompt: 100%" in said) == (delay_s == 0.0), said
+    assert command.feed(begun(documents=1), [], signals.Wish()) == 0
 
 
 @pytest.mark.parametrize(
@@ -328,7 +353,9 @@ def test_a_run_or_one_of_its_checkpoints_with_their_tokenizer(trained_run, tmp_p
         written.append(capsys.readouterr().out)
     assert written[0] == written[1] != ""
     shutil.copytree(saved, tmp_path / "alone" / saved.name)
-    with pytest.raises(UserError, match="tokenizer.model, expected the run's tokenizer"):
+    with pytest.raises(
+        UserError, match="found no tokenizer.model or tokenizer.json in .*, expected the run's tokenizer"
+    ):
         command.main(["--run-dir", str(tmp_path / "alone" / saved.name), "--prompt", "Bada"])
     with (run / "tokenizer.model").open("ab") as file:
         file.write(b"\0")

@@ -178,7 +178,7 @@ def no_folder(tmp_path):
 def test_places_are_tried_before_the_work(tmp_path, model_file, two_files, no_folder, trained_run, monkeypatch):
     """One message, before inputs are read and weights are loaded."""
     for module, name in (
-        (build, "load_tokenizer"),
+        (build, "open_tokenizer"),
         (train_tokenizer, "discover"),
         (evaluate, "open_one"),
         (generate, "open_one"),

@@ -18,7 +18,7 @@ def test_record_of_the_start(tmp_path, monkeypatch):
     run_dir, tokenizer = tmp_path / "run", tmp_path / "some.model"
     run_dir.mkdir()
     tokenizer.write_bytes(b"model")
-    config = SimpleNamespace(to_json=lambda: '{"data": {}}')
+    config = SimpleNamespace(to_json=lambda: '{"data": {}}', paths={})
     monkeypatch.setattr("sys.argv", ["launch/train.py", "--run-dir", "runs/x"])
     monkeypatch.setenv("PATH", str(tmp_path))
     start.record(run_dir, config, tokenizer, 2, 0)  # on a machine without git

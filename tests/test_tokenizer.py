@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.errors import UserError
-from memformer_dist.prepare.build import choose_validation, shard
+from memformer_dist.prepare.build import shard
+from memformer_dist.prepare.splits import choose_validation
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
 from tests.helpers import ROOT
 from tests.helpers.scripts import run_script

@@ -159,6 +159,16 @@ def test_what_preparation_recorded(prepared):
         assert problems(prepared)[0].startswith(f"{prepared}/sharding.json: is not what preparation wrote")
 
 
+def test_files_that_were_not_read_are_listed_in_the_corpus(prepared, tmp_path):
+    """ignored.jsonl was called a file that does not belong to it."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "a.txt", "b.txt", "c.png":
+        (texts / name).write_text("Bada bidu.\n")
+    shard(tmp_path / "corpus", prepared / "tokenizer.model", [str(texts)])
+    assert (tmp_path / "corpus" / "ignored.jsonl").exists() and problems(tmp_path / "corpus") == []
+
+
 def test_a_corpus_without_validation_is_whole(prepared, tmp_path):
     shard(tmp_path / "one", prepared / "tokenizer.model", [str(Path(__file__))], valid_fraction=0)
     assert problems(tmp_path / "one") == []

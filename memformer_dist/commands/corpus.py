@@ -22,6 +22,7 @@ from pathlib import Path
 
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.inspect.verify import verify
+from memformer_dist.places import is_url, path_option, path_or_url_option
 
 DEFAULTS = {"lanes": 16, "segment_length": 64, "seed": 0}  # of --lanes and so on; a run has its own
 LEAST = {"segment": 0, "segments": 1, "lanes": 1, "segment_length": 1, "seed": 0}
@@ -38,7 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=verify_command)
-    parser.add_argument("corpus", metavar="CORPUS", help="folder written by tokenizer/shard.py, or a split in it")
+    parser.add_argument(
+        "corpus",
+        type=path_or_url_option,
+        metavar="CORPUS",
+        help="folder written by tokenizer/shard.py, or a split in it",
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -49,8 +55,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=show_command)
-    parser.add_argument("corpus", metavar="CORPUS", nargs="?", help="folder or URL of a corpus")
-    parser.add_argument("--run-dir", type=Path, help="show what this run reads, instead of a corpus")
+    parser.add_argument(
+        "corpus", type=path_or_url_option, metavar="CORPUS", nargs="?", help="folder or URL of a corpus"
+    )
+    parser.add_argument("--run-dir", type=path_option, help="show what this run reads, instead of a corpus")
     parser.add_argument("--split", choices=["train", "valid"], default="train")
     parser.add_argument("--lane", type=int, default=0, help="counted from 0 (default: 0)")
     parser.add_argument("--segment", type=int, default=0, help="the first one to show, counted from 0 (default: 0)")
@@ -61,7 +69,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_command(options: argparse.Namespace) -> None:
-    if "://" in options.corpus:
+    if is_url(options.corpus):
         raise UserError(
             f"{options.corpus}: found a URL, expected a folder; shards from a URL are verified when fetched"
         )

@@ -19,11 +19,12 @@ from pathlib import Path
 from memformer_dist import agreement, logs
 from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.data.dataset import TokenDataset
-from memformer_dist.data.open_data import as_read, open_mixture
+from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import evaluate, summary
 from memformer_dist.files import expect_writable, write_text
 from memformer_dist.metrics import AGES, Losses, gap
+from memformer_dist.places import Places, path_option, path_or_url_option, recorded
 from memformer_dist.world import World
 
 NAMES = {
@@ -40,12 +41,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run-dir", type=Path, required=True, help="a run, whose newest checkpoint is evaluated, or a checkpoint")
-    add("--corpus", help="folder or URL of a corpus (default: the run's)")
+    add(
+        "--run-dir",
+        type=path_option,
+        required=True,
+        help="a run, whose newest checkpoint is evaluated, or a checkpoint",
+    )
+    add("--corpus", type=path_or_url_option, help="folder or URL of a corpus (default: the run's)")
     add("--split", choices=["valid", "train"], default="valid")
     add("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
     add("--max-segments", type=int, help="stop after this many segments of every lane (default: all)")
-    add("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    add("--json", type=path_option, metavar="PATH", help="write the figures there as well")
     add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     options = parser.parse_args(arguments)
     for option in ("lanes", "max_segments"):
@@ -109,7 +115,8 @@ def require_agreement(options: argparse.Namespace, saved: Checkpoint, dataset: T
 def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int) -> TokenDataset:
     """The documents of `corpus`, or of the run's. Raises UserError if they were made with another tokenizer."""
     data = saved.contents.config.data
-    splits = open_mixture({corpus: 1.0} if corpus else data.corpora, cache=data.cache, cache_gib=data.cache_gib)
+    corpora = {corpus: 1.0} if corpus else corpora_from_here(data, Places.of_run(saved.run_dir))
+    splits = open_mixture(corpora, cache=data.cache, cache_gib=data.cache_gib)
     dataset = as_read(splits[split == "valid"], data.mode, lanes)
     found, expected = (x.tokenizer_sha256 for x in (dataset.vocabulary, saved.contents.vocabulary))
     if found != expected:
@@ -129,10 +136,10 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
     )
     if options.json is not None:
         facts = {
-            "checkpoint": str(saved.path),
+            "checkpoint": recorded(str(saved.path)),
             "step": position.step,
             "tokens": position.tokens,
-            "corpus": str(dataset.path),
+            "corpus": recorded(str(dataset.path)),
             "max_segments": options.max_segments,
         }
         write_text(options.json, json.dumps(facts | summary(losses), indent=2) + "\n")

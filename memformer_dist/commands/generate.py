@@ -3,44 +3,60 @@
     python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200 --save it.safetensors
     python launch/generate.py --run-dir runs/small --continue-from it.safetensors --temperature 0.6
     python launch/generate.py --run-dir runs/small/checkpoints/step-00002000 --prompt-file chapter.txt
+    zcat chapter.txt.gz | python launch/generate.py --run-dir runs/small --prompt-file - > continued.txt
     memformer-generate --run-dir runs/small --prompt "It was a dark"              # installed
 
-A prompt may be of any length: it is read segment by segment into the memory. The text stops at the end of the document
-(EOS). It goes to standard output, everything else to standard error. Ctrl-C ends it after the token at hand; what is
-written by then is saved.
+A prompt may be of any length: it is read segment by segment into the memory, and standard error says how far, if that
+takes more than a few seconds. It is UTF-8 and is kept as it is, like the text of a corpus: "\\r\\n" stays "\\r\\n".
+
+The text stops at the end of the document (EOS). It goes to standard output, everything else to standard error. On a
+terminal |> stands between the prompt and its continuation; a pipe or file gets the text alone, in UTF-8. Ctrl-C ends it
+after the token at hand; what is written by then is saved.
 """
 
 import argparse
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from sentencepiece import SentencePieceProcessor
 
-from memformer_dist import signals
+from memformer_dist import logs, signals
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.checkpoint import open_one
+from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.errors import Stopped, UserError, run_program, sentences
 from memformer_dist.files import expect_writable
-from memformer_dist.generate import Generation, Sampling, TextStream
+from memformer_dist.generate import Generation, Sampling
+from memformer_dist.logs import ProgressReport
+from memformer_dist.places import is_unicode, path_option, text_option
+from memformer_dist.tokenizer import TextStream, Tokenizer
+
+MARK = "|>"  # between prompt and continuation, on a terminal
+STANDARD_INPUT = "-"
+SILENT_S = 2.0  # from when on the reading of a prompt is reported
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     """Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, about = parser.add_argument, {name: field.description for name, field in Sampling.model_fields.items()}
-    add("--run-dir", type=Path, required=True, help="a run, whose newest checkpoint is used, or a checkpoint")
+    add("--run-dir", type=path_option, required=True, help="a run, whose newest checkpoint is used, or a checkpoint")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="the beginning of the document, or more of a continued one")
-    prompt.add_argument("--prompt-file", type=Path, help="the same from a file")
+    prompt.add_argument(
+        "--prompt",
+        type=text_option,
+        help="the beginning of the document, or more of a continued one; - is standard input",
+    )
+    prompt.add_argument("--prompt-file", type=path_option, help="the same from a file; - is standard input")
     add("--tokens", type=int, default=200, help="write at most this many (200)")
     add("--temperature", type=float, default=0.8, help=f"{about['temperature']} (0.8)")
     add("--top-k", type=int, help=f"{about['top_k']} (all)")
     add("--top-p", type=float, default=1.0, help=f"{about['top_p']} (1)")
     add("--seed", type=int, help="of the sampling (0; a continued document also continues its random numbers)")
-    add("--save", type=Path, help="file from which the document can be continued later")
-    add("--continue-from", type=Path, help="a file written by --save, with the same weights")
+    add("--save", type=path_option, help="file from which the document can be continued later")
+    add("--continue-from", type=path_option, help="a file written by --save, with the same weights")
     options = parser.parse_args(arguments)
     try:
         sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
@@ -61,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     saved = open_one(options.run_dir)
     tokenizer = saved.tokenizer()
     cell = saved.cell(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    generation = begin(options, cell, tokenizer)
+    generation = begin(options, cell, saved)
     with signals.noting_the_end() as wish:
         try:
             write(generation, tokenizer, prompt, options, sampling, wish)
@@ -85,24 +101,35 @@ def save(generation: Generation, options: argparse.Namespace) -> bool:
 
 
 def run() -> None:
+    logs.start(0)
     run_program(main)
 
 
 def read_prompt(options: argparse.Namespace) -> str:
-    if options.prompt_file is None:
+    """The text as it is, like that of a document. Raises UserError where it is no text in UTF-8."""
+    if options.prompt_file is None and options.prompt != STANDARD_INPUT:
+        if not is_unicode(options.prompt or ""):
+            raise UserError(f"--prompt: found {options.prompt!r}, expected text in UTF-8")
         return options.prompt or ""
+    option = "--prompt" if options.prompt_file is None else "--prompt-file"
+    from_stdin = options.prompt_file in (None, Path(STANDARD_INPUT))
+    if from_stdin and sys.stdin is None:
+        raise UserError(f"{option}: standard input is closed, expected text in UTF-8")
     try:
-        return options.prompt_file.read_text(encoding="utf-8")
+        raw = sys.stdin.buffer.read() if from_stdin else options.prompt_file.read_bytes()
+        return raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file: found {error}, expected a text file in UTF-8") from None
+        expected = "text in UTF-8 on standard input" if from_stdin else "a text file in UTF-8"
+        raise UserError(f"{option}: found {error}, expected {expected}") from None
 
 
-def begin(options: argparse.Namespace, cell: RecurrentCell, tokenizer: SentencePieceProcessor) -> Generation:
+def begin(options: argparse.Namespace, cell: RecurrentCell, saved: Checkpoint) -> Generation:
     """A new document, or the one of --continue-from."""
+    eos_id = saved.contents.vocabulary.eos_id
     if options.continue_from is None:
-        generation = Generation(cell, eos_id=tokenizer.eos_id())
+        generation = Generation(cell, eos_id=eos_id)
     else:
-        generation = Generation.load(options.continue_from, cell, eos_id=tokenizer.eos_id())
+        generation = Generation.load(options.continue_from, cell, eos_id=eos_id)
         if generation.ended[0]:
             raise UserError(f"--continue-from: the document in {options.continue_from} has ended")
     if options.seed is not None:
@@ -112,7 +139,7 @@ def begin(options: argparse.Namespace, cell: RecurrentCell, tokenizer: SentenceP
 
 def write(
     generation: Generation,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     prompt: str,
     options: argparse.Namespace,
     sampling: Sampling,
@@ -122,11 +149,13 @@ def write(
     stream = TextStream(tokenizer)
     for token in generation.history[0]:  # it may have been saved in the middle of a character
         stream.push(token)
-    read = tokenizer.encode(prompt)
+    read = tokenizer.encode([prompt])[0].tolist() if prompt else []
     read = read[: feed(generation, read, wish)]
     if not generation.history[0] and wish.number is None:
         raise UserError("--prompt: found no text, expected some: models do not learn how documents begin")
     print("".join(map(stream.push, read)), end="", flush=True)
+    if read and sys.stdout.isatty():
+        print(stream.finish() + MARK, end="", flush=True)
     samples = generation.sample(options.tokens, sampling)  # lazy: a wish that has come already is honoured first
     while wish.number is None and (sampled := next(samples, None)) is not None:
         if sampled[0] is not None:
@@ -135,14 +164,23 @@ def write(
     print(stream.finish() if options.save is None else "")
 
 
-def feed(generation: Generation, tokens: list[int], wish: signals.Wish) -> int:
-    """Feed the tokens segment by segment, until somebody wishes it to end -> how many were fed."""
+def feed(
+    generation: Generation, tokens: list[int], wish: signals.Wish, clock: Callable[[], float] = time.monotonic
+) -> int:
+    """Feed the tokens segment by segment, until somebody wishes it to end -> how many were fed.
+
+    Args:
+        clock: seconds that have passed, since any moment.
+    """
     fed = 0
+    progress = ProgressReport("prompt", total=len(tokens), unit="tokens", delay_s=SILENT_S, clock=clock)
     while fed < len(tokens) and wish.number is None:
         size = generation.cell.segment_length
         count = size - generation.used[0] or size
         generation.feed([tokens[fed : fed + count]])
         fed += min(count, len(tokens) - fed)
+        progress.update(fed)
+    progress.close()
     return fed
 
 

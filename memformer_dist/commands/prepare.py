@@ -13,6 +13,11 @@ of them. The inputs are read once, and their tokens wait in CORPUS.partial until
 validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single document
 is an error unless --valid-fraction 0 asks for no validation split.
 
+The tokenizer is a SentencePiece model or a tokenizer.json (of the package tokenizers: pip install
+'memformer_dist[tokenizers]'). A sample of the inputs is encoded, decoded and compared first. A tokenizer that loses
+some of it is an error that says what is lost, unless --lossy accepts that. --bos and --eos say which tokens these are
+where the file does not.
+
 Documents that cannot be read are listed in quarantine.jsonl; with --strict they are an error, and no corpus is made.
 The corpus takes its name when it is whole. Until then it is CORPUS.partial, where the same command resumes after an
 interruption, and a command with other settings reuses the partitions that are the same. An existing corpus is kept if
@@ -23,10 +28,11 @@ given.
 import argparse
 import os
 import time
-from pathlib import Path
 
 from memformer_dist.errors import run_program
-from memformer_dist.prepare.build import PADDING_AT, Report, shard
+from memformer_dist.places import path_option, path_or_url_option, text_option
+from memformer_dist.prepare.build import Report, shard
+from memformer_dist.prepare.splits import PADDING_AT
 
 
 def describe(report: Report) -> str:
@@ -50,12 +56,32 @@ def describe(report: Report) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="CORPUS", help="the folder to make")
-    add("--tokenizer", type=Path, required=True, metavar="MODEL", help="a SentencePiece model, see tokenizer/train.py")
-    add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
+    add("--output", type=path_option, required=True, metavar="CORPUS", help="the folder to make")
+    add(
+        "--tokenizer",
+        type=path_option,
+        required=True,
+        metavar="FILE",
+        help="a SentencePiece model, see tokenizer/train.py, or a tokenizer.json",
+    )
+    add("--lossy", action="store_true", help="accept a tokenizer that loses some of the text")
+    add("--bos", type=text_option, metavar="TOKEN", help="the token BOS as the vocabulary has it (default: found out)")
+    add("--eos", type=text_option, metavar="TOKEN", help="the token EOS as the vocabulary has it (default: found out)")
+    add("--input", type=path_or_url_option, nargs="+", required=True, help="folders, globs, files and URLs")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
-    add("--text-field", metavar="NAME", help="field or column that holds the text (default: text, parts or messages)")
-    add("--valid-input", nargs="+", default=[], help="the validation documents, instead of a share of the input")
+    add(
+        "--text-field",
+        type=text_option,
+        metavar="NAME",
+        help="field or column that holds the text (default: text, parts or messages)",
+    )
+    add(
+        "--valid-input",
+        type=path_or_url_option,
+        nargs="+",
+        default=[],
+        help="the validation documents, instead of a share of the input",
+    )
     add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (default: 0.05)")
     add("--seed", type=int, default=0, help="of the choice of the validation documents (default: 0)")
     add("--partition-mib", type=float, default=64, metavar="MIB", help="input per partition and shard (default: 64)")

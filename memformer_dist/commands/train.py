@@ -26,6 +26,7 @@ import memformer_dist
 from memformer_dist import logs, signals
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
+from memformer_dist.places import Places, path_option, text_option
 
 if TYPE_CHECKING:
     from memformer_dist.world import World
@@ -33,9 +34,23 @@ if TYPE_CHECKING:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a JSON file, or the name of a configuration in configs/")
-    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/NAME of the configuration)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a field")
+    parser.add_argument(
+        "--config",
+        type=os.path.expanduser,
+        required=True,
+        help="a JSON file, or the name of a configuration in configs/",
+    )
+    parser.add_argument(
+        "--run-dir", type=path_option, help="the run's folder (default: runs/NAME of the configuration)"
+    )
+    parser.add_argument(
+        "--set",
+        type=text_option,
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override a field",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher, which sets LOCAL_RANK too
     options = parser.parse_args(arguments)
     options.run_dir = options.run_dir or Path("runs") / Path(options.config).stem
@@ -61,14 +76,14 @@ def _train(options: argparse.Namespace) -> None:
     from memformer_dist.world import World, several_ranks_can_meet, world_size
 
     def load() -> RunConfig:
-        return RunConfig.load(find_config(options.config), options.set, world_size())
+        return RunConfig.load(find_config(options.config), options.set, world_size(), Places.of_run(options.run_dir))
 
     if not several_ranks_can_meet():
         load()  # a mistake is reported before any device is touched
     world = World.start()
     config = world.on_all_or_raise(load)  # what one rank finds must reach the others: they would wait for it
     world.on_all_or_raise(lambda: start_log(world, options.run_dir))
-    corpora = world.on_all_or_raise(lambda: open_data(config.data))
+    corpora = world.on_all_or_raise(lambda: open_data(config.data, Places.of_run(options.run_dir)))
     from memformer_dist.train import train
 
     stopped = train(config, options.run_dir, corpora, world) is None

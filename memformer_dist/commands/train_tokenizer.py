@@ -12,15 +12,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-
-from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, write_bytes
+from memformer_dist.places import path_option, path_or_url_option, text_option
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
 from memformer_dist.prepare.partitions import describe_ignored, discover
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
+from memformer_dist.tokenizer import SentencePieceTokenizer
 
 KEPT_UNREADABLE = 10_000  # documents, of which the first are shown
 
@@ -54,9 +53,14 @@ def read_lines(files: Sequence[File], options: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="folders, globs, files and URLs")
+    add("--input", type=path_or_url_option, nargs="+", required=True, help="folders, globs, files and URLs")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
-    add("--text-field", metavar="NAME", help="field or column that holds the text (default: text, parts or messages)")
+    add(
+        "--text-field",
+        type=text_option,
+        metavar="NAME",
+        help="field or column that holds the text (default: text, parts or messages)",
+    )
     add("--output", "--model-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
     add("--vocab-size", type=int, default=8192, help="number of tokens (default: 8192)")
     add("--cap-vocabulary", action="store_true", help="use fewer tokens where the text does not support so many")
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--threads", type=int, default=4, help="default: 4; another number may give another model")
     options = parser.parse_args(arguments)
 
-    path = Path(options.output.removesuffix(".model") + ".model")
+    path = path_option(options.output.removesuffix(".model") + ".model")
     expect_writable(path, "--output")
     began = time.perf_counter()
     files, ignored = discover(options.input, options.exclude, options.text_field)
@@ -95,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_bytes(path, model)
     except OSError as error:
         raise UserError(f"--output: cannot write {error.filename or path}: {error.strerror}") from None
-    pieces = SentencePieceProcessor(model_proto=model).vocab_size()
+    pieces = SentencePieceTokenizer(model).size
     print(f"{path}: {pieces:,} tokens ({options.model_type}), {time.perf_counter() - began:.1f} s")
 
 

@@ -1,7 +1,7 @@
 """ShardCache: the folder in which the shards of a remote split are kept, shared by the processes of a node.
 
     <cache>/<fingerprint[:16]>/
-        corpus.json index.safetensors tokenizer.model   as they were fetched
+        corpus.json index.safetensors tokenizer.*       as they were fetched
         shard-000042.tar                                whole and verified
         shard-000043.tar.partial                        being fetched; locked by the process that fetches it
         reader-0123abcd.json                            what a process reads now and next; locked while it lives

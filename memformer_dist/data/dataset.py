@@ -83,7 +83,7 @@ class TokenDataset(Protocol):
         ...
 
     def tokenizer(self) -> Path:
-        """The SentencePiece model that the dataset was made with, on this machine.
+        """The file of the tokenizer that the dataset was made with, on this machine.
 
         Raises UserError where it is missing or another one.
         """

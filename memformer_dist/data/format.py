@@ -2,7 +2,7 @@
 
 A corpus is a folder of two splits, written by tokenizer/shard.py:
 
-    CORPUS/tokenizer.model
+    CORPUS/tokenizer.model  or tokenizer.json
     CORPUS/train/
         corpus.json         what the split holds; its hash identifies the split in a checkpoint
         index.safetensors   for every document: length, place in its shard, crc32 (12 bytes; 16 with loss masks)
@@ -36,9 +36,10 @@ from safetensors.numpy import save as save_safetensors
 
 from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import PARTIAL, flush, make_way, remove_folder, write_bytes, write_text
+from memformer_dist.tokenizer import SENTENCEPIECE
 from memformer_dist.vocabulary import Vocabulary
 
-MANIFEST, INDEX, TOKENIZER = "corpus.json", "index.safetensors", "tokenizer.model"
+MANIFEST, INDEX = "corpus.json", "index.safetensors"
 BLOCK = tarfile.BLOCKSIZE  # 512 bytes: the size of a header; payloads are padded to multiples of it
 SHARD_TOKENS = 100_000_000  # tokens in a shard of SplitWriter, unless a single document is longer
 
@@ -79,6 +80,15 @@ class Manifest(BaseModel):
     tokens: int
     shards: list[Shard]
     index_sha256: str
+    tokenizer: Literal["tokenizer.model", "tokenizer.json"] = "tokenizer.model"  # its file, beside the splits
+    lossy: bool = False  # the tokenizer loses some of the text, which was accepted
+
+    def to_json(self) -> str:
+        """The content of the file. What came later is there only where it says something: older corpora keep their hash."""
+        since = {
+            name for name in ("tokenizer", "lossy") if getattr(self, name) == type(self).model_fields[name].default
+        }
+        return json.dumps(self.model_dump(exclude=since), indent=1) + "\n"
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -242,9 +252,20 @@ class ShardWriter:
 
 
 def write_manifest(
-    folder: Path, vocabulary: Vocabulary, written: Iterable[WrittenShard], *, has_mask: bool = False
+    folder: Path,
+    vocabulary: Vocabulary,
+    written: Iterable[WrittenShard],
+    *,
+    has_mask: bool = False,
+    tokenizer: str = SENTENCEPIECE,
+    lossy: bool = False,
 ) -> Manifest:
-    """Write index and corpus.json of the shards in `folder`. corpus.json comes last: a split that has one is whole."""
+    """Write index and corpus.json of the shards in `folder`. corpus.json comes last: a split that has one is whole.
+
+    Args:
+        tokenizer: the name of its file beside the splits.
+        lossy: it loses some of the text, which was accepted.
+    """
     shards, indices = zip(*written)
     columns = {
         name: np.concatenate([getattr(index, name) for index in indices])
@@ -263,9 +284,11 @@ def write_manifest(
         eos_id=vocabulary.eos_id,
         tokenizer_sha256=vocabulary.tokenizer_sha256,
         has_mask=has_mask,
+        tokenizer=tokenizer,
+        lossy=lossy,
     )
     write_bytes(folder / INDEX, index)
-    write_text(folder / MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    write_text(folder / MANIFEST, manifest.to_json())
     return manifest
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memformer_dist.data.format import TOKENIZER, Manifest, wrong_size
+from memformer_dist.data.format import Manifest, wrong_size
 from memformer_dist.errors import CorpusError, UserError
 
 
@@ -17,6 +17,7 @@ class LocalShards:
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises UserError naming a shard that is missing or is not of the size that was written."""
         self.folder, self._shards = folder, manifest.shards
+        self._tokenizer = folder.parent / manifest.tokenizer
         for shard in manifest.shards:
             if problem := wrong_size(folder, shard):
                 raise UserError(problem)
@@ -38,4 +39,4 @@ class LocalShards:
 
     def tokenizer(self) -> Path:
         """The tokenizer of the corpus."""
-        return self.folder.parent / TOKENIZER
+        return self._tokenizer

@@ -16,15 +16,18 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.dataset import TokenDataset
+from memformer_dist.data.format import MANIFEST
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.maps import Maps
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream
 from memformer_dist.errors import UserError
+from memformer_dist.places import Places, configured, is_url
 from memformer_dist.section import Section
 
 Mode = Literal["documents", "stream"]
+IN_A_CORPUS = f"train/{MANIFEST}"  # by which a folder is known to be one
 
 
 def _folder_or_weights(value: Any) -> str | None:
@@ -74,10 +77,6 @@ class DataConfig(Section):
         return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus
 
 
-def is_url(corpus: str | Path) -> bool:
-    return "://" in str(corpus)
-
-
 def open_split(split: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB) -> Corpus:
     """Open a split in a folder or at a URL.
 
@@ -116,6 +115,7 @@ def open_mixture(
 
     Raises UserError where they were made with different tokenizers.
     """
+    cache = configured(str(cache))
     opened = [open_corpora(corpus, cache=cache, cache_gib=cache_gib) for corpus in weights]
     train, valid = [train for train, _ in opened], [valid for _, valid in opened]
     exact = [Fraction(str(weight)) for weight in weights.values()]
@@ -129,9 +129,15 @@ def as_read(dataset: TokenDataset, mode: Mode, lanes: int) -> TokenDataset:
     return Stream(dataset, lanes) if mode == "stream" else dataset
 
 
-def open_data(data: DataConfig) -> tuple[TokenDataset, TokenDataset]:
-    """The training and the validation dataset of a run. Raises UserError naming the field or file."""
-    train, valid = open_mixture(data.corpora, cache=data.cache, cache_gib=data.cache_gib)
+def corpora_from_here(data: DataConfig, places: Places | None = None) -> dict[str, float]:
+    """Weights by folder or URL, as they are found from the working folder. `places`: those of the run."""
+    places = places or Places()
+    return {places.found("data.corpus", corpus, IN_A_CORPUS): weight for corpus, weight in data.corpora.items()}
+
+
+def open_data(data: DataConfig, places: Places | None = None) -> tuple[TokenDataset, TokenDataset]:
+    """The training and the validation dataset of a run, in its `places`. Raises UserError naming the field or file."""
+    train, valid = open_mixture(corpora_from_here(data, places), cache=data.cache, cache_gib=data.cache_gib)
     return as_read(train, data.mode, data.lanes), as_read(valid, data.mode, data.lanes)
 
 

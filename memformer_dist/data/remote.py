@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from memformer_dist.data.cache import ShardCache
-from memformer_dist.data.format import INDEX, MANIFEST, TOKENIZER, Manifest, Shard, Split, read_split
+from memformer_dist.data.format import INDEX, MANIFEST, Manifest, Shard, Split, read_split
 from memformer_dist.data.transfer import Remote
 from memformer_dist.errors import CorpusError, UserError, first_problem
 from memformer_dist.files import sha256_of, write_bytes
@@ -106,8 +106,8 @@ class RemoteShards:
     def tokenizer(self) -> Path:
         """The tokenizer of the corpus, on this machine. Raises CorpusError if it is not the one of the shards."""
         corpus = Remote(self._remote.url.rpartition("/")[0])
-        _fetch_verified(corpus, self._cache, TOKENIZER, self._manifest.tokenizer_sha256)
-        return self.folder / TOKENIZER
+        _fetch_verified(corpus, self._cache, self._manifest.tokenizer, self._manifest.tokenizer_sha256)
+        return self.folder / self._manifest.tokenizer
 
     def _shard(self, number: int) -> Shard:
         return self._manifest.shards[number]

@@ -12,8 +12,6 @@ predicted; it is shown like the second one.
 from collections.abc import Iterator
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
@@ -21,8 +19,9 @@ from memformer_dist.data.open_data import lane_schedule, open_data, open_mixture
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
-from memformer_dist.generate import TextStream
+from memformer_dist.places import Places
 from memformer_dist.segment import IGNORE, Segment
+from memformer_dist.tokenizer import TextStream, Tokenizer, open_tokenizer
 
 OPEN, CLOSE, EOS = "⟦", "⟧", "⟨EOS⟩"
 
@@ -37,8 +36,9 @@ def open_corpus(
 
 def open_run(run_dir: Path, split: str) -> tuple[TokenDataset, LaneSchedule]:
     """What a run reads, with its settings; the validation split is laid out as one process evaluates it."""
-    data = RunConfig.load(run_dir / "config.json").data
-    train, valid = open_data(data)
+    places = Places.of_run(run_dir)
+    data = RunConfig.load(run_dir / "config.json", places=places).data
+    train, valid = open_data(data, places)
     if split == "valid":
         lanes = min(data.lanes, len(valid.lengths))
         return valid, LaneSchedule(valid.lengths, seed=0, lanes=lanes, segment_length=data.segment_length, epochs=1)
@@ -57,7 +57,7 @@ def show(
     if not 0 <= lane < schedule.lanes:
         raise UserError(f"--lane: found {lane}, expected 0 to {schedule.lanes - 1}")
     reader = WindowReader(dataset, schedule, lanes=range(lane, lane + 1))
-    tokenizer = SentencePieceProcessor(model_proto=dataset.tokenizer().read_bytes())
+    tokenizer = open_tokenizer(dataset.tokenizer(), "the tokenizer")
     before = reader.segment(segments.start - 1) if segments.start else None
     for tick in segments:
         segment = reader.segment(tick)
@@ -98,7 +98,7 @@ def _is_predicted(segment: Segment, before: Segment | None) -> list[bool]:
     return [bool(before.labels[0, -1] != IGNORE), *counts[:-1]]
 
 
-def _text(dataset: TokenDataset, segment: Segment, predicted: list[bool], tokenizer: SentencePieceProcessor) -> str:
+def _text(dataset: TokenDataset, segment: Segment, predicted: list[bool], tokenizer: Tokenizer) -> str:
     length, eos_id = int(segment.length), dataset.vocabulary.eos_id
     items = list(zip(segment.tokens[0, :length].tolist(), predicted, strict=True))
     if _ends_document(dataset, segment) and segment.labels[0, length - 1] in (eos_id, IGNORE):
@@ -118,12 +118,12 @@ def _ends_document(dataset: TokenDataset, segment: Segment) -> bool:
     return int(segment.offset) + int(segment.length) == dataset.lengths[int(segment.document)]
 
 
-def _table(segment: Segment, tokenizer: SentencePieceProcessor) -> Iterator[str]:
+def _table(segment: Segment, tokenizer: Tokenizer) -> Iterator[str]:
     """For each position the token that is read there and the label that is to be predicted."""
     for position in range(segment.tokens.shape[1]):
         if position >= int(segment.length):
             yield f"{position:6}  padding"
             continue
         token, label = int(segment.tokens[0, position]), int(segment.labels[0, position])
-        target = "masked" if label == IGNORE else f"{label:6} {tokenizer.id_to_piece(label)!r}"
-        yield f"{position:6}  {token:6} {tokenizer.id_to_piece(token)!r:20} -> {target}"
+        target = "masked" if label == IGNORE else f"{label:6} {tokenizer.piece(label)!r}"
+        yield f"{position:6}  {token:6} {tokenizer.piece(token)!r:20} -> {target}"

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from memformer_dist.data.format import BLOCK, INDEX, MANIFEST, Index, Manifest, Shard, blocks, read_split, wrong_size
 from memformer_dist.errors import UserError
 from memformer_dist.files import sha256_of
-from memformer_dist.prepare.workspace import QUARANTINE, RECORD, TOKENIZER
+from memformer_dist.prepare.workspace import IGNORED, QUARANTINE, RECORD
+from memformer_dist.tokenizer import FILES
 
-IN_A_CORPUS = {TOKENIZER, "train", "valid", RECORD, QUARANTINE}
+IN_A_CORPUS = {"train", "valid", RECORD, QUARANTINE, IGNORED}  # and the tokenizer
 IN_A_SPLIT = {MANIFEST, INDEX, "schedules"}  # and the shards
 
 
@@ -47,20 +48,23 @@ def verify(corpus: Path, *, threads: int = 1, quiet: bool = True) -> CorpusRepor
     """
     splits = [split for split in (corpus / "train", corpus / "valid") if split.is_dir()]
     if splits:
-        problems = _strays(corpus, IN_A_CORPUS) + _problems_of_record(corpus)
-        tokenizer = corpus / TOKENIZER
+        problems = _problems_of_record(corpus)
     elif (corpus / MANIFEST).exists():
         splits, problems = [corpus], []
-        tokenizer = corpus.parent / TOKENIZER
     else:
         raise UserError(
             f"{corpus}: found no corpus.json and neither train/ nor valid/, expected a corpus or a split of one"
         )
     shards: list[Shard] = []
+    tokenizers: set[str] = set()
     for split in splits:
-        found, of_split = _verify_split(split, tokenizer, threads, quiet)
-        shards += found
+        manifest, of_split = _verify_split(split, threads, quiet)
         problems += of_split
+        if manifest is not None:
+            shards += manifest.shards
+            tokenizers.add(manifest.tokenizer)
+    if splits != [corpus]:
+        problems = _strays(corpus, IN_A_CORPUS | (tokenizers or set(FILES))) + problems
     return CorpusReport(
         problems,
         len(shards),
@@ -70,17 +74,17 @@ def verify(corpus: Path, *, threads: int = 1, quiet: bool = True) -> CorpusRepor
     )
 
 
-def _verify_split(split: Path, tokenizer: Path, threads: int, quiet: bool) -> tuple[list[Shard], list[str]]:
-    """The shards that corpus.json lists, and the problems of the split."""
+def _verify_split(split: Path, threads: int, quiet: bool) -> tuple[Manifest | None, list[str]]:
+    """What corpus.json says, and the problems of the split."""
     manifest, index, problems = _contents(split)
     if manifest is None:
-        return [], problems
+        return None, problems
     problems += _strays(split, IN_A_SPLIT | {shard.name for shard in manifest.shards})
-    problems += _problems_of_tokenizer(tokenizer, split, manifest)
+    problems += _problems_of_tokenizer(split.parent / manifest.tokenizer, split, manifest)
     total = sum(shard.bytes for shard in manifest.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(split), disable=quiet or None) as progress:
         problems += _problems_of_shards(split, manifest, index, threads, progress.update)
-    return manifest.shards, problems
+    return manifest, problems
 
 
 # -------------------------------------------------------------------------------------------- everything but the shards

@@ -12,24 +12,20 @@ Until the corpus is whole, everything lies in CORPUS.partial (workspace.py). An 
 partitions that are not finished.
 """
 
-import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
-import numpy as np
-from safetensors.numpy import load as load_safetensors
 from tqdm import tqdm
 from typing_extensions import NotRequired
 
-from memformer_dist.data.format import MANIFEST, Index, Shard, WrittenShard, read_split, write_manifest, wrong_size
+from memformer_dist.data.format import read_split, wrong_size
 from memformer_dist.errors import UserError
-from memformer_dist.files import expect_writable, sha256_of
+from memformer_dist.files import expect_writable
 from memformer_dist.prepare.documents import Place, shown_places
 from memformer_dist.prepare.encode import (
     QUARANTINE,
@@ -43,24 +39,16 @@ from memformer_dist.prepare.encode import (
     usable_documents,
     write_partition,
 )
+from memformer_dist.prepare.loss import Loss, compare
 from memformer_dist.prepare.partitions import Ignored, Partition, cut_partitions, describe_ignored, discover
 from memformer_dist.prepare.pool import Pool, open_pool
-from memformer_dist.prepare.tokenizer import load_tokenizer
+from memformer_dist.prepare.splits import SplitReport, held_out_documents, merge
 from memformer_dist.prepare.workspace import RECIPE_VERSION, RECORD, ListedFile, Recipe, Workspace, is_empty, listed
+from memformer_dist.tokenizer import SENTENCEPIECE, Tokenizer, open_tokenizer, vocabulary
 from memformer_dist.vocabulary import Vocabulary
-
-PADDING_AT = (128, 512)  # segment lengths for which the report gives the share of padding
 
 Task = TypeVar("Task", EncodeTask, WriteTask)
 Result = TypeVar("Result")
-
-
-class SplitReport(TypedDict):
-    fingerprint: str  # sha256 of corpus.json
-    documents: int
-    tokens: int
-    characters: int
-    padding: dict[str, float]  # by segment length: share of the positions
 
 
 class Report(TypedDict):
@@ -71,6 +59,7 @@ class Report(TypedDict):
     unreadable: int  # documents, listed in quarantine.jsonl
     ignored: int  # files in folders, listed in ignored.jsonl
     lost: NotRequired[int]  # files of which no document could be read, if any
+    loss: NotRequired[dict[str, object]]  # what the tokenizer loses of a sample, if anything (loss.py)
 
 
 def shard(
@@ -87,6 +76,9 @@ def shard(
     strict: bool = False,
     overwrite: bool = False,
     text_field: str | None = None,
+    lossy: bool = False,
+    bos: str | None = None,
+    eos: str | None = None,
 ) -> Report | None:
     """Make the corpus, or find it already made -> its report; under MPI in rank 0, and None in the others.
 
@@ -102,32 +94,32 @@ def shard(
         there_already = is_corpus(workspace.output)
         if not there_already or overwrite:
             expect_writable(workspace.lock, "--output")
-        model, raw_model = load_tokenizer(tokenizer)
+        opened = open_tokenizer(tokenizer)
+        meaning = vocabulary(opened, bos, eos)
         sources, ignored = list_sources(inputs, valid_inputs, exclude, max(1, int(partition_mib * 2**20)), text_field)
-        vocabulary = Vocabulary(
-            size=model.vocab_size(),
-            bos_id=model.bos_id(),
-            eos_id=model.eos_id(),
-            tokenizer_sha256=hashlib.sha256(raw_model).hexdigest(),
-        )
         recipe = Recipe(
             version=RECIPE_VERSION,
-            tokenizer_sha256=vocabulary.tokenizer_sha256,
+            tokenizer_sha256=meaning.tokenizer_sha256,
             inputs=_listing(sources, held_out=False),
             valid_inputs=_listing(sources, held_out=True),
             valid_fraction=valid_fraction,
             seed=seed,
             partition_mib=partition_mib,
             text_field=text_field,
+            bos_and_eos=unless_its_own(opened, meaning),
         )
         if ignored:
             print(describe_ignored(ignored), file=sys.stderr)
         if there_already and not overwrite:
-            report = existing_report(workspace.output, recipe, strict)
+            report = existing_report(workspace.output, recipe, strict, lossy)
             workspace.remove_leftover()
         else:
+            if recipe.bos_and_eos is not None:
+                print(describe_special(opened, meaning), file=sys.stderr)
+            loss = compare([source.partition for source in sources], opened, text_field)
+            loss.accept(tokenizer, lossy)
             with workspace.locked():
-                report = Build(workspace, recipe, vocabulary, raw_model, sources, ignored, strict).run(pool)
+                report = Build(workspace, recipe, meaning, opened, sources, ignored, strict, loss).run(pool)
         warn_of_one_document(report)
         return report
 
@@ -165,7 +157,19 @@ def is_corpus(output: Path) -> bool:
     return False
 
 
-def existing_report(output: Path, recipe: Recipe, strict: bool) -> Report:
+def unless_its_own(tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[int] | None:
+    """The ids of BOS and EOS; None where they are those that a SentencePiece model itself has, which its hash stands for."""
+    chosen = [vocabulary.bos_id, vocabulary.eos_id]
+    own = [tokenizer.bos_id, tokenizer.eos_id]
+    return None if tokenizer.file_name == SENTENCEPIECE and chosen == own else chosen
+
+
+def describe_special(tokenizer: Tokenizer, vocabulary: Vocabulary) -> str:
+    bos, eos = (f"{token} {tokenizer.piece(token)!r}" for token in (vocabulary.bos_id, vocabulary.eos_id))
+    return f"BOS is token {bos}, EOS is token {eos}; --bos and --eos name others"
+
+
+def existing_report(output: Path, recipe: Recipe, strict: bool, lossy: bool = False) -> Report:
     """The report of an existing corpus. Raises UserError where it was made by another recipe or is damaged."""
     try:
         record = json.loads((output / RECORD).read_text())
@@ -178,6 +182,11 @@ def existing_report(output: Path, recipe: Recipe, strict: bool) -> Report:
     if strict and unreadable:
         raise UserError(
             f"--strict: {unreadable} documents could not be read when the corpus was made: {output}/quarantine.jsonl"
+        )
+    if not lossy and "loss" in report:
+        raise UserError(
+            f"--tokenizer: {output} was made with --lossy: the tokenizer loses text, see the field loss in {output / RECORD};"
+            " --lossy keeps the corpus"
         )
     for split in report["splits"]:
         for entry in read_split(output / split).manifest.shards:
@@ -227,10 +236,11 @@ class Build:
     workspace: Workspace
     recipe: Recipe
     vocabulary: Vocabulary
-    tokenizer: bytes  # content of its file
+    tokenizer: Tokenizer
     sources: Sequence[Source]
     ignored: Sequence[Ignored]
     strict: bool
+    loss: Loss
 
     def run(self, pool: Pool) -> Report:
         """Raises UserError where nothing can be made of the documents, or one cannot be read and `strict` is set."""
@@ -253,7 +263,7 @@ class Build:
             for task, held_out in zip(tasks, valid, strict=True)
         ]
         records = self._work(pool, "writing", write_partition, write_tasks, finished_record)
-        splits = merge(self.workspace, self.vocabulary, has_mask, records)
+        splits = self._merge(has_mask, records)
         documents = sum(partition.documents for partition in encoded)
         report: Report = {
             "splits": splits,
@@ -263,6 +273,8 @@ class Build:
         }
         if lost:
             report["lost"] = len(lost)
+        if self.loss.documents:
+            report["loss"] = self.loss.record()
         ignored = ({"file": name, "reason": reason} for name, reason in self.ignored)
         self.workspace.finish(self.recipe, dict(report), quarantine(tasks, encoded), ignored)
         return report
@@ -270,7 +282,12 @@ class Build:
     def _encode_task(self, number: int, partition: Partition) -> EncodeTask:
         text_field = self.recipe.text_field
         stem = self.workspace.stem(partition, self.vocabulary.tokenizer_sha256, text_field)
-        return EncodeTask(number, self.workspace, stem, partition, self.vocabulary, text_field)
+        tokenizer = self.workspace.tokenizer(self.tokenizer.file_name)
+        return EncodeTask(number, self.workspace, stem, partition, self.vocabulary, tokenizer, text_field)
+
+    def _merge(self, has_mask: bool, records: Sequence[dict[str, ShardRecord]]) -> dict[str, SplitReport]:
+        name, lossy = self.tokenizer.file_name, self.loss.documents > 0
+        return merge(self.workspace, self.vocabulary, has_mask, records, tokenizer=name, lossy=lossy)
 
     def _work(
         self,
@@ -332,84 +349,3 @@ def lost_files(tasks: Sequence[EncodeTask], encoded: Sequence[Encoded]) -> froze
         if partition.documents > partition.unreadable:
             kept.update(piece.file.name for piece in task.partition.pieces if piece.stop is not None)
     return frozenset(lost - kept)
-
-
-# ------------------------------------------------------------------------------------------------- validation documents
-
-
-def held_out_documents(
-    held_out: Sequence[bool], usable: Sequence[np.ndarray], unreadable: int, fraction: float, seed: int
-) -> list[np.ndarray]:
-    """For each partition the numbers of its validation documents, int64 [n].
-
-    held_out   of each partition: its files were given with --valid-input
-    usable     of each partition: bool [documents]
-
-    Raises UserError where a split that was asked for would be empty.
-    """
-    ends = np.cumsum([0] + [len(partition) for partition in usable])
-    from_valid_input = np.repeat(np.array(held_out, bool), np.diff(ends))
-    is_usable = np.concatenate(usable)
-    left_out = f"{len(is_usable) - is_usable.sum() - unreadable} are empty, {unreadable} unreadable"
-    for option, chosen in ("--input", ~from_valid_input), ("--valid-input", from_valid_input):
-        if (option == "--input" or any(held_out)) and not np.any(is_usable & chosen):
-            raise UserError(f"{option}: no usable document; {left_out}")
-    valid = from_valid_input if any(held_out) else choose_validation(is_usable, fraction, seed)
-    if fraction > 0 and not np.any(valid):
-        raise UserError(
-            f"--input: found one usable document ({left_out}), and documents are held out whole, so none can be:"
-            " give others with --valid-input, or a second document (one book in two files will do);"
-            " --valid-fraction 0 writes no validation split, which training needs"
-        )
-    return [np.flatnonzero(valid[start:stop]) for start, stop in pairwise(ends)]
-
-
-def choose_validation(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [documents]: a seeded choice among the usable ones; of two or more, at least one for either split."""
-    candidates = np.flatnonzero(usable)
-    number = 0
-    if fraction > 0 and len(candidates) > 1:
-        number = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
-    chosen = np.zeros(len(usable), bool)
-    chosen[np.random.Generator(np.random.PCG64(seed)).permutation(candidates)[:number]] = True
-    return chosen
-
-
-# --------------------------------------------------------------------------------------------------------------- merge
-
-
-def merge(
-    workspace: Workspace, vocabulary: Vocabulary, has_mask: bool, records: Sequence[dict[str, ShardRecord]]
-) -> dict[str, SplitReport]:
-    """Write index and corpus.json of the splits -> their reports. Raises UserError where a split has no label."""
-    reports: dict[str, SplitReport] = {}
-    for split in "train", "valid":
-        shards = {number: record[split] for number, record in enumerate(records) if split in record}
-        if not shards:
-            workspace.split(split).rmdir()
-            continue
-        if not sum(entry["labels"] for entry in shards.values()):
-            workspace.discard()
-            raise UserError(
-                f"{split}: found no label that counts in the loss, expected some: its documents have only parts with"
-                ' "loss": false'
-            )
-        written = []
-        for number, entry in shards.items():
-            index = load_safetensors(workspace.shard_index(number, split).read_bytes())
-            written.append(WrittenShard(Shard.model_validate(entry["shard"]), Index(**index)))
-        write_manifest(workspace.split(split), vocabulary, written, has_mask=has_mask)
-        lengths = np.concatenate([part.index.length for part in written]).astype(np.int64)
-        reports[split] = {
-            "fingerprint": sha256_of(workspace.split(split) / MANIFEST),
-            "documents": len(lengths),
-            "tokens": int(lengths.sum()),
-            "characters": sum(entry["characters"] for entry in shards.values()),
-            "padding": {str(length): _padding(lengths, length) for length in PADDING_AT},
-        }
-    return reports
-
-
-def _padding(lengths: np.ndarray, segment_length: int) -> float:
-    """Share of the positions that are padding, where every document begins a segment."""
-    return float(1 - lengths.sum() / (-(-lengths // segment_length) * segment_length).sum())

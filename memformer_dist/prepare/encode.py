@@ -17,15 +17,14 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
-from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.data.format import Shard, ShardWriter, wrong_size
 from memformer_dist.errors import UserError
 from memformer_dist.files import flush, write_bytes, write_text
 from memformer_dist.prepare.documents import Document, File, Reader, Unreadable, look
 from memformer_dist.prepare.partitions import Partition
-from memformer_dist.prepare.tokenizer import load_tokenizer
 from memformer_dist.prepare.workspace import Workspace, cannot_write, writing
+from memformer_dist.tokenizer import Tokenizer, open_tokenizer
 from memformer_dist.vocabulary import Vocabulary
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 250_000, 2_500  # encoded together; a worker holds these and the largest document
@@ -43,6 +42,7 @@ class EncodeTask(NamedTuple):
     stem: Path  # the files of the encoded partition, without their suffix
     partition: Partition
     vocabulary: Vocabulary
+    tokenizer: Path  # its copy in the workspace
     text_field: str | None = None
 
 
@@ -63,7 +63,7 @@ def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
     each unreadable one a line of JSON [file, position, reason]. The summary is written last.
     """
     stem, dtype = task.stem, task.vocabulary.token_dtype
-    model = _model(task.workspace.tokenizer, task.vocabulary.tokenizer_sha256)
+    tokenizer = _tokenizer(task.tokenizer, task.vocabulary.tokenizer_sha256)
     length, characters, masked = array("I"), array("I"), array("B")  # 4 bytes for a number, where a list takes 36
     reader, unreadable = PartitionReader(task.partition, task.text_field), Unreadable()
     streams = [stem.with_suffix(suffix) for suffix in (TOKENS, MASK, QUARANTINE)]
@@ -74,7 +74,7 @@ def encode_partition(task: EncodeTask) -> tuple[int, Encoded]:
             tokens_file, mask_file, quarantine = (
                 stack.enter_context(open(file, "wb", BUFFER_BYTES)) for file in streams
             )
-            for document, tokens, mask in tokenise(reader, model):
+            for document, tokens, mask in tokenise(reader, tokenizer):
                 tokens_file.write(tokens.astype(dtype).data)
                 if mask is not None:
                     mask_file.write(mask.data)
@@ -145,7 +145,7 @@ def _expect_unchanged(file: File) -> None:
 
 
 def tokenise(
-    documents: Iterable[Document], model: SentencePieceProcessor
+    documents: Iterable[Document], tokenizer: Tokenizer
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
     """Each document with its tokens int32 [n] and its loss mask uint8 [n], None where every label counts.
 
@@ -153,7 +153,7 @@ def tokenise(
     """
     for batch in _batches(documents):
         texts = [part.text for document in batch for part in document.parts]
-        encoded = iter(model.encode(texts, out_type="numpy", num_threads=1))
+        encoded = iter(tokenizer.encode(texts))
         for document in batch:
             if len(document.parts) == 1 and document.has_full_loss:
                 yield document, next(encoded), None
@@ -181,11 +181,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(path: Path, sha256: str) -> SentencePieceProcessor:
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     """Loaded once in each worker."""
-    model, raw = load_tokenizer(path)
-    assert hashlib.sha256(raw).hexdigest() == sha256
-    return model
+    tokenizer = open_tokenizer(path)
+    assert hashlib.sha256(tokenizer.raw).hexdigest() == sha256
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------- shards

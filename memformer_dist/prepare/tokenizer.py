@@ -1,4 +1,4 @@
-"""Lossless SentencePiece tokenizers: trained on a sample of lines, and loaded.
+"""Lossless SentencePiece tokenizers, trained on a sample of lines.
 
     lines = sample_lines(["a.txt", "b.jsonl"], characters=5_000_000)
     Path("small.model").write_bytes(train_tokenizer(lines, vocab_size=8192))
@@ -19,28 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from memformer_dist.errors import UserError
 from memformer_dist.prepare.documents import Document, File, read_documents
+from memformer_dist.tokenizer import ESCAPED
 
-ESCAPES = [("\u2581", "\ue000\ue001"), ("\ue000", "\ue000\ue002")]
+ESCAPES = [(character, escaped) for escaped, character in ESCAPED.items()]
 RESERVED = 4 + 256 + 2 + 4  # tokens: control, bytes, newline and tab, those that stand for spaces and escapes
 LINE_CHARACTERS = 1000  # longer lines are cut for training: the trainer drops those of more than 4192 bytes
-
-
-def load_tokenizer(path: Path) -> tuple[SentencePieceProcessor, bytes]:
-    """The model, and the content of its file. Raises UserError where it cannot be loaded or lacks BOS or EOS."""
-    sentencepiece.SetMinLogLevel(2)  # errors arrive as exceptions
-    try:
-        raw = path.read_bytes()
-        model = SentencePieceProcessor(model_proto=raw)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--tokenizer: cannot load {path}: {error}") from None
-    if min(model.bos_id(), model.eos_id()) < 0:
-        raise UserError(f"--tokenizer: {path} has no BOS or no EOS token; train one with tokenizer/train.py")
-    return model, raw
 
 
 def sample_lines(

@@ -39,11 +39,13 @@ from memformer_dist.files import (
     write_bytes,
     write_text,
 )
+from memformer_dist.places import recorded
 from memformer_dist.prepare.documents import File, suffix_of
 from memformer_dist.prepare.kinds import Kind
 from memformer_dist.prepare.partitions import Partition
+from memformer_dist.tokenizer import Tokenizer
 
-RECORD, QUARANTINE, IGNORED, TOKENIZER = "sharding.json", "quarantine.jsonl", "ignored.jsonl", "tokenizer.model"
+RECORD, QUARANTINE, IGNORED = "sharding.json", "quarantine.jsonl", "ignored.jsonl"
 RECIPE_VERSION = 2
 INSIDE = ".partial"  # CORPUS.partial, if it is inside
 NO_CORPUS = (INSIDE, f"{INSIDE}.lock", "lost+found")  # what may be in a folder that counts as empty
@@ -63,11 +65,13 @@ class Recipe:
     seed: int
     partition_mib: float
     text_field: str | None = None
+    bos_and_eos: list[int] | None = None  # their ids, where a SentencePiece model does not name them itself
 
     @property
     def fields(self) -> dict[str, Any]:
         """As sharding.json has them. An option that came later is there where it is used, so older records compare."""
-        return {name: value for name, value in vars(self).items() if name != "text_field" or value is not None}
+        later = ("text_field", "bos_and_eos")
+        return {name: value for name, value in vars(self).items() if name not in later or value is not None}
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """The fields in which a sharding.json, parsed, is another recipe."""
@@ -82,7 +86,7 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
 
 def listed(file: File) -> ListedFile:
     """With its kind where version 0.1 took the file for another: for text, whatever it was."""
-    usual = (file.path, file.size, file.changed)
+    usual = (recorded(file.path), file.size, file.changed)
     before = {".jsonl": Kind.JSON_LINES, ".parquet": Kind.PARQUET}.get(suffix_of(file.name), Kind.TEXT)
     return usual if file.kind in (before, Kind.BINARY, None) else (*usual, file.kind.value)
 
@@ -108,9 +112,8 @@ class Workspace:
     def lock(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.lock")  # not in the folder: see `locked`
 
-    @property
-    def tokenizer(self) -> Path:
-        return self._corpus / TOKENIZER
+    def tokenizer(self, file_name: str) -> Path:
+        return self._corpus / file_name
 
     def split(self, name: str) -> Path:
         return self._corpus / name
@@ -177,7 +180,7 @@ class Workspace:
             with suppress(UserError), self.locked():
                 remove_folder(self.folder)
 
-    def begin(self, recipe: Recipe, tokenizer: bytes, encoded: Iterable[str]) -> None:
+    def begin(self, recipe: Recipe, tokenizer: Tokenizer, encoded: Iterable[str]) -> None:
         """Keep what an interrupted run finished of the same recipe, and the `encoded` partitions of these names."""
         keep = set(encoded)
         record = read_json(self._recipe)
@@ -195,7 +198,7 @@ class Workspace:
         for path in *unfinished, *others:
             with suppress(OSError):  # in use on another node: no name here is used again before it is whole
                 path.unlink(missing_ok=True)
-        write_bytes(self.tokenizer, tokenizer)
+        write_bytes(self.tokenizer(tokenizer.file_name), tokenizer.raw)
         if differences:
             write_text(self._recipe, json.dumps(recipe.fields, indent=1))
 
@@ -207,9 +210,9 @@ class Workspace:
         ignored: Iterable[dict[str, Any]] = (),
     ) -> None:
         """The corpus takes its name; CORPUS.partial goes if it can, and with it the corpus that is replaced."""
-        with open(self._corpus / QUARANTINE, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in quarantine)
-        if lines := [json.dumps(line) + "\n" for line in ignored]:
+        with open(self._corpus / QUARANTINE, "w") as file:  # JSON is ASCII here
+            file.writelines(_line(entry) for entry in quarantine)
+        if lines := [_line(entry) for entry in ignored]:
             (self._corpus / IGNORED).write_text("".join(lines))
         (self._corpus / RECORD).write_text(json.dumps(recipe.fields | {"report": report}, indent=1) + "\n")
         for path in self._corpus.rglob("*"):
@@ -238,6 +241,11 @@ class Workspace:
 
     def discard(self) -> None:
         remove_folder(self.folder)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """Of quarantine.jsonl and ignored.jsonl."""
+    return json.dumps(entry | {"file": recorded(entry["file"])}) + "\n"
 
 
 def is_empty(folder: Path) -> bool:
