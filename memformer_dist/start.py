@@ -15,21 +15,24 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
 from memformer_dist.files import read_json_lines, write_bytes, write_text
-from memformer_dist.world import World
+from memformer_dist.world import World, ranks_on_hosts
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
 log = logging.getLogger(__name__)
 
 
-def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int) -> None:
-    """Write config.json and tokenizer.model; append command, package versions, git commit and time to starts.jsonl."""
+def record(run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step: int) -> None:
+    """Write config.json and tokenizer.model; append what started the run where, with which versions, to starts.jsonl."""
     write_text(run_dir / "config.json", config.to_json())
     write_bytes(run_dir / "tokenizer.model", tokenizer.read_bytes())
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.executable, *sys.argv],
         "step": step,
-        "world_size": world_size,
+        "world_size": world.size,
+        "launcher": world.launch.by,
+        "hosts": list(dict.fromkeys(world.hosts)),
+        "job": world.launch.job,
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
@@ -60,6 +63,9 @@ def introduce(
         f" {window} segments x {data.segment_length} tokens"
         + ("" if isinstance(config.mrbp.window, int) else f"; mrbp.window: {config.mrbp.window}")
     )
+    if not world.launch.is_alone:
+        job = f", job {world.launch.job}" if world.launch.job else ""
+        log.info(f"started by {world.launch.by}{job}: {ranks_on_hosts(range(world.size), world.hosts)}")
     # Of interest where an epoch is short; of millions of documents it would take as long as dealing them again.
     copies = schedule.concurrent_copies() if epoch.documents < 100 * data.lanes else 1
     if copies > 1:
