@@ -23,6 +23,7 @@ PATIENCE = "MEMFORMER_RENDEZVOUS_S"  # environment variable: how long to wait fo
 PATIENCE_S = 300.0
 SAY_SO_AFTER_S = 10.0
 POLL_S = 0.05
+HEARD_WITHIN_S = 10.0
 NAMED = 8  # missing ranks in one message
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
@@ -100,10 +101,13 @@ def _wait_for_all(arrivals: dist.Store, launch: Launch, where: str, patience: fl
     if launch.rank == 0:
         verdict = _missing_after(arrivals, launch.size, where, patience)
         arrivals.set("verdict", verdict)
+        if verdict:
+            _until_heard(arrivals)
     else:
         try:
             arrivals.wait(["verdict"], timedelta(seconds=patience + 60))
             verdict = arrivals.get("verdict").decode()
+            arrivals.add("heard", 1)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             verdict = f"rank {launch.rank} has lost rank 0 at {where}: {str(error).splitlines()[0]}"
     if verdict:
@@ -127,6 +131,13 @@ def _missing_after(arrivals: dist.Store, size: int, where: str, patience: float)
             _say(f"waiting for {which} at {where}")
         time.sleep(POLL_S)
     return ""
+
+
+def _until_heard(arrivals: dist.Store) -> None:
+    """Rank 0 takes the store with it: it stays until those who have come know why, but not for ever."""
+    ends = time.monotonic() + HEARD_WITHIN_S
+    while arrivals.add("heard", 0) < arrivals.add("arrived", 0) - 1 and time.monotonic() < ends:
+        time.sleep(POLL_S)
 
 
 def _say(message: str) -> None:

@@ -1,12 +1,12 @@
 """Which rank a process is, from the variables that real launchers set, and ranks that do not find one another."""
 
 import os
-import socket
 
 import pytest
 
 from memformer_dist.errors import LaunchError
 from memformer_dist.launcher import ALONE, Launch, detect, launch_problems, node_names, tasks_per_node
+from tests.helpers.ranks import free_port
 from tests.helpers.scripts import run_ranks_of_script
 
 # As SLURM 22.05, MPICH 5.0, Open MPI 4.1, torch 2.13 and DeepSpeed 0.19 set them, for the second process of three.
@@ -134,12 +134,6 @@ def test_tasks_per_node():
 
 
 # ---- ranks that do not find one another ----------------------------------------------------------------------------------
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def start(*ranks: int, size: int, **changes: str) -> list[tuple[int, str]]:

@@ -11,18 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.ranks import free_port
+from tests.helpers.runs import assert_same_run, starts, steps_logged
 from tests.helpers.scripts import program_environment
-from tests.test_slurm import lines, losses, weights
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.full
 PROGRAM = ROOT / "launch" / "train.py"
 HERE = Path(sys.executable).parent
-
-
-def _port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _torchrun(*options: str) -> list[str]:
@@ -34,13 +30,13 @@ def _open_mpi() -> str | None:
 
 
 LAUNCHERS = {
-    "torchrun, static": lambda: (_torchrun("--master-addr", "127.0.0.1", "--master-port", _port()), "torchrun"),
+    "torchrun, static": lambda: (_torchrun("--master-addr", "127.0.0.1", "--master-port", free_port()), "torchrun"),
     "torchrun, c10d": lambda: (
-        _torchrun("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_port()}", "--rdzv-id", "a"),
+        _torchrun("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "a"),
         "torchrun",
     ),
     "deepspeed": lambda: (
-        [str(HERE / "deepspeed"), "--num_gpus", "2", "--master_port", _port(), str(PROGRAM)],
+        [str(HERE / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), str(PROGRAM)],
         "deepspeed",
     ),
     "mpirun of MPICH": lambda: (
@@ -59,7 +55,7 @@ def reference(_config, tmp_path_factory) -> Path:
     """Two ranks, each started by hand with the variables that torchrun would set."""
     folder = tmp_path_factory.mktemp("reference")
     (folder / "config.json").write_text(json.dumps(_config))
-    port = _port()
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, PROGRAM, "--config", folder / "config.json", "--run-dir", folder / "run"],
@@ -80,12 +76,9 @@ def test_the_same_run(name, reference, tmp_path):
     command = [*words, "--config", str(reference / "config.json"), "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, env=program_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    [start] = lines(tmp_path / "run" / "starts.jsonl")
+    [start] = starts(tmp_path / "run")
     assert (start["launcher"], start["world_size"], start["hosts"]) == (by, 2, [socket.gethostname()])
-    assert losses(tmp_path / "run") == losses(reference / "run")
-    found, expected = weights(tmp_path / "run"), weights(reference / "run")
-    assert found.keys() == expected.keys() and len(found) > 10
-    assert all((found[key] == expected[key]).all() for key in found)
+    assert_same_run(tmp_path / "run", reference / "run")
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(reference, tmp_path):
@@ -106,24 +99,15 @@ def test_ranks_whose_launcher_is_killed_save_and_end(reference, tmp_path):
                 [*words, *options], env=program_environment(), stdout=output, stderr=output, start_new_session=True
             )
         try:
-            _until(lambda run=run: len(losses(run)) > 2)
+            wait_until(lambda run=run: steps_logged(run) > 2)
             launcher.kill()
             launcher.wait()
-            _until(lambda run=run: _ended(run))
+            wait_until(lambda run=run: _ended(run))
         finally:
             for pid in _members(launcher.pid):
                 os.kill(pid, 9)
         assert "stopped by SIGTERM" in (run / "log.txt").read_text()
         assert list((run / "checkpoints").glob("step-*"))
-
-
-def _until(condition) -> None:
-    import time
-
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def _ended(run: Path) -> bool:
