@@ -10,7 +10,6 @@ sections is checked here, one function per subject. docs/configuration.md lists 
 import difflib
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from memformer_dist.cells.base import CellConfig
 from memformer_dist.curriculum import WindowByMetric, plan_model
 from memformer_dist.data.open_data import IN_A_CORPUS, DataConfig
 from memformer_dist.errors import UserError, sentences
+from memformer_dist.launcher import detected
 from memformer_dist.mrbp.settings import DRIFT_LIMITS, MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.places import Places, is_unicode, is_url
@@ -80,6 +80,9 @@ class CheckpointConfig(Section):
     )
     keep: int = Field(
         2, ge=2, description="how many of the newest checkpoints are kept; with two, one may turn out damaged"
+    )
+    before_job_ends_s: float = Field(
+        120, ge=0, description="under SLURM the run saves and stops this many seconds before the job's end"
     )
     anchor_every_tokens: PositiveInt | None = Field(
         None, description="the first checkpoint after each multiple of this many tokens is never removed; null: none"
@@ -174,7 +177,7 @@ class RunConfig(Section):
             problems += _override(raw, override)
             outdated |= outdated_fields(raw)
             raw = upgrade(raw)
-        if os.environ.get("RANK", "0") == "0":
+        if detected().rank == 0:
             for old, new in outdated.items():
                 log.warning("%s is now called %s; the old name still works", old, new)
         return cls.check(raw, world_size, source=str(path), problems=problems, places=places)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from memformer_dist.world import ranks_of_this_host
+from memformer_dist.launcher import detected
 
 
 def free_bytes(device: torch.device) -> int:
@@ -17,7 +17,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return host_free_bytes(Path("/")) // ranks_of_this_host()
+    return host_free_bytes(Path("/")) // detected().local_size
 
 
 # By controller in /proc/self/cgroup (version 2 names none): where the hierarchy is mounted, its files for limit and usage,

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from memformer_dist.launcher import detected
+
 # End a job: kill, scancel, docker stop; Ctrl-C; a terminal that is closed. SIGQUIT (Ctrl-\) is not among them: it stays
 # the way to end a program without waiting for anything.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -102,9 +104,9 @@ class StopRequests:
         self.since = 0.0
         self.began = time.time()
         self.leaving_with: int | None = None  # the exit code once everything is saved
-        self.rank = int(os.environ.get("RANK", 0))
-        launched = "LOCAL_RANK" in os.environ
-        self.same_request_s = SAME_REQUEST_UNDER_A_LAUNCHER_S if launched else SAME_REQUEST_S
+        launch = detected()
+        self.rank = launch.rank
+        self.same_request_s = SAME_REQUEST_UNDER_A_LAUNCHER_S if launch.has_launcher else SAME_REQUEST_S
 
     def note(self, number: int) -> None:
         """Called in the thread that listens."""
@@ -167,7 +169,7 @@ def end_at_once() -> Listener:
 
 def _end_at_once(number: int) -> None:
     _within(0.5, sys.stdout.flush)
-    if os.environ.get("RANK", "0") == "0":
+    if detected().rank == 0:
         _within(0.5, lambda: print("stopped", file=sys.stderr, flush=True))
     os._exit(128 + number)
 

@@ -26,7 +26,7 @@ from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.optimizer import decay_start, learning_rate
 from memformer_dist.places import PLACES, STARTS, Places, recorded
 from memformer_dist.tokenizer import file_name_of
-from memformer_dist.world import World
+from memformer_dist.world import World, ranks_on_hosts
 
 # Fields that the learning rate of a step depends on.
 OF_THE_SCHEDULE = (
@@ -42,8 +42,8 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", 
 log = logging.getLogger(__name__)
 
 
-def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int) -> None:
-    """Write config.json and the tokenizer; append command, versions, git commit, time and places to starts.jsonl."""
+def record(run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step: int) -> None:
+    """Write config.json and the tokenizer; append what started the run, where and with which versions to starts.jsonl."""
     write_text(run_dir / "config.json", config.to_json())
     raw = tokenizer.read_bytes()
     write_bytes(run_dir / file_name_of(raw), raw)
@@ -51,7 +51,10 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, s
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [recorded(word) for word in (sys.executable, *sys.argv)],
         "step": step,
-        "world_size": world_size,
+        "world_size": world.size,
+        "launcher": world.launch.by,
+        "hosts": list(dict.fromkeys(world.hosts)),
+        "job": world.launch.job,
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         PLACES: Places.of_run(run_dir).seen(config.paths),
@@ -83,6 +86,9 @@ def introduce(
         f" {window} segments x {data.segment_length} tokens"
         + ("" if isinstance(config.mrbp.window, int) else f"; mrbp.window: {config.mrbp.window}")
     )
+    if not world.launch.is_alone:
+        job = f", job {world.launch.job}" if world.launch.job else ""
+        log.info(f"started by {world.launch.by}{job}: {ranks_on_hosts(range(world.size), world.hosts)}")
     # Of interest where an epoch is short; of millions of documents it would take as long as dealing them again.
     copies = schedule.concurrent_copies() if epoch.documents < 100 * data.lanes else 1
     if copies > 1:

@@ -84,7 +84,7 @@ class Trainer:
         began = time.perf_counter()
         self.config, self.run_dir, self.world = config, run_dir, world
         self.train_corpus, self.valid_corpus = corpora
-        self.stop = StopRequest(run_dir, world)
+        self.stop = StopRequest(run_dir, world, config.checkpoint.before_job_ends_s)
         schedule = training_schedule(config.data, self.train_corpus)
         lanes, share = world.lanes_of_rank(config.data.lanes), config.lanes_per_group(world.size)
         prefetch = config.data.prefetch
@@ -132,7 +132,7 @@ class Trainer:
         )
         self.monitor = Monitor(run_dir, self.position, is_main=world.is_main)
         if world.is_main:
-            start.record(run_dir, config, self.train_corpus.tokenizer(), world.size, self.position.step)
+            start.record(run_dir, config, self.train_corpus.tokenizer(), world, self.position.step)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
             assert labels is not None
             start.advise(config, world, corpora, schedule, labels, replays=self.engine.module.carries_gradient)

@@ -1,12 +1,12 @@
 """The ranks that work together: which one this is, on which device, and what all of them must agree on.
 
-Under `deepspeed` and `torchrun`, which set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and as a single
-process, which needs none of them. Collectives are NCCL on GPUs and gloo on CPUs (DS_ACCELERATOR=cpu forces the latter).
+Under any launcher that launcher.py knows, and as a single process. Collectives are NCCL on GPUs and gloo on CPUs
+(DS_ACCELERATOR=cpu forces the latter).
 """
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from memformer_dist.errors import LaunchError, UserError
+from memformer_dist.launcher import ALONE, STANDARD, Launch, detect
+from memformer_dist.rendezvous import meet
 
 Result = TypeVar("Result")
 
-LEAST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "LOCAL_SIZE": 1}  # of these variables
 HOSTS_SHOWN = 4  # in one message
 ANY_NAME = "surrogatepass"  # messages name files, whose names need not be UTF-8
 
@@ -26,6 +27,8 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    launch: Launch = ALONE
+    hosts: tuple[str, ...] = ()  # of every rank
 
     @classmethod
     def start(cls) -> "World":
@@ -33,29 +36,20 @@ class World(NamedTuple):
 
         Raises LaunchError if the launcher's variables do not fit together, or the ranks cannot meet where they say.
         """
-        if problems := list(launch_problems(os.environ)):
-            raise LaunchError("\n".join(problems))
-        for name in "RANK", "LOCAL_RANK":
-            os.environ.setdefault(name, "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        alone = world_size() == 1
+        launch = detect(os.environ)
+        for name, value in zip(STANDARD, (launch.rank, launch.size, launch.local_rank, launch.local_size)):
+            os.environ[name] = str(value)  # for DeepSpeed
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", launch.local_rank)
             torch.cuda.set_device(device)
-            _join("nccl", alone, device_id=device)
+            hosts = _join("nccl", launch, device_id=device)
         else:
             os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which guesses otherwise
             device = torch.device("cpu")
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_this_host()))
-            # Ranks of one machine need not listen on its network, nor need its name resolve.
-            if "lo" in dict(socket.if_nameindex()).values():
-                if alone:
-                    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-                elif os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            _join("gloo", alone)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+            hosts = _join("gloo", launch)
+        return cls(launch.rank, launch.size, device, launch, tuple(hosts))
 
     @property
     def is_main(self) -> bool:
@@ -133,46 +127,18 @@ class World(NamedTuple):
         return [int(size) for size in sizes]
 
 
-def _join(backend: str, alone: bool, **options: Any) -> None:
-    """Join the process group. A process that is alone listens nowhere: a port may be taken."""
-    if alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-        return
+def _join(backend: str, launch: Launch, **options: Any) -> list[str]:
+    """Join the process group -> the host of every rank. A process that is alone listens nowhere: a port may be taken."""
+    store, hosts = (dist.HashStore(), [socket.gethostname()]) if launch.is_alone else meet(launch)
+    if launch.is_alone and "lo" in dict(socket.if_nameindex()).values():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nor need its name resolve
     try:
-        dist.init_process_group(backend, **options)
-    except dist.DistNetworkError as error:
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, **options)
+    except dist.DistError as error:
         raise LaunchError(
-            f"MASTER_ADDR, MASTER_PORT: rank {os.environ['RANK']} on {socket.gethostname()} found no way to meet the"
-            f" other ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+            f"rank {launch.rank} on {socket.gethostname()} cannot talk to the other ranks: {str(error).splitlines()[0]}"
         ) from None
-
-
-def launch_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with the variables that a launcher sets, one sentence each."""
-    several = "expected what a launcher sets (deepspeed, torchrun), or none of them for a single process"
-    numbers = {name: environment[name] for name in LEAST if name in environment}
-    wrong = {name: value for name, value in numbers.items() if not _is_number(value, LEAST[name])}
-    for name, value in wrong.items():
-        yield f"{name}: found {value!r} in the environment, expected a whole number of at least {LEAST[name]}"
-    if "RANK" in environment and "WORLD_SIZE" not in environment:
-        yield f"RANK: found {environment['RANK']!r} in the environment without WORLD_SIZE; {several}"
-    if wrong or "WORLD_SIZE" not in environment:
-        return
-    size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", 0))
-    if rank >= size:
-        yield f"RANK: found {rank} in the environment with WORLD_SIZE {size}, expected at most {size - 1}"
-    if size == 1:
-        return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing:
-        yield f"WORLD_SIZE: found {size} in the environment without {', '.join(missing)}; {several}"
-    port = environment.get("MASTER_PORT")
-    if port and not (_is_number(port, 1) and int(port) < 2**16):
-        yield f"MASTER_PORT: found {port!r} in the environment, expected a port, 1 to 65535"
-
-
-def _is_number(text: str, least: int) -> bool:
-    return text.isascii() and text.isdigit() and int(text) >= least
+    return hosts
 
 
 def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -193,20 +159,3 @@ def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
         parts.append(f"rank{'' if len(members) == 1 else 's'} {words} on {host}")
     left = len(by_host) - len(parts)
     return ", ".join(parts) + (f" and ranks on {left} other hosts" if left else "")
-
-
-def several_ranks_can_meet() -> bool:
-    """Whether this is one of several ranks, and the launcher's variables fit together."""
-    return world_size() > 1 and not list(launch_problems(os.environ))
-
-
-def world_size() -> int:
-    """Raises LaunchError where WORLD_SIZE is no such number."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not _is_number(size, LEAST["WORLD_SIZE"]):
-        raise LaunchError("\n".join(launch_problems(os.environ)))
-    return int(size)
-
-
-def ranks_of_this_host() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))

@@ -44,7 +44,11 @@ def test_the_configuration_of_the_other_tests_is_good(config):
     [
         ("mrbp.windows", 4, "mrbp.windows: unknown key, did you mean window?"),
         ("model.slot", 4, "model.slot: unknown key, did you mean slots?"),
-        ("checkpoint.zzz", 1, "checkpoint.zzz: unknown key, expected one of every_tokens, keep, anchor_every_tokens"),
+        (
+            "checkpoint.zzz",
+            1,
+            "checkpoint.zzz: unknown key, expected one of every_tokens, keep, before_job_ends_s, anchor_every_tokens",
+        ),
         ("optimiser.betas", [0.9, 0.99], "optimiser: unknown section, did you mean optimizer?"),
         ("zzz", {}, "zzz: unknown section, expected one of model, data, mrbp, optimizer, training, "),
         ("data", [1], "data: found [1]; input should be a valid dictionary"),
@@ -692,7 +696,7 @@ ALLOWED = {
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
-    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
+    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.before_job_ends_s", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
     *(

@@ -7,11 +7,16 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+import torch
 from torch.nn import Linear, Module
 
 from memformer_dist import start
+from memformer_dist.launcher import Launch
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.progress import Position
+from memformer_dist.world import World
+
+CPU = torch.device("cpu")
 
 
 def test_record_of_the_start(tmp_path, monkeypatch):
@@ -21,13 +26,18 @@ def test_record_of_the_start(tmp_path, monkeypatch):
     config = SimpleNamespace(to_json=lambda: '{"data": {}}', paths={})
     monkeypatch.setattr("sys.argv", ["launch/train.py", "--run-dir", "runs/x"])
     monkeypatch.setenv("PATH", str(tmp_path))
-    start.record(run_dir, config, tokenizer, 2, 0)  # on a machine without git
+    two = World(0, 2, CPU, Launch("srun", 0, 2, job="7"), ("a", "b"))
+    start.record(run_dir, config, tokenizer, two, 0)  # on a machine without git
     git = tmp_path / "git"
     for step, script in enumerate(("echo 1a2b3c4-dirty", "echo fatal: not a git repository >&2; exit 128"), start=1):
         git.write_text(f"#!/bin/sh\n{script}\n")
         git.chmod(0o755)
-        start.record(run_dir, config, tokenizer, 1, step)
+        start.record(run_dir, config, tokenizer, World(0, 1, CPU), step)
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [(entry["launcher"], entry["hosts"], entry["job"]) for entry in starts[:2]] == [
+        ("srun", ["a", "b"], "7"),
+        ("nothing", [], None),
+    ]
     assert [(entry["step"], entry["world_size"], entry["git"]) for entry in starts] == [
         (0, 2, None),
         (1, 1, "1a2b3c4-dirty"),

@@ -16,7 +16,7 @@ import json
 import os
 from pathlib import Path
 
-from memformer_dist import agreement, logs
+from memformer_dist import agreement, logs, orphans
 from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run() -> None:
+    orphans.stop_with_launcher()
     run_program(main)
 
 

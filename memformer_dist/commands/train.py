@@ -12,9 +12,8 @@ Without a GPU: DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py ... sta
 Stop a run with `touch RUN/stop`, or with SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU to any of its ranks: it
 finishes the step, saves a checkpoint and ends with exit code 75, "start the same command again"; a finished run ends
 with 0. A second signal ends it at once, without saving. Ctrl-C in a terminal and most batch systems signal all
-processes, which is fine too. Signals that are ignored when it starts (nohup) stay ignored. A SIGTERM to the `deepspeed`
-command alone ends that command and leaves the ranks running: use `touch RUN/stop` instead. Messages also go to
-RUN/log.txt.
+processes, which is fine too. Signals that are ignored when it starts (nohup) stay ignored. Ranks whose launcher has died
+stop as well, and under SLURM the run stops before its job ends. Messages also go to RUN/log.txt.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import memformer_dist
-from memformer_dist import logs, signals
+from memformer_dist import logs, orphans, signals
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
 from memformer_dist.places import Places, path_option, text_option
@@ -64,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run() -> None:
     signals.note_stop_requests()
+    orphans.stop_with_launcher()
     logs.survive_lost_output()
     options = parse(None)
     run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
@@ -73,12 +73,13 @@ def _train(options: argparse.Namespace) -> None:
     # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
     from memformer_dist.config import RunConfig
     from memformer_dist.data.open_data import open_data
-    from memformer_dist.world import World, several_ranks_can_meet, world_size
+    from memformer_dist.launcher import detected
+    from memformer_dist.world import World
 
     def load() -> RunConfig:
-        return RunConfig.load(find_config(options.config), options.set, world_size(), Places.of_run(options.run_dir))
+        return RunConfig.load(find_config(options.config), options.set, detected().size, Places.of_run(options.run_dir))
 
-    if not several_ranks_can_meet():
+    if detected().is_alone:
         load()  # a mistake is reported before any device is touched
     world = World.start()
     config = world.on_all_or_raise(load)  # what one rank finds must reach the others: they would wait for it

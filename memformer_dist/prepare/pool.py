@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TypeVar, cast
 
 from memformer_dist.errors import UserError
+from memformer_dist.launcher import MPI_LAUNCHERS, SRUN, detect
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -88,13 +89,21 @@ def open_pool(workers: int) -> Iterator[Pool | None]:
 
 
 def _under_mpi() -> bool:
-    """Whether mpirun (MPICH, Intel MPI, Open MPI) or srun started this process as one of several ranks."""
-    sizes = (os.environ.get(name, "1") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    if not any(int(size) > 1 for size in sizes) and "PMIX_RANK" not in os.environ:
+    """Whether mpirun or srun has started this process as one of several ranks.
+
+    Raises UserError where MPI knows nothing of the others: each process would prepare the whole corpus by itself.
+    """
+    launch = detect(os.environ)
+    if launch.is_alone or launch.by not in (SRUN, *MPI_LAUNCHERS):
         return False
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD.Get_size() > 1
+    if MPI.COMM_WORLD.Get_size() == launch.size:
+        return True
+    raise UserError(
+        f"{launch.by} has started {launch.size} processes, but MPI sees {MPI.COMM_WORLD.Get_size()}: use the mpirun that belongs"
+        f" to mpi4py's library ({MPI.Get_library_version().splitlines()[0].strip(chr(0))}), or srun --mpi=pmi2"
+    )
 
 
 def _processes(number: int) -> ProcessPoolExecutor:

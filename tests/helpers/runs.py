@@ -71,6 +71,26 @@ def records(run_dir: Path, *names: str, having: str = "loss/train") -> list[tupl
     return [tuple(line.get(name) for name in ("step", "tokens", *names)) for line in lines]
 
 
+def steps_logged(run_dir: Path) -> int:
+    """Of a run that may not have begun."""
+    return len(records(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def starts(run_dir: Path) -> list[dict]:
+    """The lines of starts.jsonl; none where there is no such file yet."""
+    path = run_dir / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Equal losses at equal steps, and equal weights, moments and lane states at the end, to the last bit."""
+    assert records(found, "loss/train") == records(expected, "loss/train") and len(records(found)) > 1
+    for prefix in ("weights", "moments", "lanes"):
+        one, other = (tensors(last_checkpoint(run), prefix) for run in (found, expected))
+        assert one.keys() == other.keys() and one
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def last_checkpoint(run_dir: Path) -> Path:
     """The folder of the latest step."""
     return max((run_dir / "checkpoints").glob("step-*"))
