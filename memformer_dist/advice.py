@@ -18,6 +18,8 @@ from memformer_dist.optimizer import OptimizerConfig, decay_start, learning_rate
 from memformer_dist.zero.settings import options_without_effect
 
 MANY_EPOCHS = 100
+LONG_EVALUATION = 0.2  # of the segments that are trained on
+IDLE = 0.5  # of the lanes' time in an evaluation
 ABOUT = 1.1  # steps are estimated: something is beyond the run's end from so many times as many on
 
 
@@ -39,6 +41,8 @@ class Sizes(NamedTuple):
     sources: Sequence[Source]
     shards: int | None  # None: shards are not shuffled
     evaluation_segments: int  # that an evaluation of the whole validation split reads per lane
+    evaluation_tokens: int  # ... and over all lanes
+    is_cut: bool  # whether it cuts documents
     is_remote: bool  # whether a corpus lies behind a URL
     replays: bool  # whether the cell's state carries a gradient
 
@@ -47,6 +51,7 @@ class Run(NamedTuple):
     """The size of a run, estimated from that of an epoch."""
 
     first_step: float  # labels
+    segments: float  # per lane
     steps: float  # at most, where the window depends on a metric
     epochs: float
 
@@ -59,7 +64,8 @@ class Run(NamedTuple):
         for (start, window), (stop, _) in zip(parts, [*parts[1:], (math.inf, 0)], strict=True):
             taken = min(stop - start, left / (labels * window))
             steps, left = steps + taken, left - taken * labels * window
-        return cls(labels * parts[0][1], steps, config.training.tokens / (sizes.tokens * sizes.labels))
+        epochs = config.training.tokens / (sizes.tokens * sizes.labels)
+        return cls(labels * parts[0][1], config.training.tokens / labels, steps, epochs)
 
 
 def advice(config: RunConfig, sizes: Sizes) -> list[str]:
@@ -69,6 +75,7 @@ def advice(config: RunConfig, sizes: Sizes) -> list[str]:
         *_length(config.training, run, sizes),
         *_schedule(config.optimizer, config.training.tokens),
         *_evaluation(config.training, run, sizes),
+        *_long_evaluations(config, run, sizes),
         *_checkpoints(config.checkpoint, config.training.tokens, run),
         *_documents(config, sizes),
         *_corpora(config.data, run, sizes),
@@ -143,6 +150,40 @@ def _evaluation(training: TrainingConfig, run: Run, sizes: Sizes) -> Iterator[st
             f"training.evaluate_segments: found {segments}, the validation split has {sizes.evaluation_segments} segments per"
             " lane: every evaluation reads all of it"
         )
+    final, warmup = training.final_evaluate_segments, training.evaluate_warmup_segments
+    if final is not None and final > sizes.evaluation_segments:
+        yield (
+            f"training.final_evaluate_segments: found {final}, the validation split has {sizes.evaluation_segments} segments"
+            " per lane: the evaluation at the end reads all of it"
+        )
+    if warmup is not None and not sizes.is_cut:
+        yield (
+            f"training.evaluate_warmup_segments: found {warmup}, which has no effect: to cut documents of the validation"
+            " split over the lanes would save less than a tenth of the time"
+        )
+
+
+def _long_evaluations(config: RunConfig, run: Run, sizes: Sizes) -> Iterator[str]:
+    """Where nobody has chosen how much is read."""
+    training, each = config.training, sizes.evaluation_segments
+    on_the_way = (training.tokens - 1) // (training.evaluate_every_tokens or training.tokens)
+    busy = sizes.evaluation_tokens / (each * config.data.lanes * config.data.segment_length)
+    hint = ""
+    if training.evaluate_warmup_segments is None and busy < IDLE:
+        hint = (
+            f"; lanes have nothing to read {1 - busy:.0%} of the time, since a few documents are long:"
+            " training.evaluate_warmup_segments cuts these over the lanes"
+        )
+    for field, number, what in (
+        ("final_evaluate_segments", 1, "the evaluation at the end reads"),
+        ("evaluate_segments", on_the_way, f"the {on_the_way:,} evaluations on the way read"),
+    ):
+        share = number * each / run.segments
+        if getattr(training, field) is None and share > LONG_EVALUATION:
+            yield (
+                f"training.{field}: found null: {what} {number * each:,} segments per lane, {share:.0%} of the"
+                f" {run.segments:,.0f} that are trained on; a number of segments limits it{hint}"
+            )
 
 
 def _checkpoints(checkpoint: CheckpointConfig, tokens: int, run: Run) -> Iterator[str]:

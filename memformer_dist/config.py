@@ -60,6 +60,16 @@ class TrainingConfig(Section):
         None,
         description="segments per lane that an evaluation during training reads; null: the whole validation split",
     )
+    final_evaluate_segments: PositiveInt | None = Field(
+        None,
+        description="segments per lane that the evaluation at the end reads; null: the whole validation split",
+    )
+    evaluate_warmup_segments: int | None = Field(
+        None,
+        ge=0,
+        description="in evaluations, cut long documents over the lanes, and read so many segments before each piece"
+        " without counting their losses; null: read every document as a whole, on one lane",
+    )
     skipped_steps_limit: PositiveInt = Field(
         10, description="the run ends with an error after this many steps in a row whose gradient is not finite"
     )
@@ -111,6 +121,8 @@ MAY_CHANGE = (
     "training.tokens",
     "training.evaluate_every_tokens",
     "training.evaluate_segments",
+    "training.final_evaluate_segments",
+    "training.evaluate_warmup_segments",
     "training.skipped_steps_limit",
 )
 
@@ -347,6 +359,8 @@ def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
     if data is not None:
         yield from _lanes_and_ranks(data, mrbp, world_size)
         yield from _stream(data)
+    if training is not None:
+        yield from _warmup(training)
     if mrbp is not None:
         yield from _readout(data, mrbp, world_size)
     if mrbp is not None and training is not None:
@@ -379,6 +393,17 @@ def _stream(data: DataConfig) -> Iterator[str]:
             yield (
                 f"data.{field}: found {value} with data.mode 'stream', which joins all documents in their order; expected"
                 f" {expected}, or mode 'documents'"
+            )
+
+
+def _warmup(training: TrainingConfig) -> Iterator[str]:
+    warmup = training.evaluate_warmup_segments
+    for field in "evaluate_segments", "final_evaluate_segments":
+        limit = getattr(training, field)
+        if warmup is not None and limit is not None and limit <= warmup:
+            yield (
+                f"training.{field}: found {limit}, expected more than training.evaluate_warmup_segments ({warmup}), whose"
+                " losses are not counted"
             )
 
 

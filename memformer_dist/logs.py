@@ -162,6 +162,7 @@ class ProgressReport:
                 unit_scale=total >= 100_000,
                 smoothing=0.1,
                 delay=delay_s,
+                leave=None,  # unless it is a part of another task that is shown
             )
 
     def update(self, done: int, status: str = "") -> None:
@@ -196,9 +197,11 @@ class ProgressReport:
         log.info("%s: %s", self.name, ", ".join(parts))
 
 
-def tracked(items: Sequence[Item], name: str, unit: str, *, enabled: bool = True) -> Iterator[Item]:
+def tracked(
+    items: Sequence[Item], name: str, unit: str, *, enabled: bool = True, delay_s: float = 0.0
+) -> Iterator[Item]:
     """The items, with a ProgressReport of how many have been worked through."""
-    progress = ProgressReport(name, total=len(items), unit=unit, enabled=enabled)
+    progress = ProgressReport(name, total=len(items), unit=unit, enabled=enabled, delay_s=delay_s)
     try:
         for done, item in enumerate(items, start=1):
             yield item

@@ -17,6 +17,7 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
 from memformer_dist.progress import Interval
 from memformer_dist.segment import IGNORE, Segment, Tensors
+from memformer_dist.token_texts import UNKNOWN_TEXT, TextCount
 from memformer_dist.world import World
 
 AGES = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # segments since the document's start
@@ -49,7 +50,9 @@ class Losses(NamedTuple):
 
     loss: float  # nan without labels
     by_age: dict[str, float]  # of the ages that occur
+    labels: float = 0  # that the loss is the mean of
     carried: float | None = None  # mode `carried` over the same labels, where these are not all of them
+    text: TextCount = UNKNOWN_TEXT  # that the labels stand for
 
     @classmethod
     def of(cls, sums: list[float], ages: tuple[str, ...] = AGES) -> "Losses":
@@ -57,7 +60,7 @@ class Losses(NamedTuple):
         nll, labels = sums[: len(ages)], sums[len(ages) :]
         # Without sums, as after steps that were all skipped, there are no ages.
         by_age = {age: n / count for age, n, count in zip(ages, nll, labels, strict=False) if count}
-        return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age)
+        return cls(sum(nll) / sum(labels) if any(labels) else math.nan, by_age, sum(labels))
 
     @property
     def is_missing(self) -> bool:
@@ -66,7 +69,26 @@ class Losses(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return _exponential(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the text in UTF-8; None where its size is not known."""
+        return _ratio(self.loss * self.labels / math.log(2), self.text.bytes)
+
+    @property
+    def perplexity_per_word(self) -> float | None:
+        """None where words are not counted."""
+        nats = _ratio(self.loss * self.labels, self.text.words)
+        return None if nats is None else _exponential(nats)
+
+
+def _exponential(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count > 0 else None  # also where that is nan
 
 
 def gap(losses: dict[str, Losses], mode: str) -> float | None:
@@ -271,7 +293,14 @@ EVALUATION = (
         "loss_shuffled - loss over the same labels: what only the document's own memory gives",
         lambda by: gap(by, "shuffled"),
     ),
+    Metric(
+        "bits_per_byte",
+        "bits per byte",
+        "loss over the bytes of the text that the labels stand for; not logged where the tokenizer does not tell",
+        lambda by: by["carried"].bits_per_byte,
+    ),
 )
+FAMILIES = ("eval", "final")
 
 
 def training_scalars(observed: Observed) -> dict[str, float]:
@@ -289,6 +318,18 @@ def training_curves(observed: Observed) -> dict[str, list[float]]:
     squares = observed.state_gradient_squares[1:]  # the first is that of the state which enters the window
     norms = [math.sqrt(square) / observed.constants.world_size for square in squares]
     return {BOUNDARY_NORMS: norms} if norms else {}
+
+
+def description(name: str) -> str:
+    """What a figure or a curve of that name is, and its unit; empty where no table has it."""
+    if name == BOUNDARY_NORMS:
+        return "norm of the gradient of the last window's mean loss with respect to the state, by segments to its end"
+    named = [(metric.name, metric) for metric in TRAINING]
+    named += [(f"{family}/{metric.name}", metric) for family in FAMILIES for metric in EVALUATION]
+    for pattern, metric in named:
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
+            return f"{metric.meaning} [{metric.unit}]" if metric.unit else metric.meaning
+    return ""
 
 
 def evaluation_scalars(family: str, losses: dict[str, Losses]) -> dict[str, float]:

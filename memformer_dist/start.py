@@ -20,8 +20,9 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels
 from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.open_data import first_epoch
+from memformer_dist.data.pieces import Pieces
 from memformer_dist.errors import UserError
-from memformer_dist.evaluate import evaluation_schedule
+from memformer_dist.evaluate import MODES, Plan
 from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.optimizer import decay_start, learning_rate
 from memformer_dist.places import PLACES, STARTS, Places, recorded
@@ -98,6 +99,19 @@ def introduce(
         )
 
 
+def introduce_evaluations(config: RunConfig, plan: Plan) -> None:
+    """Log how much the evaluations read. advise() warns where it is much beside the training."""
+    training = config.training
+    limit, every = training.final_evaluate_segments, training.evaluate_every_tokens
+    said = (
+        f"the evaluation at the end reads {plan.segments(limit):,} segments per lane, {plan.tokens(limit):,} tokens, in"
+        f" {len(MODES)} ways"
+    )
+    if every is not None and (number := (training.tokens - 1) // every):
+        said += f"; the {number:,} on the way read {plan.segments(training.evaluate_segments):,} segments per lane each"
+    log.info(said)
+
+
 class Labels(NamedTuple):
     share: float  # of the tokens of an epoch, those whose label counts in the loss
     facts: list[str]  # about documents without any
@@ -123,15 +137,15 @@ def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -
 
 def advise(
     config: RunConfig,
-    world: World,
-    corpora: tuple[TokenDataset, TokenDataset],
+    train: TokenDataset,
     schedule: LaneSchedule,
     labels: Labels,
+    evaluation: Plan,
     *,
     replays: bool,
 ) -> None:
     """Log which settings will not do what they say. `replays`: see advice.Sizes."""
-    (train, valid), data = corpora, config.data
+    data = config.data
     sources, epoch = train.sources(data.min_tokens), first_epoch(train, schedule)
     sizes = Sizes(
         tokens=epoch.tokens,
@@ -143,7 +157,9 @@ def advise(
             for name, source in zip(data.corpora, sources, strict=False)  # a stream is one source
         ],
         shards=None if train.shard_ends is None else len(train.shard_ends),
-        evaluation_segments=evaluation_schedule(valid, data.lanes, world.size, data.segment_length).ticks,
+        evaluation_segments=evaluation.segments(),
+        evaluation_tokens=evaluation.tokens(),
+        is_cut=isinstance(evaluation.dataset, Pieces),
         is_remote=train.is_remote,
         replays=replays,
     )

@@ -64,6 +64,7 @@ SYNONYMS = {
     "training.evaluate_every_tokens": "eval_every eval_interval eval_steps eval_freq evaluate_every evaluation_strategy"
     " eval_strategy val_interval val_every",
     "training.evaluate_segments": "eval_iters eval_batches eval_segments max_eval_steps max_eval_samples val_steps",
+    "training.final_evaluate_segments": "test_iters test_batches test_segments max_test_steps",
     "training": "train trainer",
     "checkpoint.every_tokens": "save_every save_steps save_interval save_freq save_strategy checkpoint_every"
     " checkpoint_interval checkpoint_freq",

@@ -58,6 +58,9 @@ class Tokenizer(Protocol):
     size: int  # ids are 0 ... size - 1
     bos_id: int | None  # None where the file does not say
     eos_id: int | None
+    escape: (
+        bytes  # begins what is written for another character, and stands for nothing itself; none in most tokenizers
+    )
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 [tokens]. Raises UserError where a text cannot be encoded."""
@@ -81,6 +84,10 @@ class Tokenizer(Protocol):
 
     def bytes_of(self, token: int) -> bytes | None:
         """What a token adds to a text, in UTF-8; it may be part of a character. None where its neighbours decide."""
+        ...
+
+    def written(self, token: int) -> bytes | None:
+        """As `bytes_of`, but with escapes as they are written: see `escape`."""
         ...
 
     def is_open(self, ids: Sequence[int]) -> bool:
@@ -186,6 +193,8 @@ class SentencePieceTokenizer:
         self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         self.size = self._model.vocab_size()
         self.bos_id, self.eos_id = (None if x < 0 else x for x in (self._model.bos_id(), self._model.eos_id()))
+        is_ours = self._model.normalize(SPACE).startswith(ESCAPE)
+        self.escape = ESCAPE.encode() if is_ours else b""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._model.encode(list(texts), out_type="numpy", num_threads=1)
@@ -203,15 +212,19 @@ class SentencePieceTokenizer:
     def special(self) -> list[str]:
         return [self.piece(token) for token in range(self.size) if self._model.is_control(token)]
 
-    def bytes_of(self, token: int) -> bytes | None:
-        if self._model.is_control(token):
+    def written(self, token: int) -> bytes | None:
+        if self._model.is_control(token) or self._model.is_unused(token):
             return b""
         if self._model.is_unknown(token):
             return None
         piece = self.piece(token)
-        if self._model.is_byte(token):
-            return _byte(piece)
-        text = piece.replace(SPACE, " ")
+        return _byte(piece) if self._model.is_byte(token) else piece.replace(SPACE, " ").encode()
+
+    def bytes_of(self, token: int) -> bytes | None:
+        written = self.written(token)
+        if not written or self._model.is_byte(token):
+            return written
+        piece, text = self.piece(token), written.decode()
         for escaped, character in ESCAPED.items():
             text = text.replace(escaped, character)
         if text.endswith(ESCAPE) != piece.endswith("\ue000\ue002") or text.startswith(("\ue001", "\ue002")):
@@ -249,6 +262,7 @@ class HuggingFaceTokenizer:
     """
 
     file_name = HUGGING_FACE
+    escape = b""
 
     def __init__(self, raw: bytes, described: dict[str, Any], stated: dict[str, str] | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # preparation has processes of its own
@@ -304,6 +318,9 @@ class HuggingFaceTokenizer:
             return _byte(piece)
         alone, twice = self.decode([token]), self.decode([token, token])  # decoders treat the first token otherwise
         return twice[len(alone) :].encode() if twice.startswith(alone) else None
+
+    def written(self, token: int) -> bytes | None:
+        return self.bytes_of(token)
 
     def is_open(self, ids: Sequence[int]) -> bool:
         if self._spells_bytes:

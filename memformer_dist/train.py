@@ -28,7 +28,7 @@ from memformer_dist.data.open_data import training_schedule
 from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.files import read_json, write_text
-from memformer_dist.logs import ProgressReport
+from memformer_dist.logs import EVERY_S, ProgressReport, tracked
 from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
 from memformer_dist.monitor import Monitor
 from memformer_dist.mrbp.drift import drift_problem, exceeds
@@ -37,6 +37,7 @@ from memformer_dist.optimizer import adamw, decay_begins, learning_rate
 from memformer_dist.progress import Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Tensors
+from memformer_dist.token_texts import token_texts
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
 
@@ -130,12 +131,22 @@ class Trainer:
         self.constants = metrics.constants_of(
             config, world, self.states[0], partial(build_cell, config, self.train_corpus.vocabulary)
         )
-        self.monitor = Monitor(run_dir, self.position, is_main=world.is_main)
+        self.texts = token_texts(self.valid_corpus.tokenizer())
+        self.evaluation_plan = evaluate.plan(
+            self.valid_corpus,
+            world.size,
+            lanes=config.data.lanes,
+            segment_length=config.data.segment_length,
+            warmup_segments=config.training.evaluate_warmup_segments,
+        )
+        self.monitor = Monitor(run_dir, self.position, configuration=config.to_json(), is_main=world.is_main)
         if world.is_main:
             start.record(run_dir, config, self.train_corpus.tokenizer(), world, self.position.step)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
+            start.introduce_evaluations(config, self.evaluation_plan)
             assert labels is not None
-            start.advise(config, world, corpora, schedule, labels, replays=self.engine.module.carries_gradient)
+            plan, replays = self.evaluation_plan, self.engine.module.carries_gradient
+            start.advise(config, self.train_corpus, schedule, labels, plan, replays=replays)
             start.introduce_resumed(resumed, config, changes, self.curriculum.window, self.engine.module)
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
@@ -325,44 +336,58 @@ class Trainer:
         position, training = self.position, self.config.training
         if self._done() or not crosses(position.evaluated, position.tokens, training.evaluate_every_tokens):
             return None
-        losses = self._evaluate("eval", training.evaluate_segments)
-        if losses is not None:
-            position.evaluated = position.tokens
+        found = self._evaluate({"eval": training.evaluate_segments})
+        if found is not None:
+            losses, position.evaluated = found["eval"], position.tokens
             carried = losses["carried"].loss
             self._log_change(self.curriculum.after_evaluation(carried, losses["no_memory"].loss - carried))
         return self.stop.agreed()
 
-    def _evaluate(self, family: str, segments: int | None) -> dict[str, Losses] | None:
-        """Held-out losses by mode, logged as `family`/...; None if the run was asked to stop meanwhile."""
-        module, config = self.engine.module, self.config
+    def _evaluate(self, limits: dict[str, int | None]) -> dict[str, dict[str, Losses]] | None:
+        """Held-out losses by mode, logged as `family`/...; None if the run was asked to stop meanwhile.
+
+        Args:
+            limits: by family, how many segments of every lane count; None: all. They are read once.
+        """
+        module, is_final = self.engine.module, "final" in limits
         module.eval()
-        losses = evaluate.evaluate(
+        found = evaluate.evaluations(
             self.engine,
             module,
-            self.valid_corpus,
+            self.evaluation_plan,
             self.world,
-            lanes=config.data.lanes,
-            segment_length=config.data.segment_length,
-            segments=segments,
-            lanes_per_group=config.lanes_per_group(self.world.size),
+            limits=list(limits.values()),
+            lanes_per_group=self.config.lanes_per_group(self.world.size),
+            texts=self.texts,
+            show=lambda ticks: tracked(
+                ticks,
+                "final evaluation" if is_final else "evaluation",
+                "segments per lane",
+                enabled=self.world.is_main,
+                delay_s=0.0 if is_final else EVERY_S,
+            ),
             stop=lambda: self.stop.agreed() is not None,
         )
         module.train()
-        if losses is not None:
+        if found is None:
+            return None
+        for family, losses in zip(limits, found, strict=True):
             self.monitor.log(self.position, metrics.evaluation_scalars(family, losses))
-            carried, no_memory, no_state = (losses[mode].loss for mode in ("carried", "no_memory", "no_state"))
-            self._log_change(
-                f"held-out loss {carried:.4f}, memory reset {no_memory:.4f}, everything reset {no_state:.4f}"
-            )
-        return losses
+        carried, no_memory, no_state = (found[0][mode].loss for mode in ("carried", "no_memory", "no_state"))
+        bits = found[0]["carried"].bits_per_byte
+        self._log_change(
+            f"held-out loss {carried:.4f}, memory reset {no_memory:.4f}, everything reset {no_state:.4f}"
+            + ("" if bits is None else f", {bits:.4f} bits per byte")
+        )
+        return dict(zip(limits, found, strict=True))
 
     # ---- leave -------------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict | None:
-        """Evaluate on every held-out document and write summary.json; None if stopped on the way.
+        """Evaluate on the held-out documents and write summary.json; None if stopped on the way.
 
-        Logged as final/..., because evaluations on the way may have read only the beginnings
-        (training.evaluate_segments).
+        Logged as final/..., because evaluations on the way may have read other segments (training.evaluate_segments);
+        what they have read is also the last point of their curve.
         """
         path, position = self.run_dir / "summary.json", self.position
         earlier = (read_json(path) or {}) if self.world.is_main else {}
@@ -370,10 +395,14 @@ class Trainer:
         if known := self.world.broadcast_first(known):  # rank 0 alone reads it: all ranks must go the same way
             log.info("this run is finished, see %s; a larger training.tokens continues it", path)
             return json.loads(known)
-        losses = self._evaluate("final", None)
-        if losses is None:
+        training = self.config.training
+        limits = {"final": training.final_evaluate_segments}
+        if training.evaluate_every_tokens is not None:
+            limits["eval"] = training.evaluate_segments
+        found = self._evaluate(limits)
+        if found is None:
             return None
-        summary = evaluate.summary(losses) | {
+        summary = evaluate.summary(found["final"]) | {
             "tokens_per_s": position.tokens / position.seconds,
             "wall_s": time.perf_counter() - self.began,
             "world_size": self.world.size,

@@ -26,6 +26,8 @@ SIZES = Sizes(
     sources=[Source("corpus", 1.0, 100)],
     shards=12,
     evaluation_segments=60,
+    evaluation_tokens=14_000,
+    is_cut=False,
     is_remote=False,
     replays=True,
 )

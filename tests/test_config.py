@@ -703,6 +703,8 @@ ALLOWED = {
         "training.tokens",
         "training.evaluate_every_tokens",
         "training.evaluate_segments",
+        "training.final_evaluate_segments",
+        "training.evaluate_warmup_segments",
         "training.skipped_steps_limit",
     ),
 }

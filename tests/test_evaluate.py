@@ -14,37 +14,26 @@ from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, summary
 from memformer_dist.metrics import AGES, LossByAge, Losses, evaluation_scalars
 from memformer_dist.segment import IGNORE, Segment
-from memformer_dist.vocabulary import Vocabulary
 from tests.helpers import ROOT
 from tests.helpers.corpora import make_corpus, write_split
-from tests.helpers.memformer import memformer
+from tests.helpers.evaluation import (
+    EXACT,
+    LENGTH,
+    LENGTHS,
+    TOKENIZER,
+    Row,
+    assert_equal,
+    by_age,
+    cut,
+    document_by_document,
+    mean,
+    new_cell,
+    random_documents,
+    read,
+)
 from tests.helpers.ranks import run_ranks
 from tests.helpers.scripts import run_script
-from tests.helpers.toy import VOCABULARY, ToyCell, ToyState
-
-LENGTH = 6  # of a segment
-LENGTHS = (13, 1, 40, 6, 3, 12, 25, 7, 5)  # of the documents: some shorter than a segment, some an exact number of them
-TOKENIZER = Vocabulary(size=VOCABULARY, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
-EXACT = 1e-12  # relative, in float64
-
-
-def new_cell(name: str):
-    """A float64 cell whose losses are far from those of chance."""
-    torch.manual_seed(5)
-    cell = (ToyCell() if name == "toy" else memformer(name)).double().eval()
-    with torch.no_grad():
-        for parameter in cell.parameters():
-            parameter.mul_(3)
-    return cell
-
-
-def random_documents(lengths=LENGTHS, seed=0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Tokens and masks. The mask of the last document lets no label count."""
-    generator = np.random.default_rng(seed)
-    tokens = [generator.integers(4, VOCABULARY, length) for length in lengths]
-    masks = [generator.integers(0, 2, length) for length in lengths]
-    masks[-1][:] = 0
-    return tokens, masks
+from tests.helpers.toy import ToyCell, ToyState
 
 
 @pytest.fixture
@@ -57,47 +46,6 @@ def run(cell, corpus, world, *, lanes=4, **options):
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """One segment of one document."""
-
-    document: int
-    age: int
-    nll: float  # summed over the labels
-    labels: int
-
-
-def cut(document, mask, age: int, *, reset: bool, reset_memory: bool = False) -> Segment:
-    """A segment of one lane, cut out and padded here once more."""
-    following = [*document[1:], TOKENIZER.eos_id]
-    tokens, labels, start = [0] * LENGTH, [IGNORE] * LENGTH, age * LENGTH
-    real = min(LENGTH, len(document) - start)
-    for i in range(real):
-        tokens[i] = int(document[start + i])
-        if mask is None or mask[start + i]:
-            labels[i] = int(following[start + i])
-    return Segment(*map(torch.tensor, ([tokens], [labels], [real], [reset], [reset_memory], [0], [start])))
-
-
-def read(cell, segment: Segment, state, document: int) -> tuple[Row, NamedTuple]:
-    features, state = cell.advance(segment, state)
-    nll, labels = float(cell.readout(segment, features).sum()), int((segment.labels != IGNORE).sum())
-    return Row(document, int(segment.offset) // LENGTH, nll, labels), state
-
-
-@torch.no_grad()
-def document_by_document(cell, documents, masks=None, *, mode="carried", segments=10**9) -> list[Row]:
-    """At most the first `segments` of every document."""
-    rows = []
-    for number, document in enumerate(documents):
-        state, mask = cell.empty_state(1), None if masks is None else masks[number]
-        for age in range(min(segments, math.ceil(len(document) / LENGTH))):
-            reset = age == 0 or mode == "no_state"
-            segment = cut(document, mask, age, reset=reset, reset_memory=mode == "no_memory")
-            row, state = read(cell, segment, state, number)
-            rows.append(row)
-    return rows
 
 
 @torch.no_grad()
@@ -125,33 +73,12 @@ def shuffled(cell, documents, lanes: int, *, away: int = 1) -> list[Row]:
     return rows
 
 
-def mean(rows: list[Row]) -> float:
-    return sum(row.nll for row in rows) / sum(row.labels for row in rows)
-
-
 def mean_of_means(rows: list[Row], field: str) -> float:
     """What the loss must not be: segments, or documents, that weigh alike."""
     parts = {}
     for row in rows:
         parts.setdefault((row.document, row.age) if field == "segment" else row.document, []).append(row)
     return float(np.mean([mean(part) for part in parts.values() if sum(row.labels for row in part)]))
-
-
-def by_age(rows: list[Row]) -> dict[str, float]:
-    """By what the names of the buckets say: "0", "2-3", "64+"."""
-    found = {}
-    for name in AGES:
-        low, _, high = name.rstrip("+").partition("-")
-        last = math.inf if name.endswith("+") else int(high or low)
-        inside = [row for row in rows if int(low) <= row.age <= last]
-        if sum(row.labels for row in inside):
-            found[name] = mean(inside)
-    return found
-
-
-def assert_equal(found: Losses, rows: list[Row]) -> None:
-    assert found.loss == pytest.approx(mean(rows), rel=EXACT)
-    assert found.by_age == pytest.approx(by_age(rows), rel=EXACT)
 
 
 # ---- exact losses ----------------------------------------------------------------------------------------------------
@@ -266,7 +193,7 @@ def one_document_rank(world, path) -> None:
         assert not [name for name in evaluation_scalars("eval", found) if "shuffled" in name]
         rows = [line.split() for line in table(found).splitlines() if line.startswith("memory shuffled")]
         ages = len(found["carried"].by_age)
-        assert rows == [["memory", "shuffled", *["n/a"] * 3], ["memory", "shuffled", *["n/a"] * ages]]
+        assert rows == [["memory", "shuffled", *["n/a"] * 4], ["memory", "shuffled", *["n/a"] * ages]]
 
 
 def test_one_document_has_no_other_memory(tmp_path, world):
@@ -419,11 +346,11 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
         rows = figures_in(done.stdout)
         assert list(rows) == ["memory carried", "memory reset", "everything reset", "memory shuffled"]
         for (first, ages), mode, name in zip(rows.values(), by_age, (*modes, "eval_loss_shuffled"), strict=True):
-            loss = written[name]
+            loss, bits = written[name], written[name.replace("loss", "bits_per_byte")]
             gap = [] if mode == "carried" else [loss - written["eval_loss"]]
             if mode == "shuffled":
                 gap = [written["gap_shuffled"]]
-            assert first == pytest.approx([loss, math.exp(loss), *gap], abs=0.006)
+            assert first == pytest.approx([loss, math.exp(loss), bits, *gap], abs=0.006)
             found = [math.nan if x is None else x for x in written["eval_loss_by_segment_age"][mode].values()]
             assert ages == pytest.approx(found, abs=6e-5, nan_ok=True)
 

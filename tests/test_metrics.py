@@ -146,7 +146,7 @@ def test_a_run_logs_what_the_tables_name_and_nothing_else(trained_run):
     named = [metric.name for metric in metrics.TRAINING] + [metrics.BOUNDARY_NORMS] + families
     assert all(any(fnmatch.fnmatch(name, pattern) for pattern in named) for name in logged)
     absent = {pattern for pattern in named if not any(fnmatch.fnmatch(name, pattern) for name in logged)}
-    assert {name.partition("/")[0] for name in absent} - {"perf"} == {"device", "eval"} and len(absent) == 3 + 6
+    assert {name.partition("/")[0] for name in absent} - {"perf"} == {"device", "eval"} and len(absent) == 3 + 7
     assert all(metric.meaning for metric in (*metrics.TRAINING, *metrics.EVALUATION))
 
 

@@ -3,28 +3,33 @@
     python launch/evaluate.py --run-dir runs/small
     python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json
     it.json
+    python launch/evaluate.py --run-dir runs/small --lanes 32 --warmup-segments 16    # long documents cut over the lanes
     torchrun --nproc-per-node 2 launch/evaluate.py --run-dir runs/small           # the same figures, in less time
     memformer-evaluate --run-dir runs/small                                       # installed
 
 The rows of the table are explained in memformer_dist/evaluate.py. Plain torch in the precision of the weights, fp32: a
 run trained in bf16 scores a little differently here than in its own log. The number of lanes changes the speed and what
-"shuffled" reads; with --max-segments it also changes which documents are read.
+"shuffled" reads; with --max-segments it also changes which documents are read, and with --warmup-segments where they
+are cut.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from memformer_dist import agreement, logs, orphans
 from memformer_dist.checkpoint import Checkpoint, open_one
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.evaluate import evaluate, summary
+from memformer_dist.evaluate import MODES, evaluate, summary
 from memformer_dist.files import expect_writable, write_text
 from memformer_dist.metrics import AGES, Losses, gap
 from memformer_dist.places import Places, path_option, path_or_url_option, recorded
+from memformer_dist.token_texts import token_texts
 from memformer_dist.world import World
 
 NAMES = {
@@ -35,6 +40,7 @@ NAMES = {
 }
 
 MISSING = "n/a"
+CHOICES = ("split", "lanes", "max_segments", "warmup_segments")  # which ranks must share
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,6 +57,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", choices=["valid", "train"], default="valid")
     add("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
     add("--max-segments", type=int, help="stop after this many segments of every lane (default: all)")
+    add(
+        "--warmup-segments",
+        metavar="N",
+        help="cut long documents over the lanes, and read so many segments before each piece without counting them;"
+        " none: never cut (default: the run's)",
+    )
+    add("--words", action="store_true", help="count words as well, and show the perplexity per word")
     add("--json", type=path_option, metavar="PATH", help="write the figures there as well")
     add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     options = parser.parse_args(arguments)
@@ -58,6 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         found = getattr(options, option)
         if found is not None and found < 1:
             raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
+    warmup = options.warmup_segments
+    if warmup not in (None, "none") and not (warmup.isascii() and warmup.isdigit()):
+        raise UserError(f"--warmup-segments: found {warmup}, expected a number of segments, or none")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: found no folder {options.json.parent}")
     if options.json is not None:
@@ -73,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     saved = open_on_all(options.run_dir, world)
     data = saved.contents.config.data
     lanes = options.lanes or data.lanes
+    options.warmup_segments = warmup_segments(options, saved)
     dataset = world.on_all_or_raise(lambda: open_documents(saved, options.corpus, options.split, lanes))
     require_agreement(options, saved, dataset, world)
     cell = saved.cell(world.device)
@@ -84,6 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         lanes=lanes,
         segment_length=data.segment_length,
         segments=options.max_segments,
+        warmup_segments=options.warmup_segments,
+        texts=token_texts(dataset.tokenizer()),
         show=lambda ticks: logs.tracked(ticks, "evaluate", "segments per lane", enabled=world.is_main),
     )
     assert losses is not None  # nobody stops it
@@ -106,9 +125,23 @@ def open_on_all(path: Path, world: World) -> Checkpoint:
     return world.on_all_or_raise(lambda: first or open_one(path / str(found)))
 
 
+def warmup_segments(options: argparse.Namespace, saved: Checkpoint) -> int | None:
+    """What is asked for, or else the run's. Raises UserError if --max-segments would leave nothing to count."""
+    if options.warmup_segments is None:
+        warmup = saved.contents.config.training.evaluate_warmup_segments
+    else:
+        warmup = None if options.warmup_segments == "none" else int(options.warmup_segments)
+    if warmup is not None and options.max_segments is not None and options.max_segments <= warmup:
+        raise UserError(
+            f"--max-segments: found {options.max_segments}, expected more than the {warmup} segments of warm-up"
+            " (--warmup-segments), which are not counted"
+        )
+    return warmup
+
+
 def require_agreement(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset, world: World) -> None:
     """Raises LaunchError, on all ranks, if they would not evaluate the same. A collective call."""
-    chosen = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in ("split", "lanes", "max_segments")}
+    chosen = {f"--{name.replace('_', '-')}": str(getattr(options, name)) for name in CHOICES}
     facts = agreement.manifest("--run-dir", saved.path) | chosen
     agreement.require(world, facts | agreement.documents("--corpus", dataset) | agreement.software())
 
@@ -133,7 +166,7 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
     position = saved.contents.position
     print(
         f"{saved.path}, {position.tokens:,} tokens; {dataset.path}: {len(dataset.lengths):,} documents,"
-        f" {dataset.total_tokens:,} tokens\n\n{table(losses)}"
+        f" {dataset.total_tokens:,} tokens\n\n{table(losses, words=options.words)}"
     )
     if options.json is not None:
         facts = {
@@ -142,31 +175,65 @@ def report(options: argparse.Namespace, saved: Checkpoint, dataset: TokenDataset
             "tokens": position.tokens,
             "corpus": recorded(str(dataset.path)),
             "max_segments": options.max_segments,
+            "warmup_segments": options.warmup_segments,
         }
-        write_text(options.json, json.dumps(facts | summary(losses), indent=2) + "\n")
+        words = of_words(losses) if options.words else {}
+        write_text(options.json, json.dumps(facts | summary(losses) | words, indent=2) + "\n")
 
 
-def table(losses: dict[str, Losses]) -> str:
-    lines = [f"{'':18}{'loss':>9}{'perplexity':>12}{'gap':>9}"]
+def of_words(losses: dict[str, Losses]) -> dict:
+    carried = losses["carried"]
+    per_word = {f"eval_perplexity_per_word_{mode}": losses[mode].perplexity_per_word for mode in MODES[1:]}
+    return {
+        "eval_perplexity_per_word": carried.perplexity_per_word,
+        **per_word,
+        "eval_words": None if carried.perplexity_per_word is None else int(carried.text.words),
+    }
+
+
+class Column(NamedTuple):
+    heading: str
+    width: int
+    digits: int
+    figure: Callable[[Losses], float | None]
+
+
+LOSS = (
+    Column("loss", 9, 4, lambda losses: losses.loss),
+    Column("perplexity", 12, 2, lambda losses: losses.perplexity),
+    Column("bits/byte", 11, 4, lambda losses: losses.bits_per_byte),
+)
+PER_WORD = Column("per word", 12, 2, lambda losses: losses.perplexity_per_word)
+
+
+def table(losses: dict[str, Losses], *, words: bool = False) -> str:
+    columns = (*LOSS, PER_WORD) if words else LOSS
+    lines = [f"{'':18}" + "".join(f"{column.heading:>{column.width}}" for column in columns) + f"{'gap':>9}"]
     for mode, found in losses.items():
         above = gap(losses, mode)
-        if above is None:
-            lines.append(f"{NAMES[mode]:18}{MISSING:>9}{MISSING:>12}{MISSING:>9}")
-        else:
-            last = "" if mode == "carried" else f"{above:+9.4f}"
-            lines.append(f"{NAMES[mode]:18}{found.loss:9.4f}{found.perplexity:12.2f}{last:>9}")
+        figures = (None if above is None else column.figure(found) for column in columns)
+        cells = [_cell(column, figure) for column, figure in zip(columns, figures, strict=True)]
+        last = MISSING if above is None else "" if mode == "carried" else f"{above:+.4f}"
+        lines.append(f"{NAMES[mode]:18}" + "".join(cells) + f"{last:>9}")
     ages = [age for age in AGES if age in losses["carried"].by_age]
     lines += ["", f"{'by segment age':18}" + "".join(f"{age:>9}" for age in ages)]
     for mode, found in losses.items():
         by_age = (f"{found.by_age[age]:.4f}" if age in found.by_age else MISSING for age in ages)
         lines.append(f"{NAMES[mode]:18}" + "".join(f"{loss:>9}" for loss in by_age))
-    shuffled = losses["shuffled"]
+    carried, shuffled = losses["carried"], losses["shuffled"]
+    if carried.bits_per_byte is not None:
+        text = f"{carried.labels:,.0f} labels stand for {carried.text.bytes:,.0f} bytes of text"
+        lines += ["", text + (f", {carried.text.words:,.0f} words" if words else "")]
     if shuffled.is_missing:
         lines += ["", f"{MISSING}: no two documents were read side by side"]
     elif shuffled.carried is not None:
         where = "where two or more documents are read side by side"
         lines += ["", f"Memory shuffled is measured {where}; memory carried has {shuffled.carried:.4f} there."]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(column: Column, figure: float | None) -> str:
+    return f"{MISSING if figure is None else f'{figure:.{column.digits}f}':>{column.width}}"
 
 
 if __name__ == "__main__":
