@@ -332,7 +332,7 @@ def test_torn_files_of_preparation_are_made_again(tmp_path, model_file, two_file
     assert tree(tmp_path / "corpus") == tree(tmp_path / "fresh")
 
 
-def interrupted(*_: object):
+def interrupted(*_: object, **__: object):
     raise KeyboardInterrupt
 
 

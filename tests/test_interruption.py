@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path, texts, model_file, whole, work
     assert "were finished by an earlier run" in again.stderr and tree(output) == whole
 
 
-def interrupted(*_):
+def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 

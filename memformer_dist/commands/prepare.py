@@ -9,12 +9,12 @@ field that --text-field names; memformer_dist/prepare/records.py has the details
 by their suffix are not read but listed (ignored.jsonl); a glob reads text whatever its suffix. The inputs are cut into
 partitions of about --partition-mib, and every partition makes a shard. --workers processes work on the partitions in
 parallel, or the ranks of an MPI job, whose first rank only hands out work; the corpus is the same bytes for any number
-of them. The inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable. The
-validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single document
-is an error unless --valid-fraction 0 asks for no validation split.
+of them. The inputs are read once, and their tokens wait in CORPUS.partial until it is known which documents are usable.
+The validation documents are a seeded choice of these, or those of --valid-input. Training needs some, so a single
+document is an error unless --valid-fraction 0 asks for no validation split.
 
 The tokenizer is a SentencePiece model or a tokenizer.json (of the package tokenizers: pip install
-'memformer_dist[tokenizers]'). A sample of the inputs is encoded, decoded and compared first. A tokenizer that loses
+'memformer_dist[tokenizers]'). A sample of the inputs is read, encoded, decoded and compared first. A tokenizer that loses
 some of it is an error that says what is lost, unless --lossy accepts that. --bos and --eos say which tokens these are
 where the file does not.
 

@@ -2,11 +2,11 @@
 
     shard(Path("corpora/books"), Path("books_4k.model"), ["books/train"], ["books/valid"], workers=8)
 
-The inputs are cut into partitions before anything is read (partitions.py). Workers encode the partitions (encode.py),
-reading every byte of the inputs once; after that it is known which documents are usable, and the validation documents
-are chosen. Then the workers write the shards: for each partition at most one in either split, which bears the
-partition's number. So no shard depends on what another worker does, and the corpus is the same bytes for any number of
-workers.
+The inputs are cut into partitions before anything is read (partitions.py). What the tokenizer loses of a sample is found
+first (loss.py). Workers then encode the partitions (encode.py), reading every byte of the inputs once; after that it is
+known which documents are usable, and the validation documents are chosen. Then the workers write the shards: for each
+partition at most one in either split, which bears the partition's number. So no shard depends on what another worker
+does, and the corpus is the same bytes for any number of workers.
 
 Until the corpus is whole, everything lies in CORPUS.partial (workspace.py). An interrupted run resumes with the
 partitions that are not finished.
