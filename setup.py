@@ -33,6 +33,7 @@ setup(
         "tensorboard",
         "mpi4py",
         "pydantic>=2",
+        "annotated-types",
         "typing_extensions",
         "safetensors",
         "tqdm",

@@ -24,11 +24,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator
 
+from memformer_dist.section import Extent
+
 
 class WindowByStep(BaseModel, extra="forbid", frozen=True):
     """A schedule by step. The window may also shrink. Steps are counted with those whose update was skipped."""
 
-    by_step: dict[int, PositiveInt] = Field(
+    by_step: dict[int, Extent] = Field(
         description='segments per window from a step on, for example {"0": 2, "1000": 8}; the first step is 0'
     )
 
@@ -55,8 +57,8 @@ class WindowByStep(BaseModel, extra="forbid", frozen=True):
 class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A window that grows by one segment whenever a metric passes a threshold."""
 
-    first: PositiveInt = Field(description="segments of the first window")
-    last: PositiveInt = Field(description="segments of the longest window; at least `first`")
+    first: Extent = Field(description="segments of the first window")
+    last: Extent = Field(description="segments of the longest window; at least `first`")
     metric: Literal["loss/train", "eval/loss", "eval/gap"] = Field(
         description="what is compared with the threshold: the window grows by one segment when a loss is below it, or"
         " when the gap is above it"
@@ -117,7 +119,7 @@ def _tag(value: Any) -> str | None:
 
 
 WindowPlan = Annotated[
-    Annotated[PositiveInt, Tag("<number>")]
+    Annotated[Extent, Tag("<number>")]
     | Annotated[WindowByStep, Tag("<by step>")]
     | Annotated[WindowByMetric, Tag("<by metric>")],
     Discriminator(

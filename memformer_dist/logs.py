@@ -35,6 +35,7 @@ from memformer_dist.errors import UNWRITABLE, Output
 PACKAGE = "memformer_dist"
 FILE = "log.txt"  # in a run's folder
 EVERY_S = 30.0  # between two lines of progress
+FOREVER_S = 100 * 365 * 86400.0  # what takes longer is not meant to end; timedelta holds some more
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
@@ -193,7 +194,8 @@ class ProgressReport:
             parts.append(self.status)
         if self._first < self.done < self.total:
             seconds = (self.total - self.done) * (self.clock() - self._began) / (self.done - self._first)
-            parts.append(f"{timedelta(seconds=round(seconds))} left")
+            if seconds < FOREVER_S:
+                parts.append(f"{timedelta(seconds=round(seconds))} left")
         log.info("%s: %s", self.name, ", ".join(parts))
 
 

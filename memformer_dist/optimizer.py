@@ -38,7 +38,8 @@ class OptimizerConfig(Section):
     )
     warmup_tokens: int = Field(0, ge=0, description="labels trained on while the learning rate rises from 0")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments, >= 0, < 1")
-    epsilon: PositiveFloat = Field(1e-8, description="added to AdamW's denominator")
+    # Smaller ones are 0 in float32, and 0 / 0 would make weights whose gradient is 0 nan.
+    epsilon: float = Field(1e-8, ge=1e-30, description="added to AdamW's denominator")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, of the weights of linear layers alone")
     gradient_clipping: float = Field(
         1.0, ge=0, description="largest norm of the gradient over all parameters and ranks; 0: no clipping"

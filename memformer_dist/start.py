@@ -11,10 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from memformer_dist.advice import Sizes, Source, advice
-from memformer_dist.checkpoint import Checkpoint, Damaged
+from memformer_dist.checkpoint import Checkpoint, Damaged, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels
@@ -24,9 +25,11 @@ from memformer_dist.data.pieces import Pieces
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import MODES, Plan
 from memformer_dist.files import read_json_lines, write_bytes, write_text
+from memformer_dist.host_memory import free_bytes
 from memformer_dist.optimizer import decay_start, learning_rate
 from memformer_dist.places import PLACES, STARTS, Places, recorded
 from memformer_dist.tokenizer import file_name_of
+from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World, ranks_on_hosts
 
 # Fields that the learning rate of a step depends on.
@@ -110,6 +113,25 @@ def introduce_evaluations(config: RunConfig, plan: Plan) -> None:
     if every is not None and (number := (training.tokens - 1) // every):
         said += f"; the {number:,} on the way read {plan.segments(training.evaluate_segments):,} segments per lane each"
     log.info(said)
+
+
+def expect_room(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError if the weights, which every rank draws on the CPU, do not fit into this machine's memory."""
+    try:
+        with torch.device("meta"):
+            cell = build_cell(config, vocabulary)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(f"model: its sizes are too large: {str(error).splitlines()[0]}") from None
+    numbers = sum(parameter.numel() for parameter in cell.parameters())
+    needed = sum(parameter.nbytes for parameter in cell.parameters())
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"model: found {numbers:,} parameters, which take {needed / 2**30:,.1f} GiB on each rank when they are drawn;"
+            f" {free / 2**30:,.1f} GiB of this machine are free for each"
+        )
 
 
 class Labels(NamedTuple):

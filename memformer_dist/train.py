@@ -109,6 +109,7 @@ class Trainer:
         self.saved, self.is_anchor = self.position.model_copy(), resumed is not None and resumed.contents.anchor
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
+        world.on_all_or_raise(lambda: start.expect_room(config, self.train_corpus.vocabulary))
         cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(

@@ -124,6 +124,17 @@ def test_progress_is_a_line_now_and_then(start, capsys):
     ]
 
 
+def test_a_task_that_is_not_meant_to_end(start, capsys):
+    """training.tokens of 10**18: the time left is no date, and was an OverflowError that ended the run."""
+    start(0)
+    clock = Clock()
+    progress = ProgressReport("train", total=10**18, unit="tokens", terminal=False, clock=clock)
+    for step in (1, 2):
+        clock.now += 40
+        progress.update(1000 * step)
+    assert lines_of(capsys)[-1] == "train: 2,000 of 1,000,000,000,000,000,000 tokens (0%)"
+
+
 def test_the_end_is_reported_and_a_task_without_work_is_not(start, capsys):
     start(0)
     clock = Clock()

@@ -11,10 +11,13 @@ import torch
 from torch.nn import Linear, Module
 
 from memformer_dist import start
+from memformer_dist.config import RunConfig
+from memformer_dist.errors import UserError
 from memformer_dist.launcher import Launch
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.progress import Position
 from memformer_dist.world import World
+from tests.helpers.corpora import VOCABULARY
 
 CPU = torch.device("cpu")
 
@@ -129,3 +132,20 @@ def test_parameters_that_are_frozen_now_or_were(tmp_path, caplog):
     resumed.trained = {f"{name}.weight" for name in "bcdefgh"}
     start.introduce_resumed(resumed, schedule_of(), {}, 2, cell)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (
+            {"feed_forward": 10**13},
+            "found 6[0-9,]* parameters, which take [0-9,.]* GiB on each rank when they are drawn; ",
+        ),
+        ({"width": 2**40, "heads": 8}, "its sizes are too large: "),
+    ],
+)
+def test_a_model_that_is_larger_than_the_memory(config, model, expected):
+    config["model"] |= model
+    start.expect_room(RunConfig.check(config | {"model": {"width": 16, "heads": 2}}), VOCABULARY)
+    with pytest.raises(UserError, match=f"^model: {expected}"):
+        start.expect_room(RunConfig.check(config), VOCABULARY)

@@ -24,7 +24,7 @@ from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream
 from memformer_dist.errors import UserError
 from memformer_dist.places import Places, configured, is_url
-from memformer_dist.section import Section
+from memformer_dist.section import Extent, Section
 
 Mode = Literal["documents", "stream"]
 IN_A_CORPUS = f"train/{MANIFEST}"  # by which a folder is known to be one
@@ -59,11 +59,11 @@ class DataConfig(Section):
         description="shuffle within groups of this many shards, for a remote corpus that the cache cannot hold; null:"
         " shuffle through the whole epoch",
     )
-    lanes: PositiveInt = Field(
+    lanes: Extent = Field(
         description="B, documents read side by side by all ranks together, the rows of the global batch; a multiple of"
         " the number of ranks"
     )
-    segment_length: PositiveInt = Field(description="S, tokens per segment")
+    segment_length: Extent = Field(description="S, tokens per segment")
     seed: int = Field(0, ge=0, description="seed of the order of the documents")
     prefetch: int = Field(2, ge=0, description="segments that a thread prepares ahead of need; 0: none")
     cache: str = Field(
