@@ -28,6 +28,7 @@ from memformer_dist.places import PLACES, STARTS, Places, recorded
 from memformer_dist.tokenizer import file_name_of
 from memformer_dist.world import World
 
+CONFIG = "config.json"  # in a run's folder
 # Fields that the learning rate of a step depends on.
 OF_THE_SCHEDULE = (
     "training.tokens",
@@ -42,9 +43,15 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", 
 log = logging.getLogger(__name__)
 
 
-def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int) -> None:
-    """Write config.json and the tokenizer; append command, versions, git commit, time and places to starts.jsonl."""
-    write_text(run_dir / "config.json", config.to_json())
+def record(
+    run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, step: int, initial: Checkpoint | None = None
+) -> None:
+    """Write config.json and the tokenizer; append command, versions, git commit, time and places to starts.jsonl.
+
+    Args:
+        initial: the checkpoint of another run, by training.init_from, whose weights this run starts with.
+    """
+    write_text(run_dir / CONFIG, config.to_json())
     raw = tokenizer.read_bytes()
     write_bytes(run_dir / file_name_of(raw), raw)
     entry = {
@@ -52,6 +59,7 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, s
         "command": [recorded(word) for word in (sys.executable, *sys.argv)],
         "step": step,
         "world_size": world_size,
+        "init_from": initial and {"checkpoint": recorded(str(initial.path)), **_where(initial)},
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         PLACES: Places.of_run(run_dir).seen(config.paths),
@@ -59,6 +67,10 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world_size: int, s
     path = run_dir / STARTS
     lines = [line for line, _ in read_json_lines(path)]
     write_bytes(path, b"".join([*lines, json.dumps(entry).encode() + b"\n"]))
+
+
+def _where(saved: Checkpoint) -> dict[str, int]:
+    return saved.contents.position.model_dump(include={"step", "tokens"})
 
 
 def _commit() -> str | None:
@@ -143,6 +155,18 @@ def advise(
     )
     for sentence in (*labels.facts, *advice(config, sizes)):
         log.warning(sentence)
+
+
+def introduce_fresh(run_dir: Path, initial: Checkpoint | None) -> None:
+    """Log that an earlier start has left no checkpoint, and from which one of another run the weights are."""
+    if (run_dir / CONFIG).exists():
+        log.info(f"{run_dir}: an earlier start has left no checkpoint, so the run starts from the beginning")
+    if initial is not None:
+        position = initial.contents.position
+        log.info(
+            f"training.init_from: the weights are those of {initial.path}, at step {position.step},"
+            f" {position.tokens:,} tokens; moments, learning rate, states and documents begin anew"
+        )
 
 
 def introduce_resumed(

@@ -44,7 +44,16 @@ def test_the_configuration_of_the_other_tests_is_good(config):
     [
         ("mrbp.windows", 4, "mrbp.windows: unknown key, did you mean window?"),
         ("model.slot", 4, "model.slot: unknown key, did you mean slots?"),
-        ("checkpoint.zzz", 1, "checkpoint.zzz: unknown key, expected one of every_tokens, keep, anchor_every_tokens"),
+        (
+            "checkpoint.zzz",
+            1,
+            "checkpoint.zzz: unknown key, expected one of every_tokens, keep, keep_best, anchor_every",
+        ),
+        (
+            "training.early_stopping_patience",
+            3,
+            "training.early_stopping_patience: found 3, which counts evaluations during training; expected training.eval",
+        ),
         ("optimiser.betas", [0.9, 0.99], "optimiser: unknown section, did you mean optimizer?"),
         ("zzz", {}, "zzz: unknown section, expected one of model, data, mrbp, optimizer, training, "),
         ("data", [1], "data: found [1]; input should be a valid dictionary"),
@@ -692,13 +701,14 @@ ALLOWED = {
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
-    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.anchor_every_tokens"),
+    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.keep_best", "checkpoint.anchor_every_tokens"),
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
     *(
         "training.tokens",
         "training.evaluate_every_tokens",
         "training.evaluate_segments",
+        "training.early_stopping_patience",
         "training.skipped_steps_limit",
     ),
 }
