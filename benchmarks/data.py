@@ -25,7 +25,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -33,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.figures import print_figures  # noqa: E402
+from memformer_dist import programs  # noqa: E402
 from memformer_dist.data.corpus import Corpus  # noqa: E402
 from memformer_dist.data.dataset import Spans  # noqa: E402
 from memformer_dist.data.format import Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
@@ -49,6 +50,7 @@ from memformer_dist.data.lanes import LaneSchedule  # noqa: E402
 from memformer_dist.data.open_data import lane_schedule  # noqa: E402
 from memformer_dist.data.segments import CHUNK_TICKS, CHUNKS_HELD  # noqa: E402
 from memformer_dist.data.windows import WindowReader  # noqa: E402
+from memformer_dist.errors import run_program  # noqa: E402
 from memformer_dist.vocabulary import Vocabulary  # noqa: E402
 
 LANES, LENGTH, DOCUMENT_TOKENS = 64, 512, 10_000
@@ -242,7 +244,7 @@ def resuming(folder: Path, tokens: np.ndarray, documents: int, rounds: int) -> d
     def measure(how: str) -> float:
         command = [sys.executable, "-c", RESUME, split, generator.randrange(last_tick), LANES, LENGTH, how]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True)
+        done = programs.run(list(map(str, command)), env=environment, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         return float(done.stdout)
@@ -372,4 +374,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with programs.handing_on():
+        run_program(main)

@@ -27,11 +27,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ from benchmarks.mrbp_worker import (  # noqa: E402
     gradient_errors,
 )
 from benchmarks.two_ranks import on_two_ranks  # noqa: E402
+from memformer_dist import programs  # noqa: E402
+from memformer_dist.errors import run_program  # noqa: E402
 
 NAMES = {
     "bptt": "BPTT",
@@ -140,7 +142,7 @@ def run_worker(measurement: Measurement) -> dict[str, Any]:
     """Raises CalledProcessError where the worker fails; its messages go to our standard error."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (RETURN_FREED_MEMORY if measurement.memory else {})
     command = [sys.executable, "-m", "benchmarks.mrbp_worker", measurement.to_json()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = programs.run(command, cwd=ROOT, env=environment, stdout=PIPE, text=True, check=True)
     print(".", end="", file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -366,4 +368,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with programs.handing_on():
+        run_program(main)

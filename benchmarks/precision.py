@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 from benchmarks.collectives import Collectives  # noqa: E402
 from benchmarks.mrbp_worker import BOS, Layout, RandomWindow  # noqa: E402
 from benchmarks.two_ranks import on_two_ranks  # noqa: E402
+from memformer_dist import programs  # noqa: E402
+from memformer_dist.errors import run_program  # noqa: E402
 
 WAYS = (
     ("fp32", "window"),
@@ -127,6 +129,12 @@ def main() -> None:
         if rows := one_way(*json.loads(arguments.worker)):
             print("\n" + json.dumps(rows), flush=True)
         os._exit(0)  # gloo's threads abort at random while the interpreter shuts down
+    with programs.handing_on():
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Print a row for each way, and write --json."""
     rows = []
     print("ZeRO  precision        reduce    N   s/window  peak MiB  reduced/parameters  gathered/parameters  calls")
     for stage in (2,) if arguments.quick else (1, 2, 3):
@@ -151,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -27,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script has only its own folder there
+
+from memformer_dist import programs  # noqa: E402
+from memformer_dist.errors import run_program  # noqa: E402
+
 # Changed on purpose in 0.2.0: the memory of another document is never that of an idle lane (CHANGELOG.md).
 CHANGED = ("eval/loss_shuffled", "final/loss_shuffled")
 CLOCKS = ("time", "data/wait_s", "perf/", "mrbp/rollout_share", "device/")  # what two runs never have in common
@@ -120,11 +125,12 @@ class Checkout:
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(
+        done = programs.run(
             [*launcher, *map(str, command)],
             cwd=self.root,
             env=os.environ | environment | {"GLOO_SOCKET_IFNAME": "lo"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         if done.returncode and not stops:
@@ -268,4 +274,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with programs.handing_on():
+        run_program(main)

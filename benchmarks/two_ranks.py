@@ -3,11 +3,13 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
+
+from memformer_dist import programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,11 +25,11 @@ def on_two_ranks(*program: str) -> list[dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     with tempfile.TemporaryFile("w+") as messages:
-        done = subprocess.run(
+        done = programs.run(
             [sys.executable, "-m", *launcher, *program],
             cwd=ROOT,
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=PIPE,
             stderr=messages,
             text=True,
         )

@@ -12,7 +12,7 @@ from math import nan
 from pathlib import Path
 
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.files import read_json, read_json_lines
+from memformer_dist.files import expect_writable, read_json, read_json_lines
 from memformer_dist.places import path_option
 
 CURVES = {
@@ -39,12 +39,17 @@ def read(run_dir: Path) -> tuple[list[dict], dict]:
 
 
 def draw(run_dir: Path, output: Path) -> None:
-    import matplotlib
+    """Raises UserError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'memformer_dist[plot]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     records, summary = read(run_dir)
+    expect_writable(output, "--output")
     figure, (along, by_age) = pyplot.subplots(1, 2, figsize=(11, 4.2))
     for name, (label, colour) in CURVES.items():
         along.plot(
@@ -53,7 +58,8 @@ def draw(run_dir: Path, output: Path) -> None:
     along.set(
         xlabel="million tokens", ylabel="held-out loss, nats per token", title="while training (some held-out segments)"
     )
-    along.set_ylim(top=records[0]["eval/loss"] + 0.3)  # a memory model without its state may be far out at first
+    if records:  # a memory model without its state may be far out at first
+        along.set_ylim(top=records[0]["eval/loss"] + 0.3)
     along.legend()
 
     losses = summary["eval_loss_by_segment_age"]
@@ -71,8 +77,10 @@ def draw(run_dir: Path, output: Path) -> None:
     for axes in (along, by_age):
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    try:
+        figure.savefig(output, dpi=110)
+    except ValueError as error:  # an ending that is none of a picture
+        raise UserError(f"--output: {error}") from None
 
 
 def main() -> None:

@@ -4,8 +4,10 @@
     bash launch/quickstart.sh my_texts/         # ... on a folder of text
 
 Each step is a command of its own and is printed before it runs; use these commands for your own data. Everything lies
-in runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a hash of its path. After an interruption
-(Ctrl-C saves a checkpoint first) the same command resumes.
+in runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a hash of its path.
+
+Ctrl-C, and the signals that stop a training (docs/running.md), are handed on to the step at work: training saves a
+checkpoint first. The exit code is then the step's, 75 of a training that was stopped, and the same command resumes.
 """
 
 import argparse
@@ -15,47 +17,35 @@ import math
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from memformer_dist.data.open_data import open_corpora
+from memformer_dist import programs, signals
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
 from memformer_dist.places import path_option
-from memformer_dist.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
 CPU_RANKS = 2
 MAX_EPOCHS = 40  # of a folder so small that the configuration's tokens would be more
+RESUMES = "\nstopped before its end; the same command resumes"
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 
 
-def run(*command: str | Path, advice: str = "", **environment: str) -> None:
+def run(*command: str | Path, advice: str = "", ranks: bool = False, **environment: str) -> None:
     """Run one step as a user would; a step that fails or was stopped ends the quickstart with its exit code.
 
-    `advice` is printed where the step fails because of a mistake of the user's (exit code 2).
+    Args:
+        advice: printed where the step fails because of a mistake of the user's (exit code 2).
+        ranks: the step is a launcher, and signals are for the ranks that it starts.
     """
     shown = " ".join(shlex.quote(os.path.relpath(part) if isinstance(part, Path) else part) for part in command)
     print(f"\n$ {shown}", flush=True)
-    # The step and all processes that it starts inherit one end of a pipe as their standard input; reading the other end
-    # returns when all of them have ended. Ctrl-C reaches all of them, and DeepSpeed's launcher then ends at once, while
-    # its ranks are still saving.
-    ended, held = os.pipe()
-    child = subprocess.Popen(command, stdin=held, env=os.environ | environment)
-    os.close(held)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        print("\nstopping; saving a checkpoint may take a while ...", file=sys.stderr, flush=True)
-        os.read(ended, 1)
-        raise
-    finally:
-        os.close(ended)
+    code = programs.run(command, ranks=ranks, env=os.environ | environment).returncode
     if code == STOPPED:
-        raise Stopped("\ntraining was stopped before its end; the same command resumes")
+        raise Stopped(RESUMES)
     if code == 2 and advice:
         print(advice, file=sys.stderr)
     if code:
@@ -105,11 +95,12 @@ def train(corpus: Path, folder: Path) -> dict:
         *("--set", f"data.corpus={corpus}", "--set", f"data.lanes={lanes}"),
         *("--set", f"training.tokens={tokens}"),
         advice=start_over(folder) if (folder / "checkpoints").exists() else "",
+        ranks=True,
         **environment,
     )
     summary = finished(folder, tokens)
     if summary is None:
-        raise Stopped("\ntraining was stopped before its end; the same command resumes")
+        raise Stopped(RESUMES)
     return summary
 
 
@@ -127,6 +118,8 @@ def lanes_for(ranks: int, config: dict) -> int:
 
 def budget(corpus: Path, config: dict) -> int:
     """Tokens to train on: the configuration's; fewer where documents leave segments half empty or are few."""
+    from memformer_dist.data.open_data import open_corpora  # signals are heard before: it takes a second
+
     lengths = open_corpora(corpus)[0].lengths
     segment_length = config["data"]["segment_length"]
     filled = lengths.sum() / (-(-lengths // segment_length) * segment_length).sum()
@@ -135,6 +128,9 @@ def budget(corpus: Path, config: dict) -> int:
 
 def sample(corpus: Path, folder: Path) -> None:
     """Let the model continue the beginning of a held-out document."""
+    from memformer_dist.data.open_data import open_corpora
+    from memformer_dist.tokenizer import open_tokenizer
+
     valid = open_corpora(corpus)[1]
     document = int(valid.lengths.argmax())
     beginning = valid.tokens(document, 0, min(PROMPT_TOKENS, int(valid.lengths[document]) // 2 + 1)).tolist()
@@ -201,4 +197,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, interrupted="stopped; the same command resumes")
+    with programs.handing_on(signals.STOPPING, RESUMES):
+        run_program(main)

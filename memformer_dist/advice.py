@@ -76,7 +76,7 @@ def advice(config: RunConfig, sizes: Sizes) -> list[str]:
         *_schedule(config.optimizer, config.training.tokens),
         *_evaluation(config.training, run, sizes),
         *_long_evaluations(config, run, sizes),
-        *_checkpoints(config.checkpoint, config.training.tokens, run),
+        *_checkpoints(config.checkpoint, config.training, run),
         *_documents(config, sizes),
         *_corpora(config.data, run, sizes),
         *_curriculum(config, run),
@@ -161,6 +161,12 @@ def _evaluation(training: TrainingConfig, run: Run, sizes: Sizes) -> Iterator[st
             f"training.evaluate_warmup_segments: found {warmup}, which has no effect: to cut documents of the validation"
             " split over the lanes would save less than a tenth of the time"
         )
+    patience, there = training.early_stopping_patience, _evaluations(training, run)
+    if patience is not None and patience >= there:
+        yield (
+            f"training.early_stopping_patience: found {patience}, the run has about {there} evaluations: it does not end"
+            " before its time"
+        )
 
 
 def _long_evaluations(config: RunConfig, run: Run, sizes: Sizes) -> Iterator[str]:
@@ -186,11 +192,19 @@ def _long_evaluations(config: RunConfig, run: Run, sizes: Sizes) -> Iterator[str
             )
 
 
-def _checkpoints(checkpoint: CheckpointConfig, tokens: int, run: Run) -> Iterator[str]:
+def _evaluations(training: TrainingConfig, run: Run) -> int:
+    """How many a run has, with that at its end."""
+    every = training.evaluate_every_tokens
+    return 0 if every is None else 1 + math.ceil(min((training.tokens - 1) // every, ABOUT * run.steps))
+
+
+def _checkpoints(checkpoint: CheckpointConfig, training: TrainingConfig, run: Run) -> Iterator[str]:
     every, anchors, keep = checkpoint.every_tokens, checkpoint.anchor_every_tokens, checkpoint.keep
+    tokens, best = training.tokens, checkpoint.keep_best * _evaluations(training, run)  # best ones at evaluations
     if every is not None and every >= tokens:
         yield (
             f"checkpoint.every_tokens: found {every:,} with training.tokens {tokens:,}: no checkpoint comes before the last"
+            + (", but for the best ones" if best > 1 else "")
         )
     elif every is not None and every < run.first_step / ABOUT:
         yield _every_step("checkpoint.every_tokens", every, run, "checkpoint")
@@ -198,11 +212,11 @@ def _checkpoints(checkpoint: CheckpointConfig, tokens: int, run: Run) -> Iterato
         found = f"checkpoint.anchor_every_tokens: found {anchors:,}"
         if anchors > tokens:
             yield f"{found} with training.tokens {tokens:,}: no checkpoint is kept for good"
-        elif every is None:
+        elif every is None and best < 2:
             yield f"{found} without checkpoint.every_tokens: there is no checkpoint before the last that could be kept"
-        elif anchors < every:
+        elif every is not None and anchors < every:
             yield f"{found} with checkpoint.every_tokens {every:,}: every checkpoint is kept for good"
-    made = 1 if every is None else (tokens - 1) // every + 1
+    made = max(best, 1) + (0 if every is None else (tokens - 1) // every)
     if not _is_default(checkpoint, "keep") and keep > made:
         yield f"checkpoint.keep: found {keep}, the run writes {made}"
 

@@ -7,24 +7,24 @@
         lanes-00000-00008.safetensors  the cell's state of global lanes 0 ... 7, written by the rank that had them
         manifest.json                  bytes and sha256 of every file above, written last
 
-A checkpoint is written under another name and renamed when every byte is on the disk, so a folder step-... is complete;
-its manifest shows whether it is still what was written. A damaged checkpoint is skipped with a warning, and the one
-before it is used. Nothing is unpickled. DeepSpeed's own checkpoints are not used: they unpickle, tie the run to its
-world size and are not written atomically.
+A checkpoint is written (saving.py) under another name and renamed when every byte is on the disk, so a folder step-...
+is complete; its manifest shows whether it is still what was written. A damaged checkpoint is skipped with a warning, and
+the one before it is used. Each also says which checkpoint is the best so far, by the held-out loss of the evaluations
+during training. Nothing is unpickled. DeepSpeed's own checkpoints are not used: they unpickle, tie the run to its world
+size and are not written atomically.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterable, KeysView
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memformer_dist.cells.base import RecurrentCell
@@ -32,25 +32,21 @@ from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
-from memformer_dist.files import REMOVED, flush, make_way, named_in_utf8, remove_folder, sha256_of, usual_mode
+from memformer_dist.files import REMOVED, make_way, named_in_utf8, sha256_of
 from memformer_dist.mrbp.executor import reseed
-from memformer_dist.places import configured
-from memformer_dist.progress import Interval, Position
+from memformer_dist.progress import HeldOut, Interval, Position
 from memformer_dist.segment import Tensors
 from memformer_dist.tokenizer import FILES, Tokenizer, find_tokenizer, open_tokenizer
 from memformer_dist.upgrade import upgrade
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 
-FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model
+NEWEST, BEST = "newest", "best"  # which checkpoint of a run is meant, where it is not one by its name
+WHICH = (  # the help of --checkpoint
+    f"which of the run's checkpoints: {NEWEST} (the default), {BEST} (by the held-out loss of the evaluations during"
+    " training), or the name or path of one"
+)
 log = logging.getLogger(__name__)
-
-
-class HasTensors(Protocol):
-    """What `save` needs of an engine."""
-
-    def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, fp32 weight, Adam's moments) of every parameter, whole, one at a time. A collective call."""
 
 
 class ReadoutGroup(BaseModel, extra="forbid", frozen=True):
@@ -66,12 +62,23 @@ class Contents(BaseModel, extra="forbid"):
     version: Literal[2] = 2
     position: Position
     interval: Interval = Interval()
+    held_out: HeldOut = HeldOut()
     curriculum: Progress | None = None  # of the window; None in checkpoints older than curricula
     readout_group: ReadoutGroup | None = None  # None unless mrbp.readout_group is "auto"
     corpus: str  # fingerprint of the training corpus
     anchor: bool  # never removed
     vocabulary: Vocabulary
     config: RunConfig
+
+    @property
+    def best_name(self) -> str | None:
+        """The name of the best checkpoint so far; None where no evaluation has been made yet."""
+        return None if self.held_out.best is None else name_of(self.held_out.best.step)
+
+
+def name_of(step: int) -> str:
+    """What the checkpoint of a step is called."""
+    return f"step-{step:08d}"
 
 
 class FileRecord(BaseModel, extra="forbid"):
@@ -103,9 +110,14 @@ class Checkpoint:
         except (OSError, ValidationError) as error:
             raise Damaged(f"{path / 'manifest.json'}: {str(error).splitlines()[0]}") from None
 
-    def verify(self) -> None:
-        """Read every byte. Raises Damaged, naming the first file that is not what was written."""
+    def verify(self, prefix: str = "") -> None:
+        """Read every byte of the files whose names begin with `prefix`.
+
+        Raises Damaged, naming the first file that is not what was written.
+        """
         for name, expected in self.records.items():
+            if not name.startswith(prefix):
+                continue
             try:
                 found = FileRecord.of(self.path / name)
             except OSError as error:
@@ -241,71 +253,6 @@ class TensorFiles:
             return file.get_tensor(name).clone()  # what it returns is a view of the mapped file
 
 
-def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents, lanes: range, state: Tensors) -> Path:
-    """Write a checkpoint and remove old ones; returns its folder. A collective call.
-
-    Args:
-        lanes, state: this rank's global lanes, and their states in that order.
-    """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{contents.position.step:08d}"
-    partial = folder / f"partial-{contents.position.step:08d}"
-    if world.is_main:
-        make_way(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _write_tensors(
-        {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()},
-        partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors",
-    )
-    _save_tensors(partial, engine, world)
-    dist.barrier()
-    if world.is_main:
-        # Not by files.write_text: the whole folder is flushed and renamed at once.
-        (partial / "checkpoint.json").write_bytes(contents.model_dump_json(indent=2).encode())
-        records = {path.name: FileRecord.of(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_bytes(FILE_RECORDS.dump_json(records, indent=2))
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        make_way(final)  # of a run that was killed after the rename, and has come here again
-        partial.rename(final)
-        flush(folder)
-        _remove_old(folder, contents.config.checkpoint.keep)
-    dist.barrier()
-    return final
-
-
-def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
-    """Write weights and moments in files of bounded size. Every rank takes part in gathering them, rank 0 writes."""
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    held = count = 0
-
-    def write() -> None:
-        nonlocal held, count
-        _write_tensors(weights, folder / f"weights-{count:05d}.safetensors")
-        _write_tensors(moments, folder / f"moments-{count:05d}.safetensors")
-        weights.clear()
-        moments.clear()
-        held, count = 0, count + 1
-
-    for name, weight, both in engine.tensors():
-        if not world.is_main:
-            continue
-        weights[name] = weight.detach().cpu().contiguous()
-        moments |= {f"{key}.{name}": moment.cpu().contiguous() for key, moment in both.items()}
-        held += weight.nbytes
-        if held >= FILE_BYTES:
-            write()
-    if weights:
-        write()
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    with usual_mode(path), named_in_utf8(path) as name:
-        save_file(tensors, name)
-
-
 def newest(run_dir: Path, world: World) -> Checkpoint | None:
     """The newest undamaged checkpoint, or None in a run that has none. A collective call: rank 0 verifies.
 
@@ -318,7 +265,8 @@ def newest(run_dir: Path, world: World) -> Checkpoint | None:
 
 def _newest_name(folder: Path) -> str | None:
     """The name of the newest undamaged checkpoint. Damaged ones that are newer are moved aside."""
-    candidates = sorted(folder.glob("step-[0-9]*"), reverse=True)
+    _complete_saves(folder)
+    candidates = _by_age(folder)
     for path in candidates:
         try:
             Checkpoint(path).verify()
@@ -335,32 +283,92 @@ def _newest_name(folder: Path) -> str | None:
     return None
 
 
-def open_one(path: Path) -> Checkpoint:
-    """A checkpoint given by its own folder, or by its run's, then the newest undamaged one. Not collective.
+def _complete_saves(folder: Path) -> None:
+    """Put the checkpoint in place whose save was killed while it replaced an earlier one of the same step.
+
+    That one had been set aside, and the new one, which is whole, had not got its name yet.
+    """
+    for partial in folder.glob("partial-*"):
+        final = partial.with_name(partial.name.replace("partial-", "step-"))
+        if not final.exists() and any(folder.glob(f"{REMOVED}{final.name}-*")):
+            with suppress(Damaged):
+                Checkpoint(partial).verify()
+                partial.rename(final)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("step-[0-9]*"), reverse=True)
+
+
+def open_one(path: Path, which: str = NEWEST) -> Checkpoint:
+    """An undamaged checkpoint of a run. Not collective.
+
+    Args:
+        path: the run's folder; or that of a checkpoint, which then is the one.
+        which: "newest"; "best", by the held-out loss of the evaluations during training; the name of one of the run's
+            checkpoints; or the path of one.
 
     Raises UserError if there is none.
     """
-    candidates = (
-        [path] if (path / "checkpoint.json").exists() else sorted(path.glob("checkpoints/step-[0-9]*"), reverse=True)
-    )
+    if (path / "checkpoint.json").exists():
+        if which != NEWEST:
+            raise UserError(f"--checkpoint: found {which}, but {path} is a checkpoint itself; expected a run's folder")
+        return _first_undamaged([path], path)
+    folder = path / "checkpoints"
+    there = _by_age(folder)
+    if which == NEWEST or not there:
+        return _first_undamaged(there, path)
+    if which == BEST:
+        return _best(folder, there)
+    named = folder / which if (folder / which).is_dir() else Path(which)
+    if not (named / "checkpoint.json").exists():
+        raise UserError(
+            f"--checkpoint: found no {which} in {folder}; expected {NEWEST}, {BEST}, or one of"
+            f" {', '.join(sorted(candidate.name for candidate in there))}"
+        )
+    return _first_undamaged([named], named)
+
+
+def _first_undamaged(candidates: Iterable[Path], where: Path, prefix: str = "") -> Checkpoint:
     damages = []
     for candidate in candidates:
         try:
             checkpoint = Checkpoint(candidate)
-            checkpoint.verify()
+            checkpoint.verify(prefix)
             return checkpoint
         except Damaged as damage:
             damages.append(f"\n  {damage}")
     raise UserError(
-        f"{path}: no checkpoint found, expected a run's or a checkpoint's folder"
+        f"{where}: no checkpoint found, expected a run's or a checkpoint's folder"
         if not damages
-        else f"{path}: damaged{''.join(damages)}"
+        else f"{where}: damaged{''.join(damages)}"
     )
+
+
+def _best(folder: Path, there: list[Path]) -> Checkpoint:
+    """The checkpoint that the newest one names as the best so far."""
+    best = _first_undamaged(there, folder, "checkpoint.json").contents.held_out.best
+    if best is None:
+        raise UserError(
+            f"--checkpoint: found no evaluation in {folder} by which one would be the {BEST};"
+            " training.evaluate_every_tokens sets when a run is evaluated"
+        )
+    path = folder / name_of(best.step)
+    if not path.exists():
+        raise UserError(
+            f"--checkpoint: found no {path}, which is the {BEST} with a held-out loss of {best.loss:.4f}; it is kept"
+            " where checkpoint.keep_best is true"
+        )
+    return _first_undamaged([path], path)
 
 
 def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
     """The checkpoint of training.init_from. Raises UserError if its tokenizer is another one. Not collective."""
-    initial = open_one(path)
+    try:
+        initial = open_one(path)
+    except UserError as error:
+        raise UserError(f"training.init_from: {error}") from None
     found, expected = initial.contents.vocabulary.tokenizer_sha256, vocabulary.tokenizer_sha256
     if found != expected:
         raise UserError(
@@ -370,17 +378,15 @@ def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
     return initial
 
 
-def initial_cell(config: RunConfig, vocabulary: Vocabulary, resumed: Checkpoint | None) -> RecurrentCell:
-    """The cell with which a run starts: with the weights of a checkpoint or of training.init_from, or with random ones.
+def initial_cell(config: RunConfig, vocabulary: Vocabulary, saved: Checkpoint | None) -> RecurrentCell:
+    """The cell with which a run starts: with the weights of a checkpoint, or with random ones.
 
     Not collective; the same weights on every rank.
     """
     reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU
     cell = build_cell(config, vocabulary)
-    if resumed is not None:
-        resumed.load_weights(cell)
-    elif config.training.init_from:
-        open_initial(Path(configured(config.training.init_from)), vocabulary).load_weights(cell)
+    if saved is not None:
+        saved.load_weights(cell)
     return cell
 
 
@@ -389,27 +395,3 @@ def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:
     return config.model.build(
         vocab_size=vocabulary.size, bos_id=vocabulary.bos_id, segment_length=config.data.segment_length
     )
-
-
-def _is_kept(path: Path) -> bool:
-    """Whether an old checkpoint is an anchor, or may be one: a file system may not answer at the moment."""
-    try:
-        for name in ("manifest.json", "checkpoint.json"):
-            (path / name).read_bytes()
-        return Checkpoint(path).contents.anchor
-    except FileNotFoundError:  # a removal was interrupted
-        return False
-    except OSError as error:
-        log.warning("%s: is kept for the time being, since it cannot be read: %s", path, error.strerror)
-        return True
-    except (Damaged, UserError):  # nothing could resume from it
-        return False
-
-
-def _remove_old(folder: Path, keep: int) -> None:
-    """Remove what is no longer needed; what cannot be removed now is tried again at the next save."""
-    for path in sorted(folder.glob("step-[0-9]*"), reverse=True)[keep:]:
-        if not _is_kept(path):
-            remove_folder(path)
-    for path in (*folder.glob("partial-*"), *folder.glob(f"{REMOVED}*")):  # of saves that were interrupted
-        remove_folder(path)

@@ -23,7 +23,7 @@ from memformer_dist.cells import DEFAULT_CELL, ModelConfig
 from memformer_dist.cells.base import CellConfig
 from memformer_dist.curriculum import WindowByMetric, plan_model
 from memformer_dist.data.open_data import IN_A_CORPUS, DataConfig
-from memformer_dist.errors import UserError, sentences
+from memformer_dist.errors import UserError, first_problem, sentences
 from memformer_dist.launcher import detected
 from memformer_dist.mrbp.settings import DRIFT_LIMITS, MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
@@ -70,6 +70,11 @@ class TrainingConfig(Section):
         description="in evaluations, cut long documents over the lanes, and read so many segments before each piece"
         " without counting their losses; null: read every document as a whole, on one lane",
     )
+    early_stopping_patience: PositiveInt | None = Field(
+        None,
+        description="the run ends after this many evaluations in a row that have not lowered the held-out loss; null:"
+        " it trains on all of training.tokens",
+    )
     skipped_steps_limit: PositiveInt = Field(
         10, description="the run ends with an error after this many steps in a row whose gradient is not finite"
     )
@@ -86,13 +91,19 @@ class CheckpointConfig(Section):
     """The section `checkpoint`."""
 
     every_tokens: PositiveInt | None = Field(
-        None, description="tokens between checkpoints; null: only at the end and when the run is stopped"
+        None,
+        description="tokens between checkpoints; null: only at the end, when the run is stopped, and as keep_best says",
     )
     keep: int = Field(
         2, ge=2, description="how many of the newest checkpoints are kept; with two, one may turn out damaged"
     )
     before_job_ends_s: float = Field(
         120, ge=0, description="under SLURM the run saves and stops this many seconds before the job's end"
+    )
+    keep_best: bool = Field(
+        True,
+        description="write a checkpoint at every evaluation whose held-out loss is the lowest so far, and keep it until"
+        " another one is",
     )
     anchor_every_tokens: PositiveInt | None = Field(
         None, description="the first checkpoint after each multiple of this many tokens is never removed; null: none"
@@ -123,6 +134,7 @@ MAY_CHANGE = (
     "training.evaluate_segments",
     "training.final_evaluate_segments",
     "training.evaluate_warmup_segments",
+    "training.early_stopping_patience",
     "training.skipped_steps_limit",
 )
 
@@ -229,6 +241,17 @@ class RunConfig(Section):
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise UserError(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
         return cls(**sections)
+
+    @classmethod
+    def recorded(cls, path: Path) -> Self:
+        """The configuration that an earlier start has written into its run's folder. Raises UserError.
+
+        What relates it to the number of ranks, or to the corpus, was checked then.
+        """
+        try:
+            return cls.model_validate(upgrade(json.loads(path.read_bytes())))
+        except ValidationError as error:
+            raise UserError(f"{path}: {first_problem(error)}") from None
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -363,6 +386,8 @@ def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
         yield from _warmup(training)
     if mrbp is not None:
         yield from _readout(data, mrbp, world_size)
+    if training is not None:
+        yield from _early_stopping(training)
     if mrbp is not None and training is not None:
         yield from _window(mrbp, training)
         yield from _sharded_gradients(mrbp, training, stage)
@@ -428,6 +453,14 @@ def _window(mrbp: MrbpConfig, training: TrainingConfig) -> Iterator[str]:
         yield (
             f"mrbp.window.metric: found {window.metric!r}, which is measured during training only where"
             " training.evaluate_every_tokens is set"
+        )
+
+
+def _early_stopping(training: TrainingConfig) -> Iterator[str]:
+    if training.early_stopping_patience and not training.evaluate_every_tokens:
+        yield (
+            f"training.early_stopping_patience: found {training.early_stopping_patience}, which counts evaluations during"
+            " training; expected training.evaluate_every_tokens with it"
         )
 
 

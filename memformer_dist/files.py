@@ -267,13 +267,15 @@ def remove_folder(path: Path) -> bool:
 
 
 def make_way(path: Path) -> None:
-    """Remove a folder if it exists. One that cannot be removed is renamed: to removed-NAME-0, or the next free number.
-
-    Raises OSError where neither is possible.
-    """
+    """Remove a folder if it exists. One that cannot be removed is set aside. Raises OSError where neither is possible."""
     if os.path.lexists(path) and not remove_folder(path):
-        asides = (path.with_name(f"{REMOVED}{path.name}-{number}") for number in itertools.count())
-        path.rename(next(aside for aside in asides if not os.path.lexists(aside)))
+        set_aside(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a folder to removed-NAME-0, or the next free number, so that its name is free at once."""
+    asides = (path.with_name(f"{REMOVED}{path.name}-{number}") for number in itertools.count())
+    path.rename(next(aside for aside in asides if not os.path.lexists(aside)))
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda read: None) -> str:

@@ -1,4 +1,4 @@
-"""Where a run is, and what it has added up since the last record of its log. Both are part of every checkpoint."""
+"""Where a run is, its sums since the last record of its log, and its best evaluation. All are part of every checkpoint."""
 
 import math
 
@@ -70,3 +70,32 @@ class Interval(BaseModel, extra="forbid"):
         self.step_s += step_s
         self.rollout_s += rollout_s
         self.wait_s += wait_s
+
+
+class Evaluation(BaseModel, extra="forbid", frozen=True):
+    """An evaluation during training."""
+
+    step: int
+    tokens: int
+    loss: float  # held-out, with the memory carried
+
+
+class HeldOut(BaseModel, extra="forbid"):
+    """The best of the evaluations during training, and how many have followed it.
+
+    Only evaluations of the same documents are compared: `corpus` and `segments` say which these were.
+    """
+
+    best: Evaluation | None = None
+    without_improvement: int = 0  # evaluations since the best one
+    corpus: str | None = None  # fingerprint of the validation split
+    segments: int | None = None  # training.evaluate_segments
+
+    def add(self, found: Evaluation, *, corpus: str, segments: int | None) -> None:
+        """Count an evaluation. One that has read other documents than those before is compared with none of them."""
+        if (corpus, segments) != (self.corpus, self.segments):
+            self.best, self.without_improvement, self.corpus, self.segments = None, 0, corpus, segments
+        if math.isfinite(found.loss) and (self.best is None or found.loss < self.best.loss):
+            self.best, self.without_improvement = found, 0
+        else:
+            self.without_improvement += 1

@@ -32,6 +32,7 @@ from memformer_dist.tokenizer import file_name_of
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World, ranks_on_hosts
 
+CONFIG = "config.json"  # in a run's folder
 # Fields that the learning rate of a step depends on.
 OF_THE_SCHEDULE = (
     "training.tokens",
@@ -46,9 +47,15 @@ PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", 
 log = logging.getLogger(__name__)
 
 
-def record(run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step: int) -> None:
-    """Write config.json and the tokenizer; append what started the run, where and with which versions to starts.jsonl."""
-    write_text(run_dir / "config.json", config.to_json())
+def record(
+    run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step: int, initial: Checkpoint | None = None
+) -> None:
+    """Write config.json and the tokenizer; append what started the run, where and with which versions to starts.jsonl.
+
+    Args:
+        initial: the checkpoint of another run, by training.init_from, whose weights this run starts with.
+    """
+    write_text(run_dir / CONFIG, config.to_json())
     raw = tokenizer.read_bytes()
     write_bytes(run_dir / file_name_of(raw), raw)
     entry = {
@@ -59,6 +66,7 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step
         "launcher": world.launch.by,
         "hosts": list(dict.fromkeys(world.hosts)),
         "job": world.launch.job,
+        "init_from": initial and {"checkpoint": recorded(str(initial.path)), **_where(initial)},
         "git": _commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         PLACES: Places.of_run(run_dir).seen(config.paths),
@@ -66,6 +74,10 @@ def record(run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step
     path = run_dir / STARTS
     lines = [line for line, _ in read_json_lines(path)]
     write_bytes(path, b"".join([*lines, json.dumps(entry).encode() + b"\n"]))
+
+
+def _where(saved: Checkpoint) -> dict[str, int]:
+    return saved.contents.position.model_dump(include={"step", "tokens"})
 
 
 def _commit() -> str | None:
@@ -187,6 +199,18 @@ def advise(
     )
     for sentence in (*labels.facts, *advice(config, sizes)):
         log.warning(sentence)
+
+
+def introduce_fresh(run_dir: Path, initial: Checkpoint | None) -> None:
+    """Log that an earlier start has left no checkpoint, and from which one of another run the weights are."""
+    if (run_dir / CONFIG).exists():
+        log.info(f"{run_dir}: an earlier start has left no checkpoint, so the run starts from the beginning")
+    if initial is not None:
+        position = initial.contents.position
+        log.info(
+            f"training.init_from: the weights are those of {initial.path}, at step {position.step},"
+            f" {position.tokens:,} tokens; moments, learning rate, states and documents begin anew"
+        )
 
 
 def introduce_resumed(

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memformer_dist import agreement, checkpoint, evaluate, metrics, start
-from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
+from memformer_dist import agreement, checkpoint, evaluate, metrics, saving, start
+from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell, name_of
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.dataset import TokenDataset
@@ -34,7 +34,8 @@ from memformer_dist.monitor import Monitor
 from memformer_dist.mrbp.drift import drift_problem, exceeds
 from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, decay_begins, learning_rate
-from memformer_dist.progress import Interval, Position
+from memformer_dist.places import Places
+from memformer_dist.progress import Evaluation, HeldOut, Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Tensors
 from memformer_dist.token_texts import token_texts
@@ -66,6 +67,7 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
             trainer.close()
 
 
+BUDGET, PATIENCE = "training.tokens", "training.early_stopping_patience"  # what ends a run
 WITHOUT_LABELS = StepResult(0.0, applied=False)  # of a window in which no lane of any rank has a label
 
 
@@ -97,6 +99,7 @@ class Trainer:
         changes = resumed.changes(config, self.train_corpus) if resumed else {}
         self.position = resumed.contents.position if resumed else Position()
         self.interval = resumed.contents.interval if resumed else Interval()
+        self.held_out = resumed.contents.held_out if resumed else HeldOut()
         self.curriculum = Curriculum(
             config.mrbp.window,
             self.position.step,
@@ -107,10 +110,13 @@ class Trainer:
         self.chosen_group = resumed.contents.readout_group if resumed and auto else None
         self.labels_at = self.position.tick  # where a window with labels was seen last, in this part of the run
         self.saved, self.is_anchor = self.position.model_copy(), resumed is not None and resumed.contents.anchor
+        self.saved_best = self.held_out.best
+        self.evaluated: tuple[tuple[int, int | None], dict[str, Losses]] | None = None  # the latest: step, segments
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
         world.on_all_or_raise(lambda: start.expect_room(config, self.train_corpus.vocabulary))
-        cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed)
+        initial = None if resumed else self._initial()
+        cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed or initial)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(
             cell,
@@ -142,7 +148,9 @@ class Trainer:
         )
         self.monitor = Monitor(run_dir, self.position, configuration=config.to_json(), is_main=world.is_main)
         if world.is_main:
-            start.record(run_dir, config, self.train_corpus.tokenizer(), world, self.position.step)
+            if resumed is None:
+                start.introduce_fresh(run_dir, initial)
+            start.record(run_dir, config, self.train_corpus.tokenizer(), world, self.position.step, initial)
             start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
             start.introduce_evaluations(config, self.evaluation_plan)
             assert labels is not None
@@ -152,10 +160,18 @@ class Trainer:
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
 
+    def _initial(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint of another run whose weights this one starts with."""
+        path, vocabulary = self.config.training.init_from, self.train_corpus.vocabulary
+        if path is None:
+            return None
+        place = Path(Places.of_run(self.run_dir).found("training.init_from", path))
+        return self.world.on_all_or_raise(lambda: checkpoint.open_initial(place, vocabulary))
+
     # ---- fit ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str | None:
-        """Train to the end of the token budget, or until asked to stop; returns who asked."""
+        """Train to the end of the token budget, until no evaluation improves, or until asked to stop; returns who asked."""
         config, position = self.config, self.position
         self.engine.module.train()
         if self.world.is_main and not self._done():
@@ -182,13 +198,21 @@ class Trainer:
             self._log_change(self.curriculum.after_step(position.step, trained.nll, trained.labels))
             if not reason:
                 reason = self._evaluate_if_due()
-            if reason or self._done() or crosses(tokens_before, position.tokens, config.checkpoint.every_tokens):
+            is_due = crosses(tokens_before, position.tokens, config.checkpoint.every_tokens)
+            if reason or self._done() or is_due or self._is_best_unsaved():
                 self._save()
         self.progress.close()
         return reason
 
     def _done(self) -> bool:
+        return self._is_budget_spent() or self._stops_early()
+
+    def _is_budget_spent(self) -> bool:
         return self.position.tokens >= self.config.training.tokens
+
+    def _stops_early(self) -> bool:
+        patience = self.config.training.early_stopping_patience
+        return patience is not None and self.held_out.without_improvement >= patience
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
@@ -333,31 +357,46 @@ class Trainer:
     # ---- evaluate ----------------------------------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> str | None:
-        """Evaluate once every training.evaluate_every_tokens; returns who asked to stop meanwhile."""
+        """Evaluate once every training.evaluate_every_tokens, and at the end; returns who asked to stop meanwhile."""
         position, training = self.position, self.config.training
-        if self._done() or not crosses(position.evaluated, position.tokens, training.evaluate_every_tokens):
+        every = 1 if self._done() and training.evaluate_every_tokens else training.evaluate_every_tokens
+        if not crosses(position.evaluated, position.tokens, every):
             return None
-        found = self._evaluate({"eval": training.evaluate_segments})
-        if found is not None:
-            losses, position.evaluated = found["eval"], position.tokens
+        losses = self._evaluate("eval", training.evaluate_segments)
+        if losses is not None:
+            position.evaluated = position.tokens
             carried = losses["carried"].loss
-            self._log_change(self.curriculum.after_evaluation(carried, losses["no_memory"].loss - carried))
+            self.held_out.add(
+                Evaluation(step=position.step, tokens=position.tokens, loss=carried),
+                corpus=self.valid_corpus.fingerprint,
+                segments=training.evaluate_segments,
+            )
+            self._log_change(self._without_improvement())
+            if not self._done():
+                self._log_change(self.curriculum.after_evaluation(carried, losses["no_memory"].loss - carried))
         return self.stop.agreed()
 
-    def _evaluate(self, limits: dict[str, int | None]) -> dict[str, dict[str, Losses]] | None:
-        """Held-out losses by mode, logged as `family`/...; None if the run was asked to stop meanwhile.
+    def _without_improvement(self) -> str | None:
+        """What the log says of an evaluation that is not the best so far."""
+        best, since = self.held_out.best, self.held_out.without_improvement
+        if since == 0:
+            return None
+        than = f", the best is {best.loss:.4f} of step {best.step}" if best else ""
+        ends = f"; {PATIENCE} ends the run" if self._stops_early() else ""
+        return f"evaluation {since} in a row without improvement{than}{ends}"
 
-        Args:
-            limits: by family, how many segments of every lane count; None: all. They are read once.
-        """
-        module, is_final = self.engine.module, "final" in limits
+    def _evaluate(self, family: str, segments: int | None) -> dict[str, Losses] | None:
+        """Held-out losses by mode, logged as `family`/...; None if the run was asked to stop meanwhile."""
+        module, is_final = self.engine.module, family == "final"
+        if self.evaluated is not None and self.evaluated[0] == (self.position.step, segments):
+            return self._log_losses(family, self.evaluated[1])  # the one at the end has read all documents already
         module.eval()
         found = evaluate.evaluations(
             self.engine,
             module,
             self.evaluation_plan,
             self.world,
-            limits=list(limits.values()),
+            limits=[segments],
             lanes_per_group=self.config.lanes_per_group(self.world.size),
             texts=self.texts,
             show=lambda ticks: tracked(
@@ -372,15 +411,18 @@ class Trainer:
         module.train()
         if found is None:
             return None
-        for family, losses in zip(limits, found, strict=True):
-            self.monitor.log(self.position, metrics.evaluation_scalars(family, losses))
-        carried, no_memory, no_state = (found[0][mode].loss for mode in ("carried", "no_memory", "no_state"))
-        bits = found[0]["carried"].bits_per_byte
+        self.evaluated = (self.position.step, segments), found[0]
+        return self._log_losses(family, found[0])
+
+    def _log_losses(self, family: str, losses: dict[str, Losses]) -> dict[str, Losses]:
+        self.monitor.log(self.position, metrics.evaluation_scalars(family, losses))
+        carried, no_memory, no_state = (losses[mode].loss for mode in ("carried", "no_memory", "no_state"))
+        bits = losses["carried"].bits_per_byte
         self._log_change(
             f"held-out loss {carried:.4f}, memory reset {no_memory:.4f}, everything reset {no_state:.4f}"
             + ("" if bits is None else f", {bits:.4f} bits per byte")
         )
-        return dict(zip(limits, found, strict=True))
+        return losses
 
     # ---- leave -------------------------------------------------------------------------------------------------------
 
@@ -394,29 +436,46 @@ class Trainer:
         earlier = (read_json(path) or {}) if self.world.is_main else {}
         known = json.dumps(earlier) if earlier.get("steps") == position.step else None
         if known := self.world.broadcast_first(known):  # rank 0 alone reads it: all ranks must go the same way
-            log.info("this run is finished, see %s; a larger training.tokens continues it", path)
-            return json.loads(known)
-        training = self.config.training
-        limits = {"final": training.final_evaluate_segments}
-        if training.evaluate_every_tokens is not None:
-            limits["eval"] = training.evaluate_segments
-        found = self._evaluate(limits)
-        if found is None:
+            summary = json.loads(known)
+            log.info("this run is finished, see %s; a larger %s continues it", path, summary.get("ended_by", BUDGET))
+            return summary
+        reason = self._evaluate_if_due()  # the run may have been stopped before
+        self._save()
+        losses = None if reason else self._evaluate("final", self.config.training.final_evaluate_segments)
+        if losses is None:
             return None
-        summary = evaluate.summary(found["final"]) | {
+        summary = evaluate.summary(losses) | {
             "tokens_per_s": position.tokens / position.seconds,
             "wall_s": time.perf_counter() - self.began,
             "world_size": self.world.size,
             "tokens": position.tokens,
             "steps": position.step,
             "parameters": self.parameters,
+            "ended_by": BUDGET if self._is_budget_spent() else PATIENCE,
+            "best": self._best(),
         }
         if self.world.is_main:
             write_text(path, json.dumps(summary, indent=2) + "\n")
         return summary
 
+    def _best(self) -> dict | None:
+        """The best evaluation and its checkpoint, for the summary."""
+        best = self.held_out.best
+        if best is None:
+            return None
+        name = f"checkpoints/{name_of(best.step)}"
+        is_kept = (self.run_dir / name).is_dir()
+        if is_kept:
+            log.info(f"the best checkpoint is {name}, with a held-out loss of {best.loss:.4f}: --checkpoint best")
+        return best.model_dump() | {"checkpoint": name if is_kept else None}
+
+    def _is_best_unsaved(self) -> bool:
+        return self.config.checkpoint.keep_best and self.held_out.best != self.saved_best
+
     def _save(self, *, anchor: bool = False) -> None:
-        if self.saved.step == self.position.step and (self.is_anchor or not anchor):
+        same_step = self.saved.step == self.position.step
+        anchor = anchor or (same_step and self.is_anchor)
+        if same_step and anchor == self.is_anchor and self.saved.evaluated == self.position.evaluated:
             return
         self.position.wall_s = time.perf_counter() - self.began
         every = self.config.checkpoint.anchor_every_tokens
@@ -424,6 +483,7 @@ class Trainer:
         contents = Contents(
             position=self.position,
             interval=self.interval,
+            held_out=self.held_out,
             curriculum=self.curriculum.progress,
             readout_group=self.chosen_group,
             corpus=self.train_corpus.fingerprint,
@@ -432,8 +492,8 @@ class Trainer:
             config=self.config,
         )
         state = self.states[0]._make(torch.cat(column) for column in zip(*self.states, strict=True))
-        checkpoint.save(self.run_dir, self.engine, self.world, contents=contents, lanes=self.reader.lanes, state=state)
-        self.saved = self.position.model_copy()
+        saving.save(self.run_dir, self.engine, self.world, contents=contents, lanes=self.reader.lanes, state=state)
+        self.saved, self.saved_best = self.position.model_copy(), self.held_out.best
 
     def close(self) -> None:
         self.progress.close()

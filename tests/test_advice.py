@@ -103,10 +103,15 @@ CASES = [
         "checkpoint.anchor_every_tokens: found 9,999 with checkpoint.every_tokens",
     ),
     (
-        {"checkpoint__every_tokens": None, "checkpoint__keep": 2},
+        {"checkpoint__every_tokens": None, "checkpoint__keep": 2, "checkpoint__keep_best": False},
         "checkpoint.anchor_every_tokens: found 50,000 without checkpoint.every_tokens",
     ),
-    ({"checkpoint__keep": 11}, "checkpoint.keep: found 11, the run writes 10"),
+    ({"checkpoint__keep": 11, "checkpoint__keep_best": False}, "checkpoint.keep: found 11, the run writes 10"),
+    ({"checkpoint__keep": 14}, "checkpoint.keep: found 14, the run writes 13"),
+    (
+        {"training__early_stopping_patience": 4},
+        "training.early_stopping_patience: found 4, the run has about 4 evaluations",
+    ),
     (
         {"data__segment_length": 4000, "data__lanes": 1, "mrbp__window": 1},
         "data.segment_length: found 4000, the longest document has 4,000",

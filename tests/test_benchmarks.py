@@ -297,7 +297,7 @@ def test_small_figures_of_the_data_benchmark(tmp_path, monkeypatch):
     takes(Corpus, "open", 3.0, staticmethod)
     takes(EpochSampler, "__call__", 10.0)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(data.programs, "run", in_this_process)
     monkeypatch.setattr(lanes, "STORED_FROM", 1000)  # so that an epoch of so few documents is kept at all
     found = data.resuming(tmp_path, np.arange(500) % 400, documents=20_000, rounds=3)
     assert found == {"resume_s": 3 + 10, "resume_kept_s": 3}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memformer_dist import checkpoint, files
+from memformer_dist import checkpoint, files, saving
 from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, FileRecord, ReadoutGroup
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
@@ -77,7 +77,7 @@ def lane_state(lanes: range, step: int) -> ToyState:
 
 def save(run_dir, world, step, *, cell=None, **about):
     lanes = world.lanes_of_rank(LANES)
-    return checkpoint.save(
+    return saving.save(
         run_dir,
         FakeEngine(cell, None) if cell else FakeEngine(ToyCell(), step),
         world,
@@ -119,7 +119,7 @@ def test_what_is_saved_is_loaded(tmp_path, world):
 
 @pytest.mark.parametrize("file_bytes, files", [(1, 9), (300, 5), (10**6, 1)])
 def test_large_models_take_several_files(tmp_path, world, monkeypatch, file_bytes, files):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(saving, "FILE_BYTES", file_bytes)
     save(tmp_path, world, 5)
     saved = checkpoint.newest(tmp_path, world)
     assert len(saved.files("weights-")) == len(saved.files("moments-")) == files
@@ -135,10 +135,10 @@ def test_a_frozen_parameter_has_a_weight_and_no_moments(tmp_path, world, monkeyp
             for name, weight, moments in super().tensors():
                 yield name, weight, {} if name.startswith("embedding") else moments
 
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(saving, "FILE_BYTES", file_bytes)
     lanes = world.lanes_of_rank(LANES)
     about = {"contents": contents(5), "lanes": lanes, "state": lane_state(lanes, 5)}
-    checkpoint.save(tmp_path, Frozen(ToyCell(), 5), world, **about)
+    saving.save(tmp_path, Frozen(ToyCell(), 5), world, **about)
     saved, cell = checkpoint.newest(tmp_path, world), ToyCell()
     saved.load_weights(cell)
     for number, (name, parameter) in enumerate(cell.named_parameters(), start=1):
@@ -237,12 +237,12 @@ class Crash(BaseException):
 def test_a_crash_before_any_write_leaves_a_checkpoint_of_one_step(tmp_path, world, monkeypatch):
     """The same without chance: the n-th touch of the disk does not happen, nor any after it, for every n."""
     touches = [
-        (checkpoint, "save_file"),
-        (checkpoint, "flush"),
-        (checkpoint.Path, "write_text"),
-        (checkpoint.Path, "write_bytes"),
-        (checkpoint.Path, "mkdir"),
-        (checkpoint.Path, "rename"),
+        (saving, "save_file"),
+        (saving, "flush"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+        (Path, "mkdir"),
+        (Path, "rename"),
         (files.shutil, "rmtree"),
     ]
     save(tmp_path, world, 1)

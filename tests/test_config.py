@@ -47,7 +47,12 @@ def test_the_configuration_of_the_other_tests_is_good(config):
         (
             "checkpoint.zzz",
             1,
-            "checkpoint.zzz: unknown key, expected one of every_tokens, keep, before_job_ends_s, anchor_every_tokens",
+            "checkpoint.zzz: unknown key, expected one of every_tokens, keep, before_job_ends_s, keep_best",
+        ),
+        (
+            "training.early_stopping_patience",
+            3,
+            "training.early_stopping_patience: found 3, which counts evaluations during training; expected training.eval",
         ),
         ("optimiser.betas", [0.9, 0.99], "optimiser: unknown section, did you mean optimizer?"),
         ("zzz", {}, "zzz: unknown section, expected one of model, data, mrbp, optimizer, training, "),
@@ -706,7 +711,8 @@ ALLOWED = {
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),
-    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.before_job_ends_s", "checkpoint.anchor_every_tokens"),
+    *("checkpoint.every_tokens", "checkpoint.keep", "checkpoint.before_job_ends_s", "checkpoint.keep_best"),
+    "checkpoint.anchor_every_tokens",
     *("monitor.log_every_steps", "monitor.device_peak_tflops"),
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
     *(
@@ -715,6 +721,7 @@ ALLOWED = {
         "training.evaluate_segments",
         "training.final_evaluate_segments",
         "training.evaluate_warmup_segments",
+        "training.early_stopping_patience",
         "training.skipped_steps_limit",
     ),
 }

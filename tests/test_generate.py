@@ -224,7 +224,7 @@ def program(tmp_path, monkeypatch):
     cell.vocab_size = vocabulary
     contents = SimpleNamespace(vocabulary=SimpleNamespace(eos_id=tokenizer.eos_id))
     saved = SimpleNamespace(tokenizer=lambda: tokenizer, cell=cell.to, contents=contents)
-    monkeypatch.setattr(command, "open_one", lambda path: saved)
+    monkeypatch.setattr(command, "open_one", lambda *which: saved)
     return lambda *arguments: command.main(["--run-dir", str(tmp_path), *arguments])
 
 

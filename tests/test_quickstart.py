@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,11 +11,11 @@ import numpy as np
 import pytest
 
 from launch import quickstart
+from memformer_dist.data import open_data
 from memformer_dist.errors import UserError
 from tests.helpers import ROOT
 from tests.helpers.corpora import documents
 from tests.helpers.scripts import run_script
-from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -100,29 +98,6 @@ def test_folders_of_one_name_and_texts_that_have_changed(tiny, start, tmp_path, 
     assert ended.value.code == 2 and (ROOT / hint[1] / "corpus").exists()
 
 
-@pytest.mark.slow
-def test_ctrl_c_waits_for_what_the_step_has_started(tmp_path):
-    """A launcher that dies of it at once, as DeepSpeed's does, over a rank that takes its time to save."""
-    rank = f"""
-import pathlib, signal, time
-def save(*_):
-    time.sleep(1)
-    pathlib.Path({str(tmp_path / "saved")!r}).touch()
-    raise SystemExit
-signal.signal(signal.SIGINT, save)
-pathlib.Path({str(tmp_path / "ready")!r}).touch()
-time.sleep(60)
-"""
-    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {rank!r}]).wait()"
-    program = f"from launch import quickstart; import sys; quickstart.run(sys.executable, '-c', {launcher!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    wait_until((tmp_path / "ready").exists, alive=lambda: process.poll() is None)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(60) != 0 and (tmp_path / "saved").exists()
-
-
 @pytest.mark.parametrize(
     "lengths, segment_length, expected",
     [
@@ -135,7 +110,7 @@ time.sleep(60)
 )
 def test_budget(monkeypatch, tmp_path, lengths, segment_length, expected):
     split = SimpleNamespace(lengths=np.array(lengths))
-    monkeypatch.setattr(quickstart, "open_corpora", lambda corpus: (split, None))
+    monkeypatch.setattr(open_data, "open_corpora", lambda corpus: (split, None))
     config = {"training": {"tokens": 1_600_000}, "data": {"segment_length": segment_length}}
     assert quickstart.budget(tmp_path, config) == pytest.approx(expected, abs=1)
 

@@ -406,7 +406,7 @@ def test_a_window_without_labels_moves_no_weight(corpus_dir, tmp_path):
     assert [row[1] for row in records(tmp_path / "one", having="optim/skipped")] == tokens
 
 
-def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None:
+def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes, by_its_folder=True) -> None:
     """Start a run without end, interrupt it once there are steps, see that it was saved; start again, to an end."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     log_file, metrics_file = run_dir.parent / f"{run_dir.name}.log", run_dir / "metrics.jsonl"
@@ -427,7 +427,8 @@ def interrupt_and_resume(command, how, run_dir: Path, *, expected_codes) -> None
         assert last_checkpoint(run_dir).name == f"step-{stopped_at:08d}"
         assert not (run_dir / "summary.json").exists()
         assert not (run_dir / "stop").exists()
-        ending = [*command, "--set", f"training.tokens={tokens + 5 * STEP_TOKENS}"]
+        again = [*command[: command.index("--config")], "--resume", run_dir] if by_its_folder else command
+        ending = [*again, "--set", f"training.tokens={tokens + 5 * STEP_TOKENS}"]
         subprocess.run(ending, check=True, timeout=120, **options)
     assert (run_dir / "summary.json").exists()
     steps = [row[0] for row in records(run_dir)]
@@ -468,7 +469,8 @@ def test_single_process_stops_on_a_signal_and_resumes(corpus_dir, tmp_path):
         "--run-dir",
         tmp_path / "run",
     ]
-    interrupt_and_resume(command, send(signal.SIGUSR1), tmp_path / "run", expected_codes=(75,))
+    run_dir = tmp_path / "run"
+    interrupt_and_resume(command, send(signal.SIGUSR1), run_dir, expected_codes=(75,), by_its_folder=False)
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """Loss of a trained model on held-out documents, with the memory carried and with it taken away.
 
     python launch/evaluate.py --run-dir runs/small
+    python launch/evaluate.py --run-dir runs/small --checkpoint best              # or one by its name
     python launch/evaluate.py --run-dir runs/small --corpus corpora/other --split train --max-segments 100 --json
     it.json
     python launch/evaluate.py --run-dir runs/small --lanes 32 --warmup-segments 16    # long documents cut over the lanes
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memformer_dist import agreement, logs, orphans
-from memformer_dist.checkpoint import Checkpoint, open_one
+from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
 from memformer_dist.errors import UserError, run_program
@@ -47,12 +48,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--run-dir",
-        type=path_option,
-        required=True,
-        help="a run, whose newest checkpoint is evaluated, or a checkpoint",
-    )
+    add("--run-dir", type=path_option, required=True, help="a run, or one of its checkpoints")
+    add("--checkpoint", type=os.path.expanduser, default=NEWEST, help=WHICH)
     add("--corpus", type=path_or_url_option, help="folder or URL of a corpus (default: the run's)")
     add("--split", choices=["valid", "train"], default="valid")
     add("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
@@ -86,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     world = World.start()
     logs.start(world.rank)
-    saved = open_on_all(options.run_dir, world)
+    saved = open_on_all(options.run_dir, options.checkpoint, world)
     data = saved.contents.config.data
     lanes = options.lanes or data.lanes
     options.warmup_segments = warmup_segments(options, saved)
@@ -115,12 +112,12 @@ def run() -> None:
     run_program(main)
 
 
-def open_on_all(path: Path, world: World) -> Checkpoint:
+def open_on_all(path: Path, which: str, world: World) -> Checkpoint:
     """The checkpoint that rank 0 finds, on every rank: a run that is being trained may write a newer one meanwhile.
 
     A collective call. Raises UserError if a rank does not have it.
     """
-    first = world.on_all_or_raise(lambda: open_one(path) if world.is_main else None)
+    first = world.on_all_or_raise(lambda: open_one(path, which) if world.is_main else None)
     found = world.broadcast_first(os.path.relpath(first.path, path) if first else None)
     return world.on_all_or_raise(lambda: first or open_one(path / str(found)))
 

@@ -2,7 +2,7 @@
 
     python launch/generate.py --run-dir runs/small --prompt "It was a dark" --tokens 200 --save it.safetensors
     python launch/generate.py --run-dir runs/small --continue-from it.safetensors --temperature 0.6
-    python launch/generate.py --run-dir runs/small/checkpoints/step-00002000 --prompt-file chapter.txt
+    python launch/generate.py --run-dir runs/small --checkpoint best --prompt-file chapter.txt
     zcat chapter.txt.gz | python launch/generate.py --run-dir runs/small --prompt-file - > continued.txt
     memformer-generate --run-dir runs/small --prompt "It was a dark"              # installed
 
@@ -15,6 +15,7 @@ after the token at hand; what is written by then is saved.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 
 from memformer_dist import logs, signals
 from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.checkpoint import Checkpoint, open_one
+from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
 from memformer_dist.errors import Stopped, UserError, run_program, sentences
 from memformer_dist.files import expect_writable
 from memformer_dist.generate import Generation, Sampling
@@ -42,7 +43,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     """Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, about = parser.add_argument, {name: field.description for name, field in Sampling.model_fields.items()}
-    add("--run-dir", type=path_option, required=True, help="a run, whose newest checkpoint is used, or a checkpoint")
+    add("--run-dir", type=path_option, required=True, help="a run, or one of its checkpoints")
+    add("--checkpoint", type=os.path.expanduser, default=NEWEST, help=WHICH)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Raises UserError."""
     options, sampling = parse(arguments)
     prompt = read_prompt(options)
-    saved = open_one(options.run_dir)
+    saved = open_one(options.run_dir, options.checkpoint)
     tokenizer = saved.tokenizer()
     cell = saved.cell(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     generation = begin(options, cell, saved)

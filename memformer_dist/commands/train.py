@@ -2,6 +2,8 @@
 
     deepspeed launch/train.py --config configs/base.json --run-dir runs/base
     deepspeed --num_gpus 2 launch/train.py --config configs/base.json --set mrbp.window=64 --set training.seed=1
+    deepspeed launch/train.py --resume runs/base                  # with the settings of its latest start
+    deepspeed launch/train.py --resume runs/base --set training.tokens=2000000000
     torchrun --nproc-per-node 2 launch/train.py --config configs/small.json
     python launch/train.py --config configs/small.json            # one process
     memformer-train --config small                                # the same, installed
@@ -28,16 +30,24 @@ from memformer_dist.files import expect_writable
 from memformer_dist.places import Places, path_option, text_option
 
 if TYPE_CHECKING:
+    from memformer_dist.config import RunConfig
     from memformer_dist.world import World
+
+CONFIG = "config.json"  # in a run's folder: the settings of its latest start
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config",
-        type=os.path.expanduser,
-        required=True,
-        help="a JSON file, or the name of a configuration in configs/",
+    settings = parser.add_mutually_exclusive_group(required=True)
+    settings.add_argument(
+        "--config", type=os.path.expanduser, help="a JSON file, or the name of a configuration in configs/"
+    )
+    settings.add_argument(
+        "--resume",
+        type=path_option,
+        metavar="RUN",
+        help="continue the run in this folder, with the settings of its latest start; takes the place of --config and"
+        " --run-dir, and --set may change what a resumed run may change",
     )
     parser.add_argument(
         "--run-dir", type=path_option, help="the run's folder (default: runs/NAME of the configuration)"
@@ -52,7 +62,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher, which sets LOCAL_RANK too
     options = parser.parse_args(arguments)
-    options.run_dir = options.run_dir or Path("runs") / Path(options.config).stem
+    if options.resume is not None and options.run_dir is not None:
+        parser.error("argument --run-dir: not allowed with argument --resume, which names the run's folder")
+    options.run_dir = options.resume or options.run_dir or Path("runs") / Path(options.config).stem
     return options
 
 
@@ -66,18 +78,18 @@ def run() -> None:
     orphans.stop_with_launcher()
     logs.survive_lost_output()
     options = parse(None)
-    run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
+    is_run = options.resume is None or (options.resume / CONFIG).exists()  # else nothing is written there
+    run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE if is_run else None)
 
 
 def _train(options: argparse.Namespace) -> None:
     # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
-    from memformer_dist.config import RunConfig
     from memformer_dist.data.open_data import open_data
     from memformer_dist.launcher import detected
     from memformer_dist.world import World
 
-    def load() -> RunConfig:
-        return RunConfig.load(find_config(options.config), options.set, detected().size, Places.of_run(options.run_dir))
+    def load() -> "RunConfig":
+        return load_config(options, detected().size)
 
     if detected().is_alone:
         load()  # a mistake is reported before any device is touched
@@ -104,6 +116,24 @@ def start_log(world: "World", run_dir: Path) -> None:
     """Log to RUN/log.txt. Raises UserError if it cannot be written."""
     expect_writable(run_dir / logs.FILE, "--run-dir")
     logs.start(world.rank, run_dir / logs.FILE)
+
+
+def load_config(options: argparse.Namespace, world_size: int) -> "RunConfig":
+    """The settings of the run, by --config or --resume, and --set.
+
+    Raises UserError, also where --set would change what a resumed run may not change.
+    """
+    from memformer_dist.config import RunConfig
+
+    places = Places.of_run(options.run_dir)
+    if options.resume is None:
+        return RunConfig.load(find_config(options.config), options.set, world_size, places)
+    recorded = options.resume / CONFIG
+    if not recorded.is_file():
+        raise UserError(f"--resume: found no {recorded}, expected the folder of a run")
+    config = RunConfig.load(recorded, options.set, world_size, places)
+    config.changes_since(RunConfig.recorded(recorded))
+    return config
 
 
 def find_config(name: str) -> Path:
