@@ -14,7 +14,12 @@ RAW = {
     "data": {"lanes": 8, "segment_length": 32},
     "mrbp": {"window": 4},
     "optimizer": {"learning_rate": 0.002, "warmup_tokens": 5000},
-    "training": {"tokens": 100_000, "evaluate_every_tokens": 25_000, "evaluate_segments": 20},
+    "training": {
+        "tokens": 100_000,
+        "evaluate_every_tokens": 25_000,
+        "evaluate_segments": 20,
+        "final_evaluate_segments": 60,
+    },
     "checkpoint": {"every_tokens": 10_000, "anchor_every_tokens": 50_000, "keep": 4},
     "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": True}},
 }
@@ -52,7 +57,7 @@ def test_the_configurations_of_the_repository_get_none(path, corpus_dir):
     """With the sizes of what they are made for."""
     config = RunConfig.load(path, [f"data.corpus={corpus_dir}"])
     tokens = {"quickstart": 3_500_000, "books_cpu": 2_300_000, "paper_wikitext103": 118_000_000}.get(path.stem, 10**9)
-    sizes = SIZES._replace(tokens=tokens, padding=0.02, longest=200_000, evaluation_segments=400)
+    sizes = SIZES._replace(tokens=tokens, padding=0.02, longest=200_000, evaluation_segments=300)
     assert advice(config, sizes) == []
 
 
@@ -215,3 +220,21 @@ def test_steps_of_a_schedule(corpus_dir):
     assert run.first_step == segment
     assert run.steps == pytest.approx(20 + (100_000 - segment * (10 + 20)) / (4 * segment))
     assert run.epochs == 8
+
+
+def test_evaluations_that_cost_much_of_the_training_are_said(corpus_dir):
+    """The run trains on about 390 segments per lane; lanes of few long documents have nothing to read most of the time."""
+    long = SIZES._replace(evaluation_segments=200)
+    [final] = given(corpus_dir, long, training__final_evaluate_segments=None)
+    assert final.startswith(
+        "training.final_evaluate_segments: found null: the evaluation at the end reads 200 segments per lane"
+    )
+    assert "training.evaluate_warmup_segments cuts these over the lanes" in final
+    busy = long._replace(evaluation_tokens=200 * 8 * 32)
+    [final] = given(corpus_dir, busy, training__final_evaluate_segments=None)
+    assert "training.evaluate_warmup_segments" not in final
+    [on_the_way] = given(corpus_dir, busy, training__evaluate_segments=None)
+    assert on_the_way.startswith(
+        "training.evaluate_segments: found null: the 3 evaluations on the way read 600 segments per lane"
+    )
+    assert given(corpus_dir, SIZES._replace(evaluation_segments=70), training__final_evaluate_segments=None) == []

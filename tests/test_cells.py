@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.check import hide_parameters
+from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
 from memformer_dist.segment import IGNORE, Segment, Tensors, differentiable, select_rows
@@ -54,6 +57,9 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "memformer": configured(MemformerConfig(**MEMFORMER, encoder_layers=1)),
     "memformer, decoder layout": configured(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
     "plain": configured(PlainConfig(**SMALL, layers=2)),
+    "rmt": configured(RmtConfig(**SMALL, layers=2, slots=2)),
+    "hmt": configured(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),
+    "armt": configured(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 

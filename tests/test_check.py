@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.check import check_cell
+from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.segment import IGNORE
 from tests.helpers.toy import SIZE, VOCABULARY, OscillatorCell, PenalisedCell, ToyCell, ToyState
 
@@ -27,6 +30,9 @@ def build(config):
         lambda: build(MemformerConfig(**MEMFORMER, encoder_layers=1)),
         lambda: build(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
         lambda: build(PlainConfig(**SMALL, layers=2)),
+        lambda: build(RmtConfig(**SMALL, layers=2, slots=2)),
+        lambda: build(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),
+        lambda: build(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
     ],
 )
 def test_good_cells_pass(make):

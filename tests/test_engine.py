@@ -47,6 +47,9 @@ ENGINE_CELLS = [
     pytest.param("encoder_decoder", ((1, 2),), marks=pytest.mark.slow),
     ("decoder", ((2, 1),)),
     pytest.param("plain", ((1, 1), (2, 2)), marks=pytest.mark.slow),
+    pytest.param("rmt", ((1, 2),), marks=pytest.mark.slow),
+    pytest.param("armt", ((2, 1),), marks=pytest.mark.slow),
+    pytest.param("hmt", ((1, 2),), marks=pytest.mark.slow),
 ]
 
 

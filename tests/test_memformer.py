@@ -20,7 +20,8 @@ from memformer_dist.cells.memformer import (
     MemformerConfig,
     MemformerState,
 )
-from memformer_dist.segment import IGNORE, Segment, select_rows
+from memformer_dist.segment import Segment, select_rows
+from tests.helpers.loops import Loops, difference, gradients
 from tests.helpers.memformer import (
     BOS,
     LAYOUTS,
@@ -34,71 +35,17 @@ from tests.helpers.memformer import (
 )
 
 
-class Reference:
+class Reference(Loops):
     """The model as printed, for one lane. `mistake` names the one rule to break."""
 
-    def __init__(self, cell: Memformer, mistake: str = ""):
-        self.config, self.weights, self.mistake = cell.config, dict(cell.named_parameters()), mistake
-        self.head_size = self.config.width // self.config.heads
-
-    def linear(self, name, x):
-        y = x @ self.weights[f"{name}.weight"].T
-        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
-
-    def norm(self, name, x):
-        if f"{name}.weight" not in self.weights:
-            return x
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
-        return scaled * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
-
-    def heads(self, x):
-        return x.split(self.head_size, dim=-1)
-
-    def rotated(self, x):
-        rows = []
-        for position, row in enumerate(x):
-            if self.config.positions == "none" or self.mistake == "no positions":
-                return x
-            turned = []
-            for pair in range(self.head_size // 2):
-                angle = position / 10000 ** (2 * pair / self.head_size)
-                a, b = row[2 * pair], row[2 * pair + 1]
-                turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-            rows.append(torch.stack(turned))
-        return torch.stack(rows)
-
-    def attention(self, queries, keys, values, seen):
-        """One head; seen[i][j]: query i may see key j."""
-        rows = []
-        for i, query in enumerate(queries):
-            allowed = [j for j in range(len(keys)) if seen(i, j)]
-            weights = torch.stack([torch.exp(query @ keys[j] / math.sqrt(self.head_size)) for j in allowed])
-            rows.append(sum(w * values[j] for w, j in zip(weights / weights.sum(), allowed, strict=True)))
-        return torch.stack(rows)
-
-    def layer(self, name, x, source, seen, source_seen):
-        normed = self.norm(f"{name}.self_norm", x)
-        q, k, v = self.linear(f"{name}.self_attention.query_key_value", normed).chunk(3, dim=-1)
-        mixed = [
-            self.attention(self.rotated(q), self.rotated(k), v, seen)
-            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v), strict=True)
-        ]
-        x = x + self.linear(f"{name}.self_attention.output", torch.cat(mixed, dim=-1))
-        q = self.linear(f"{name}.cross_attention.query", self.norm(f"{name}.cross_norm", x))
-        k, v = self.linear(f"{name}.cross_attention.key_value", source).chunk(2, dim=-1)
-        mixed = [
-            self.attention(q, k, v, source_seen)
-            for q, k, v in zip(self.heads(q), self.heads(k), self.heads(v), strict=True)
-        ]
-        x = x + self.linear(f"{name}.cross_attention.output", torch.cat(mixed, dim=-1))
-        inner = self.linear(f"{name}.feed_forward.0", self.norm(f"{name}.feed_forward_norm", x))
-        return x + self.linear(f"{name}.feed_forward.2", 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))))
+    def reading_layer(self, name, x, source, seen, source_seen):
+        x = self.self_attention(name, x, list(range(len(x))), seen)
+        return self.feed_forward(name, self.cross_attention(name, x, source, source_seen))
 
     def stack(self, name, layers, tokens, source, seen, source_seen):
-        x = torch.stack([self.weights["embedding.weight"][token] for token in tokens])
+        x = self.embedded(tokens)
         for number in range(layers):
-            x = self.layer(f"{name}.layers.{number}", x, source, seen, source_seen)
+            x = self.reading_layer(f"{name}.layers.{number}", x, source, seen, source_seen)
         return self.norm(f"{name}.norm", x)
 
     def bmn(self, mixed):
@@ -169,12 +116,7 @@ class Reference:
             written = self.write(memory, encoded, read)
             if reset and not self.config.write_first_segment:
                 written = memory
-        head = self.weights["embedding.weight" if self.config.tie_embeddings else "head.weight"]
-        nll = [
-            -torch.log(torch.exp(head @ x)[label] / torch.exp(head @ x).sum()) if label != IGNORE else x.new_zeros(())
-            for x, label in zip(hidden, segment.labels[lane].tolist(), strict=True)
-        ]
-        return torch.stack(nll), written, tokens[:length]
+        return self.losses(hidden, segment.labels[lane].tolist()), written, tokens[:length]
 
     def run(self, ticks: list[Segment]):
         """-> nll [ticks, L, S], memories [ticks, L, slots, d]."""
@@ -186,17 +128,6 @@ class Reference:
                 trace.append((nll, memory))
             lanes.append([torch.stack(column) for column in zip(*trace, strict=True)])
         return [torch.stack(column, dim=1) for column in zip(*lanes, strict=True)]
-
-
-def difference(found, expected) -> float:
-    return max(float((a - b).detach().abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-def gradients(cell: Memformer, outputs) -> list[torch.Tensor]:
-    """Of a fixed random combination of all outputs, with respect to all parameters."""
-    generator = torch.Generator().manual_seed(9)
-    total = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
-    return torch.autograd.grad(total, list(cell.parameters()))
 
 
 # ---------------------------------------------------------------------------------------------------- the equations

@@ -26,18 +26,8 @@ from memformer_dist.train import crosses
 from tests.helpers import ROOT
 from tests.helpers.corpora import write_split
 from tests.helpers.ranks import free_port, run_ranks
-from tests.helpers.runs import STEP_TOKENS, last_checkpoint, records, run_rank, settings, tensors
+from tests.helpers.runs import STEP_TOKENS, interrupted_rank, last_checkpoint, records, run_rank, settings, tensors
 from tests.helpers.waiting import wait_until
-
-
-def interrupted_rank(world, cases) -> None:
-    """Each case is (raw, folder): a run of its own, and the same run stopped half-way and resumed."""
-    for raw, folder in cases:
-        run_rank(world, raw, folder / "whole")
-        run_rank(world, raw, folder / "parts", stop_after=4)
-        assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
-        run_rank(world, raw, folder / "parts")
-
 
 DETERMINISTIC = ("loss/train", "optim/lr", "optim/grad_norm", "memory/write_norm", "data/documents_started")
 

@@ -4,8 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from memformer_dist.cells.armt import ArmtConfig
+from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.cells.rmt import RmtConfig
 
 DEFAULT_CELL = "memformer"  # configurations of before there was a second
 
@@ -15,6 +18,10 @@ def _named_cell(section: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Annotated[MemformerConfig, Tag("memformer")] | Annotated[PlainConfig, Tag("plain")],
+    Annotated[MemformerConfig, Tag("memformer")]
+    | Annotated[PlainConfig, Tag("plain")]
+    | Annotated[RmtConfig, Tag("rmt")]
+    | Annotated[ArmtConfig, Tag("armt")]
+    | Annotated[HmtConfig, Tag("hmt")],
     Discriminator(_named_cell),
 ]

@@ -7,8 +7,8 @@ is not.
 Dimensions: B lanes, S positions of the stream, M positions of the source, D width, H heads, K = D / H. Tensors of heads are
 [B, S, H, K]. Masks are bool, True where a key may be seen, and are passed only where something has to be hidden.
 
-Generation keeps every layer's keys and values: `Stack.open` projects the source once, `Stack.extend` appends positions. It
-has no dropout.
+Generation keeps every layer's keys and values: `Stack.open` makes room and projects the source once, `Stack.extend` appends
+positions. It has no dropout.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,34 @@ class TokenEmbedding(nn.Module):
         return F.linear(inputs, self.weight) if as_head else F.embedding(inputs, self.weight)
 
 
+class LearnedStart(nn.Module):
+    """A learned tensor that a state [B, *shape] starts from, drawn from N(0, std^2).
+
+    It does the `where` itself, because ZeRO-3 shows a parameter to its own module alone.
+    """
+
+    def __init__(self, *shape: int, std: float):
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(shape).normal_(std=std))
+
+    def forward(self, state: Tensor, fresh: Tensor) -> Tensor:
+        """The state, and the learned one on the lanes bool [B] that start afresh."""
+        return torch.where(fresh.view(-1, *[1] * self.value.dim()), self.value.to(state.dtype), state)
+
+
+class LearnedTokens(nn.Module):
+    """Learned vectors [count, D], drawn from N(0, std^2), that stand beside the hidden states of every lane."""
+
+    def __init__(self, count: int, width: int, *, std: float):
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(count, width).normal_(std=std))
+
+    def forward(self, hidden: Tensor, *, before: bool = False, after: bool = False) -> Tensor:
+        """[B, S, D] -> the same with the learned ones before, after, or both."""
+        own = self.value.to(hidden.dtype).expand(len(hidden), -1, -1)
+        return torch.cat([own] * before + [hidden] + [own] * after, dim=1)
+
+
 def rotary(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
     """Rotary position embedding (Su et al., arXiv 2104.09864): int64 [...] -> unit complex numbers [..., 1, 1, K / 2].
 
@@ -78,6 +106,20 @@ def within(length: Tensor, size: int) -> Tensor:
 def key_mask(length: Tensor, size: int) -> Tensor:
     """Mask [B, 1, 1, size] that hides padded keys. An empty lane sees one, as a softmax over nothing is NaN."""
     return within(length.clamp(min=1), size)[:, None, None]
+
+
+def segment_mask(length: Tensor, size: int, *, before: int = 0, after: int) -> Tensor:
+    """Mask [B, 1, T, T] of a segment of `size` tokens, `length` int64 [B] of them real, with further vectors at both ends.
+
+    T = before + size + after. Those before see one another, a token sees them and the tokens up to itself, those after see
+    everything but padding.
+    """
+    positions = torch.arange(before + size + after, device=length.device)
+    tokens = (positions >= before) & (positions < before + size)
+    ends = torch.where(positions < before, before - 1, torch.where(tokens, positions, len(positions) - 1))
+    padding = tokens & (positions >= before + length[:, None])  # [B, T]
+    last = (positions >= before + size)[:, None] & padding[:, None]  # [B, T, T]
+    return ((positions <= ends[:, None]) & ~last)[:, None]
 
 
 def attend(
@@ -214,11 +256,11 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        source: Tensor | None,
-        rotation: Tensor | None,
-        mask: Tensor | None,
-        source_mask: Tensor | None,
-        causal: bool,
+        source: Tensor | None = None,
+        rotation: Tensor | None = None,
+        mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         hidden = hidden + self.dropout(self.self_attention(self.self_norm(hidden), rotation, mask, causal))
         if source is not None:
@@ -247,10 +289,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers).
-
-    Generation (`open`, `extend`) is for causal stacks with a source.
-    """
+    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers)."""
 
     def __init__(self, layers: int, config: LayersConfig, *, causal: bool, has_source: bool = True):
         super().__init__()
@@ -260,7 +299,7 @@ class Stack(nn.Module):
         self.layers: Sequence[Layer] = nn.ModuleList(made)  # type: ignore[assignment]  # a list of Layers and nothing else
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         return rotary(positions, self.config.head_size, dtype) if self.config.positions == "rotary" else None
 
     def forward(
@@ -272,24 +311,40 @@ class Stack(nn.Module):
         source_mask: Tensor | None = None,
     ) -> Tensor:
         """hidden [B, S, D], source [B, M, D] -> [B, S, D]. A causal stack needs no mask: padding is at the end."""
-        rotation = self._rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
+        rotation = self.rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, source, rotation, mask, source_mask, self.causal)
         return self.norm(hidden)
 
     def open(self, source: Tensor, size: int) -> KeysValues:
-        """Keys and values of the source, and room for `size` positions of the stream."""
-        projected = [layer.cross_attention.project(source) for layer in self.layers]
-        source_keys, source_values = (torch.stack(tensors, dim=1) for tensors in zip(*projected))
-        lanes, layers, _, heads, head_size = source_keys.shape
+        """Keys and values of the source [B, M, D], and room for `size` positions of the stream.
+
+        Of the source of a stack that reads none, only the lanes, the precision and the device count.
+        """
+        lanes, layers, heads, head_size = len(source), len(self.layers), self.config.heads, self.config.head_size
+        source_keys = source_values = source.new_zeros(lanes, layers, 0, heads, head_size)
+        if projected := [layer.cross_attention.project(source) for layer in self.layers if layer.has_source]:
+            source_keys, source_values = (torch.stack(tensors, dim=1) for tensors in zip(*projected))
         keys = source_keys.new_zeros(lanes, layers, size, heads, head_size)
         return KeysValues(keys, torch.zeros_like(keys), source_keys, source_values)
 
-    def extend(self, hidden: Tensor, length: Tensor, source_mask: Tensor | None, past: KeysValues) -> Tensor:
-        """Append [B, n, D] at positions length int64 [B] and following; writes `past` in place. -> [B, n, D]"""
-        positions = length[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
-        rotation = self._rotation(positions, hidden.dtype)
-        mask = within(positions + 1, past.keys.shape[2])[:, None]  # [B, 1, n, S]: a token sees those up to itself
+    def extend(
+        self,
+        hidden: Tensor,
+        start: Tensor,
+        past: KeysValues,
+        *,
+        mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Append [B, n, D] at positions start int64 [B] and following; writes `past` in place. -> [B, n, D]
+
+        `mask` [B, 1, n, size] or of a shape that expands to it; without one, each sees the positions up to itself.
+        """
+        positions = start[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+        rotation = self.rotation(positions, hidden.dtype)
+        if mask is None:
+            mask = within(positions + 1, past.keys.shape[2])[:, None]
         for number, layer in enumerate(self.layers):
             of_layer = KeysValues(*(tensor[:, number] for tensor in past))
             hidden = layer.extend(hidden, positions, rotation, mask, source_mask, of_layer)

@@ -267,7 +267,7 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
     def extend(self, tokens: Tensor, cache: MemformerCache) -> tuple[Tensor, MemformerCache]:
         lanes, count = tokens.shape
         source_mask = key_mask(cache.source_length, cache.past.source_keys.shape[2])
-        hidden = self.decoder.extend(self.embedding(tokens), cache.length, source_mask, cache.past)
+        hidden = self.decoder.extend(self.embedding(tokens), cache.length, cache.past, source_mask=source_mask)
         rows = torch.arange(lanes, device=tokens.device)[:, None]
         columns = cache.length[:, None] + torch.arange(count, device=tokens.device)
         cache.trail[rows, columns] = tokens if self.encoder else hidden.to(cache.trail.dtype)

@@ -8,8 +8,11 @@ import math
 import torch
 from torch import Tensor
 
+from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.plain import PlainConfig
+from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig, adamw
@@ -19,16 +22,22 @@ from tests.helpers.toy import VOCABULARY, PenalisedCell, ToyCell, ToyFeatures, f
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 STAGES = (0, 1, 2, 3)
+SMALL = {"width": 8, "heads": 2, "feed_forward": 12, "layers": 2, "init_std": 0.3}
+CONFIGS = {
+    "plain": PlainConfig(**SMALL),
+    "rmt": RmtConfig(**SMALL, slots=2),
+    "armt": ArmtConfig(**SMALL, write_tokens=2, memory_width=16),
+    "hmt": HmtConfig(**SMALL, slots=2, sensory_tokens=4),
+}
 
 
 def new_cell(name: str) -> RecurrentCell:
-    """A toy cell, a plain Transformer or a Memformer of that layout, always with the same weights, without dropout."""
+    """A toy cell, one of CONFIGS or a Memformer of that layout, always with the same weights, without dropout."""
     torch.manual_seed(5)
     if name in ("toy", "auxiliary loss"):
         cell: RecurrentCell = ToyCell() if name == "toy" else PenalisedCell()
-    elif name == "plain":
-        config = PlainConfig(width=8, heads=2, feed_forward=12, layers=2, init_std=0.3)
-        cell = config.build(vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
+    elif name in CONFIGS:
+        cell = CONFIGS[name].build(vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
     else:
         cell = memformer(name)
     for module in cell.modules():
@@ -40,8 +49,10 @@ def new_cell(name: str) -> RecurrentCell:
 
 
 def windows(steps: int) -> list[list[Segment]]:
-    """One window of SEGMENTS segments of all LANES per step."""
-    return [random_window(SEGMENTS, LANES, LENGTH, seed=step) for step in range(steps)]
+    """One window of SEGMENTS segments of all LANES per step. The first resets every lane: an empty state means nothing."""
+    made = [random_window(SEGMENTS, LANES, LENGTH, seed=step) for step in range(steps)]
+    made[0][0] = made[0][0]._replace(reset=torch.ones(LANES, dtype=torch.bool))
+    return made
 
 
 class Rows:

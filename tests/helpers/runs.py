@@ -56,6 +56,15 @@ def run_rank(world, raw: dict, run_dir: Path, stop_after: int | None = None) -> 
         trainer.close()
 
 
+def interrupted_rank(world, cases) -> None:
+    """Each case is (raw, folder): a run of its own, and the same run stopped half-way and resumed."""
+    for raw, folder in cases:
+        run_rank(world, raw, folder / "whole")
+        run_rank(world, raw, folder / "parts", stop_after=4)
+        assert int(last_checkpoint(folder / "parts").name.removeprefix("step-")) == 4
+        run_rank(world, raw, folder / "parts")
+
+
 def metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, which must be JSON in the strict sense: without NaN and Infinity."""
 
