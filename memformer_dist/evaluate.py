@@ -241,7 +241,8 @@ class Evaluation:
         return self.world.all_reduce_sum(losses.sums.flatten().tolist())
 
     def _text_over_ranks(self, count: TextCount) -> TextCount:
-        return TextCount(*self.world.all_reduce_sum(list(count)))
+        total = TextCount(*self.world.all_reduce_sum(list(count)))
+        return UNKNOWN_TEXT if math.isnan(total.words) else total  # on one rank, on all
 
 
 def _in_mode(segment: Segment, mode: str) -> Segment:

@@ -14,12 +14,7 @@ RAW = {
     "data": {"lanes": 8, "segment_length": 32},
     "mrbp": {"window": 4},
     "optimizer": {"learning_rate": 0.002, "warmup_tokens": 5000},
-    "training": {
-        "tokens": 100_000,
-        "evaluate_every_tokens": 25_000,
-        "evaluate_segments": 20,
-        "final_evaluate_segments": 60,
-    },
+    "training": {"tokens": 100_000, "evaluate_every_tokens": 25_000, "evaluate_segments": 20},
     "checkpoint": {"every_tokens": 10_000, "anchor_every_tokens": 50_000, "keep": 4},
     "deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": True}},
 }
@@ -57,7 +52,7 @@ def test_the_configurations_of_the_repository_get_none(path, corpus_dir):
     """With the sizes of what they are made for."""
     config = RunConfig.load(path, [f"data.corpus={corpus_dir}"])
     tokens = {"quickstart": 3_500_000, "books_cpu": 2_300_000, "paper_wikitext103": 118_000_000}.get(path.stem, 10**9)
-    sizes = SIZES._replace(tokens=tokens, padding=0.02, longest=200_000, evaluation_segments=300)
+    sizes = SIZES._replace(tokens=tokens, padding=0.02, longest=200_000, evaluation_segments=350)
     assert advice(config, sizes) == []
 
 
@@ -92,6 +87,14 @@ CASES = [
         "training.evaluate_segments: found 61, the validation split has 60 segments per",
     ),
     (
+        {"training__final_evaluate_segments": 61},
+        "training.final_evaluate_segments: found 61, the validation split has 60 segments per",
+    ),
+    (
+        {"training__evaluate_warmup_segments": 4},
+        "training.evaluate_warmup_segments: found 4, which has no effect: to cut documents",
+    ),
+    (
         {"checkpoint__every_tokens": 200_000, "checkpoint__anchor_every_tokens": None, "checkpoint__keep": 2},
         "checkpoint.every_tokens: found 200,000 with training.tokens 100,000: no checkpoint comes before the last",
     ),
@@ -118,7 +121,13 @@ CASES = [
         "training.early_stopping_patience: found 4, the run has about 4 evaluations",
     ),
     (
-        {"data__segment_length": 4000, "data__lanes": 1, "mrbp__window": 1},
+        {
+            "data__segment_length": 4000,
+            "data__lanes": 1,
+            "mrbp__window": 1,
+            "training__evaluate_segments": 1,
+            "training__final_evaluate_segments": 1,
+        },
         "data.segment_length: found 4000, the longest document has 4,000",
     ),
     (
@@ -198,12 +207,49 @@ def test_what_depends_on_the_corpus(corpus_dir, sizes, fields, expected):
     assert [sentence[: len(expected or "")] for sentence in said] == ([expected] if expected else [])
 
 
+LONG = SIZES._replace(evaluation_segments=781, evaluation_tokens=781 * 32)  # one book, which one of 8 lanes reads
+END = (
+    "training.final_evaluate_segments: found null: the evaluation at the end reads 781 segments per lane, 200% of the 391"
+    " that are trained on; a number of segments limits it"
+)
+IDLE = (
+    "; lanes have nothing to read 88% of the time, since a few documents are long: training.evaluate_warmup_segments cuts"
+    " these over the lanes"
+)
+ON_THE_WAY = (
+    "training.evaluate_segments: found null: the 3 evaluations on the way read 2,343 segments per lane, 600% of the 391 that"
+    " are trained on; a number of segments limits it"
+)
+
+
+@pytest.mark.parametrize(
+    "sizes, fields, expected",
+    [
+        (LONG, {}, [END + IDLE]),
+        (LONG, {"training__evaluate_segments": None}, [END + IDLE, ON_THE_WAY + IDLE]),
+        (LONG._replace(evaluation_tokens=781 * 32 * 8), {}, [END]),
+        (LONG._replace(is_cut=True), {"training__evaluate_warmup_segments": 4}, [END]),
+        (LONG, {"training__final_evaluate_segments": 700}, []),  # somebody wants it
+        (SIZES, {"training__evaluate_segments": None}, [ON_THE_WAY.replace("2,343", "180").replace("600%", "46%")]),
+        (
+            LONG,
+            {"training__tokens": 10**7, "checkpoint__every_tokens": 10**6, "checkpoint__anchor_every_tokens": None},
+            [],
+        ),
+    ],
+)
+def test_evaluations_that_take_long_beside_the_training(corpus_dir, sizes, fields, expected):
+    said = given(corpus_dir, sizes, **fields)
+    assert [sentence for sentence in said if "evaluate_segments: found null" in sentence] == expected
+
+
 def test_a_run_of_one_step(corpus_dir):
     said = given(corpus_dir, training__tokens=1000)
     assert said[0] == "training.tokens: found 1,000, a step trains on about 1,024: the run is one step"
     assert {sentence.split(":")[0] for sentence in said[1:]} == {
         "optimizer.warmup_tokens",
         "training.evaluate_every_tokens",
+        "training.final_evaluate_segments",
         "checkpoint.every_tokens",
         "checkpoint.anchor_every_tokens",
         "checkpoint.keep",
@@ -220,21 +266,3 @@ def test_steps_of_a_schedule(corpus_dir):
     assert run.first_step == segment
     assert run.steps == pytest.approx(20 + (100_000 - segment * (10 + 20)) / (4 * segment))
     assert run.epochs == 8
-
-
-def test_evaluations_that_cost_much_of_the_training_are_said(corpus_dir):
-    """The run trains on about 390 segments per lane; lanes of few long documents have nothing to read most of the time."""
-    long = SIZES._replace(evaluation_segments=200)
-    [final] = given(corpus_dir, long, training__final_evaluate_segments=None)
-    assert final.startswith(
-        "training.final_evaluate_segments: found null: the evaluation at the end reads 200 segments per lane"
-    )
-    assert "training.evaluate_warmup_segments cuts these over the lanes" in final
-    busy = long._replace(evaluation_tokens=200 * 8 * 32)
-    [final] = given(corpus_dir, busy, training__final_evaluate_segments=None)
-    assert "training.evaluate_warmup_segments" not in final
-    [on_the_way] = given(corpus_dir, busy, training__evaluate_segments=None)
-    assert on_the_way.startswith(
-        "training.evaluate_segments: found null: the 3 evaluations on the way read 600 segments per lane"
-    )
-    assert given(corpus_dir, SIZES._replace(evaluation_segments=70), training__final_evaluate_segments=None) == []

@@ -245,12 +245,12 @@ def test_a_run_in_an_ascii_locale(corpus_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_in_a_folder_whose_name_is_not_utf8(corpus_dir, tmp_path):
-    """Its first save was a SafetensorError. TensorBoard writes to no such folder, which is said once."""
+    """Its first save was a SafetensorError, and TensorBoard had nothing of it."""
     (tmp_path / "config.json").write_text(json.dumps(settings(corpus_dir, tokens=2 * STEP_TOKENS)))
     run = ("--run-dir", f"{NO_UTF8}/run")
     for command in ("launch/train.py", "--config", "config.json", *run), ("launch/evaluate.py", *run):
         done = run_script(*command, cwd=tmp_path)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     log = (tmp_path / NO_UTF8 / "run" / "log.txt").read_text()
-    assert log.count("caf\\udce9/run/tensorboard/steps cannot be written") == 1
+    assert "cannot be written" not in log and list((tmp_path / NO_UTF8 / "run" / "tensorboard").iterdir())
     assert (tmp_path / NO_UTF8 / "run" / "summary.json").exists()
