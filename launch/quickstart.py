@@ -8,7 +8,6 @@ in runs/quickstart, or for a folder NAME in runs/quickstart-NAME-HASH, with a ha
 (Ctrl-C saves a checkpoint first) the same command resumes.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -20,10 +19,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from memformer_dist.commands.options import Options, nonempty_path
 from memformer_dist.data.open_data import open_corpora
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
-from memformer_dist.places import path_option
 from memformer_dist.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,15 +172,15 @@ def table(summary: dict, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     parser.add_argument(
         "path",
         nargs="?",
-        type=path_option,
+        type=nonempty_path,
         help="a folder of text (default: the source code of Python's standard library)",
     )
     parser.add_argument(
-        "--runs", type=path_option, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
+        "--runs", type=nonempty_path, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
     )
     options = parser.parse_args(arguments)
     if options.path is None:

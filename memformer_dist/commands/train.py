@@ -19,29 +19,32 @@ RUN/log.txt.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import memformer_dist
 from memformer_dist import logs, signals
+from memformer_dist.commands.options import Options, nonempty_path, nonempty_path_or_url
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
-from memformer_dist.places import Places, path_option, text_option
+from memformer_dist.places import Places, text_option
 
 if TYPE_CHECKING:
     from memformer_dist.world import World
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Raises UserError."""
+    parser = Options(__doc__)
     parser.add_argument(
         "--config",
-        type=os.path.expanduser,
+        type=nonempty_path_or_url,
         required=True,
         help="a JSON file, or the name of a configuration in configs/",
     )
     parser.add_argument(
-        "--run-dir", type=path_option, help="the run's folder (default: runs/NAME of the configuration)"
+        "--run-dir", type=nonempty_path, help="the run's folder (default: runs/NAME of the configuration)"
     )
     parser.add_argument(
         "--set",
@@ -65,7 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
 def run() -> None:
     signals.note_stop_requests()
     logs.survive_lost_output()
-    options = parse(None)
+    try:
+        options = parse(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE)
 
 
