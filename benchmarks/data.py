@@ -19,7 +19,6 @@ tick, with nothing of the schedule kept. Tokenising is tokenizer/shard.py's func
 SentencePiece on the same texts in batches.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -43,6 +42,7 @@ sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.figures import print_figures  # noqa: E402
 from memformer_dist import programs  # noqa: E402
+from memformer_dist.commands.options import Options, file_to_read, nonempty_path, not_writable  # noqa: E402
 from memformer_dist.data.corpus import Corpus  # noqa: E402
 from memformer_dist.data.dataset import Spans  # noqa: E402
 from memformer_dist.data.format import Index, Shard, SplitWriter, WrittenShard, write_manifest  # noqa: E402
@@ -348,12 +348,22 @@ def benchmark(folder: Path, files: list[str], quick: bool) -> dict[str, Any]:
     }
 
 
+def text_file(words: str) -> str:
+    return str(file_to_read(words))
+
+
+def folder_option(words: str) -> Path:
+    if not nonempty_path(words).is_dir():
+        raise ValueError(f"found no folder {words}")
+    return nonempty_path(words)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__, check=lambda options: not_writable("--json", options.json))
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no thresholds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="files of text")
-    parser.add_argument("--folder", type=Path, help="where temporary files go (default: the system's)")
+    parser.add_argument("--json", type=nonempty_path, metavar="PATH", help="write all figures there")
+    parser.add_argument("--text", type=text_file, nargs="+", metavar="FILE", help="files of text")
+    parser.add_argument("--folder", type=folder_option, help="where temporary files go (default: the system's)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of webdataset

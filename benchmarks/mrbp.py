@@ -22,7 +22,6 @@ allow: replay computes every `advance` but the last once more, checkpointing com
 still be faster than its bound, because it touches less memory.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -49,6 +48,7 @@ from benchmarks.mrbp_worker import (  # noqa: E402
 )
 from benchmarks.two_ranks import on_two_ranks  # noqa: E402
 from memformer_dist import programs  # noqa: E402
+from memformer_dist.commands.options import Options, integer, nonempty_path, not_writable  # noqa: E402
 from memformer_dist.errors import run_program  # noqa: E402
 
 NAMES = {
@@ -350,11 +350,13 @@ CHECKED = Layout(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__, check=lambda options: not_writable("--json", options.json))
     parser.add_argument("--quick", action="store_true", help="smaller sizes, one repeat, no thresholds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    parser.add_argument("--json", type=nonempty_path, metavar="PATH", help="write all figures there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each time, taking turns (default 3)")
+    parser.add_argument(
+        "--repeats", type=integer(least=1), default=3, help="processes for each time, taking turns (default 3)"
+    )
     parser.add_argument("--long", action="store_true", help="also a window of 1,048,576 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -28,6 +28,7 @@ from benchmarks.collectives import Collectives  # noqa: E402
 from benchmarks.mrbp_worker import BOS, Layout, RandomWindow  # noqa: E402
 from benchmarks.two_ranks import on_two_ranks  # noqa: E402
 from memformer_dist import programs  # noqa: E402
+from memformer_dist.commands.options import Options, integer, nonempty_path, not_writable  # noqa: E402
 from memformer_dist.errors import run_program  # noqa: E402
 
 WAYS = (
@@ -118,10 +119,10 @@ def one_way(precision: str, reduce: str, stage: int, windows: list[int], repeats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__, check=lambda options: not_writable("--json", options.json))
     parser.add_argument("--quick", action="store_true", help="ZeRO 2 alone, one repeat, the two ways of bf16")
-    parser.add_argument("--repeats", type=int, default=3, help="timed windows of each row (default 3)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    parser.add_argument("--repeats", type=integer(least=1), default=3, help="timed windows of each row (default 3)")
+    parser.add_argument("--json", type=nonempty_path, metavar="PATH", help="write all figures there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -7,13 +7,12 @@ Left: the evaluations on the way, from metrics.jsonl. Right: from summary.json, 
 documents rises when something is taken away, by the number of segments since the document's start.
 """
 
-import argparse
 from math import nan
 from pathlib import Path
 
+from memformer_dist.commands.options import Options, nonempty_path
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, read_json, read_json_lines
-from memformer_dist.places import path_option
 
 CURVES = {
     "eval/loss": ("memory carried", "tab:blue"),
@@ -35,7 +34,12 @@ def read(run_dir: Path) -> tuple[list[dict], dict]:
     if not records or summary is None:
         missing = run_dir / ("metrics.jsonl" if summary is not None else "summary.json")
         raise UserError(f"--run-dir: found no {missing}, expected a finished run")
-    return [record for record in records if "eval/loss" in record], summary
+    evaluations = [record for record in records if "eval/loss" in record]
+    if not evaluations:
+        raise UserError(
+            f"--run-dir: found no evaluation in {run_dir / 'metrics.jsonl'} (training.evaluate_every_tokens)"
+        )
+    return evaluations, summary
 
 
 def draw(run_dir: Path, output: Path) -> None:
@@ -83,10 +87,16 @@ def draw(run_dir: Path, output: Path) -> None:
         raise UserError(f"--output: {error}") from None
 
 
+def picture(words: str) -> Path:
+    if nonempty_path(words).suffix not in (".png", ".svg"):
+        raise ValueError(f"found {words}, expected a .png or .svg file")
+    return nonempty_path(words)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=path_option, required=True, help="a finished run")
-    parser.add_argument("--output", type=path_option, required=True, help="a .png or .svg file")
+    parser = Options(__doc__)
+    parser.add_argument("--run-dir", type=nonempty_path, required=True, help="a finished run")
+    parser.add_argument("--output", type=picture, required=True, help="a .png or .svg file")
 
     def program() -> None:
         options = parser.parse_args()

@@ -10,7 +10,6 @@ Ctrl-C, and the signals that stop a training (docs/running.md), are handed on to
 checkpoint first. The exit code is then the step's, 75 of a training that was stopped, and the same command resumes.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -22,9 +21,9 @@ import sysconfig
 from pathlib import Path
 
 from memformer_dist import programs, signals
+from memformer_dist.commands.options import Options, nonempty_path
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
-from memformer_dist.places import path_option
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
@@ -169,15 +168,15 @@ def table(summary: dict, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     parser.add_argument(
         "path",
         nargs="?",
-        type=path_option,
+        type=nonempty_path,
         help="a folder of text (default: the source code of Python's standard library)",
     )
     parser.add_argument(
-        "--runs", type=path_option, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
+        "--runs", type=nonempty_path, default=ROOT / "runs", help="where the run's folder is made (default: runs/)"
     )
     options = parser.parse_args(arguments)
     if options.path is None:

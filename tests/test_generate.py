@@ -335,7 +335,7 @@ def test_a_long_prompt_is_read_with_a_bar_on_a_terminal(monkeypatch, capsys):
         (("--prompt", "x", "--top-p", "1.5"), "--top-p: found 1.5"),
         (("--prompt", "x", "--save", "/no/such/file"), "--save: found no folder /no/such"),
         (("--prompt-file", "/no/such/file"), "--prompt-file"),
-        (("--continue-from", "/no/such/file"), "/no/such/file: found no saved generation"),
+        (("--continue-from", "/no/such/file"), "--continue-from: found no file /no/such/file"),
     ],
 )
 def test_mistakes_on_the_command_line(program, arguments, message):

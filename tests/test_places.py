@@ -119,7 +119,7 @@ def test_every_path_option_knows_the_home_folder(tmp_path, monkeypatch, trained_
     assert (options.run_dir, options.corpus) == (home / "run", str(home / "corpus"))
     assert options.json == home / "figures.json"
     assert {path.name for path in home.iterdir()} >= {"tok.model", "corpus", "saved"} and not list(work.iterdir())
-    with pytest.raises(UserError, match=r"--tokenizer: cannot load \$HOME/tok.model"):
+    with pytest.raises(UserError, match=r"--tokenizer: found no file \$HOME/tok.model"):
         prepare.main(["--tokenizer=$HOME/tok.model", "--output=x", "--input", "~/texts"])
 
 

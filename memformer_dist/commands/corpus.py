@@ -18,21 +18,23 @@ brackets⟧ enclose what does not count in the loss; ⟨EOS⟩ is the end of a d
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.inspect.verify import verify
-from memformer_dist.places import is_url, path_option, path_or_url_option
+from memformer_dist.places import is_url
 
 DEFAULTS = {"lanes": 16, "segment_length": 64, "seed": 0}  # of --lanes and so on; a run has its own
-LEAST = {"segment": 0, "segments": 1, "lanes": 1, "segment_length": 1, "seed": 0}
+RANGES = {"lanes": integer(least=1, most=2**20), "segment_length": integer(least=1, most=2**20), "seed": integer()}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     commands = parser.add_subparsers(required=True, metavar="verify | show")
     _add_verify(commands.add_parser("verify", help="check every file and every byte"))
-    _add_show(commands.add_parser("show", help="print what a lane reads"))
+    _add_show(commands.add_parser("show", help="print what a lane reads", check=_what_is_shown))
     options = parser.parse_args(arguments)
     options.command(options)
 
@@ -41,13 +43,13 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=verify_command)
     parser.add_argument(
         "corpus",
-        type=path_or_url_option,
+        type=nonempty_path_or_url,
         metavar="CORPUS",
         help="folder written by tokenizer/shard.py, or a split in it",
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=integer(least=1, most=1024),
         default=min(8, len(os.sched_getaffinity(0))),
         help="shards read at the same time (default: one per core, at most 8)",
     )
@@ -56,15 +58,17 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=show_command)
     parser.add_argument(
-        "corpus", type=path_or_url_option, metavar="CORPUS", nargs="?", help="folder or URL of a corpus"
+        "corpus", type=nonempty_path_or_url, metavar="CORPUS", nargs="?", help="folder or URL of a corpus"
     )
-    parser.add_argument("--run-dir", type=path_option, help="show what this run reads, instead of a corpus")
+    parser.add_argument("--run-dir", type=nonempty_path, help="show what this run reads, instead of a corpus")
     parser.add_argument("--split", choices=["train", "valid"], default="train")
-    parser.add_argument("--lane", type=int, default=0, help="counted from 0 (default: 0)")
-    parser.add_argument("--segment", type=int, default=0, help="the first one to show, counted from 0 (default: 0)")
-    parser.add_argument("--segments", type=int, default=1, help="how many to show (default: 1)")
+    parser.add_argument("--lane", type=integer(), default=0, help="counted from 0 (default: 0)")
+    parser.add_argument(
+        "--segment", type=integer(), default=0, help="the first one to show, counted from 0 (default: 0)"
+    )
+    parser.add_argument("--segments", type=integer(least=1), default=1, help="how many to show (default: 1)")
     for name, default in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"data.{name} (default: {default})")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=RANGES[name], help=f"data.{name} (default: {default})")
     parser.add_argument("--tokens", action="store_true", help="print a line per position")
 
 
@@ -74,7 +78,7 @@ def verify_command(options: argparse.Namespace) -> None:
             f"{options.corpus}: found a URL, expected a folder; shards from a URL are verified when fetched"
         )
     began = time.perf_counter()
-    report = verify(Path(options.corpus), threads=max(1, options.threads), quiet=False)
+    report = verify(Path(options.corpus), threads=options.threads, quiet=False)
     seconds = time.perf_counter() - began
     if report.problems:
         count = f"{len(report.problems)} problem" + "s" * (len(report.problems) > 1)
@@ -88,32 +92,29 @@ def verify_command(options: argparse.Namespace) -> None:
 def show_command(options: argparse.Namespace) -> None:
     from memformer_dist.inspect.show import open_corpus, open_run, show  # imports torch, which verify does without
 
-    given = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
-    _check_show(options, given)
     if options.run_dir is not None:
         dataset, schedule = open_run(options.run_dir, options.split)
     else:
-        dataset, schedule = open_corpus(options.corpus, options.split, **(DEFAULTS | given))
+        dataset, schedule = open_corpus(options.corpus, options.split, **(DEFAULTS | _given(options)))
     segments = range(options.segment, options.segment + options.segments)
     for line in show(dataset, schedule, lane=options.lane, segments=segments, tokens=options.tokens):
         print(line)
 
 
-def _check_show(options: argparse.Namespace, given: dict[str, int]) -> None:
-    """Raises UserError with all mistakes. `given`: the options among DEFAULTS that were given."""
-    problems = []
+def _what_is_shown(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the choice between a corpus and a run."""
     if options.corpus is None and options.run_dir is None:
-        problems.append("expected CORPUS or --run-dir")
+        yield "expected CORPUS or --run-dir"
     if options.corpus is not None and options.run_dir is not None:
-        problems.append("found CORPUS and --run-dir, expected one of them")
-    for name, least in LEAST.items():
-        found = getattr(options, name)
-        if found is not None and found < least:
-            problems.append(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
+        yield "found CORPUS and --run-dir, expected one of them"
     if options.run_dir is not None:
-        problems += [f"--{name.replace('_', '-')}: found with --run-dir, which sets it" for name in given]
-    if problems:
-        raise UserError("\n".join(problems))
+        for name in _given(options):
+            yield f"--{name.replace('_', '-')}: found with --run-dir, which sets it"
+
+
+def _given(options: argparse.Namespace) -> dict[str, int]:
+    """The options among DEFAULTS that were given."""
+    return {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
 
 
 def run() -> None:

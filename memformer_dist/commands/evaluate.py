@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 from memformer_dist import agreement, logs, orphans
 from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
+from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, not_writable
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import MODES, evaluate, summary
-from memformer_dist.files import expect_writable, write_text
+from memformer_dist.files import write_text
 from memformer_dist.metrics import AGES, Losses, gap
-from memformer_dist.places import Places, path_option, path_or_url_option, recorded
+from memformer_dist.places import Places, recorded
 from memformer_dist.token_texts import token_texts
 from memformer_dist.world import World
 
@@ -46,36 +47,35 @@ CHOICES = ("split", "lanes", "max_segments", "warmup_segments")  # which ranks m
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__, check=lambda options: not_writable("--json", options.json))
     add = parser.add_argument
-    add("--run-dir", type=path_option, required=True, help="a run, or one of its checkpoints")
-    add("--checkpoint", type=os.path.expanduser, default=NEWEST, help=WHICH)
-    add("--corpus", type=path_or_url_option, help="folder or URL of a corpus (default: the run's)")
+    add("--run-dir", type=nonempty_path, required=True, help="a run, or one of its checkpoints")
+    add("--checkpoint", type=nonempty_path_or_url, default=NEWEST, help=WHICH)
+    add("--corpus", type=nonempty_path_or_url, help="folder or URL of a corpus (default: the run's)")
     add("--split", choices=["valid", "train"], default="valid")
-    add("--lanes", type=int, help="documents read side by side by all ranks together (default: the run's)")
-    add("--max-segments", type=int, help="stop after this many segments of every lane (default: all)")
+    add(
+        "--lanes",
+        type=integer(least=1, most=2**20),
+        help="documents read side by side by all ranks together (default: the run's)",
+    )
+    add("--max-segments", type=integer(least=1), help="stop after this many segments of every lane (default: all)")
     add(
         "--warmup-segments",
+        type=number_of_segments,
         metavar="N",
         help="cut long documents over the lanes, and read so many segments before each piece without counting them;"
         " none: never cut (default: the run's)",
     )
     add("--words", action="store_true", help="count words as well, and show the perplexity per word")
-    add("--json", type=path_option, metavar="PATH", help="write the figures there as well")
+    add("--json", type=nonempty_path, metavar="PATH", help="write the figures there as well")
     add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
-    options = parser.parse_args(arguments)
-    for option in ("lanes", "max_segments"):
-        found = getattr(options, option)
-        if found is not None and found < 1:
-            raise UserError(f"--{option.replace('_', '-')}: found {found}, expected at least 1")
-    warmup = options.warmup_segments
-    if warmup not in (None, "none") and not (warmup.isascii() and warmup.isdigit()):
-        raise UserError(f"--warmup-segments: found {warmup}, expected a number of segments, or none")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json: found no folder {options.json.parent}")
-    if options.json is not None:
-        expect_writable(options.json, "--json")
-    return options
+    return parser.parse_args(arguments)
+
+
+def number_of_segments(words: str) -> str:
+    if words != "none" and not (words.isascii() and words.isdigit()):
+        raise ValueError(f"found {words}, expected a number of segments, or none")
+    return words
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,61 +15,82 @@ after the token at hand; what is written by then is saved.
 """
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from memformer_dist import logs, signals
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
-from memformer_dist.errors import Stopped, UserError, run_program, sentences
-from memformer_dist.files import expect_writable
+from memformer_dist.commands.options import (
+    Options,
+    file_to_read,
+    integer,
+    nonempty_path,
+    nonempty_path_or_url,
+    not_writable,
+    number,
+)
+from memformer_dist.errors import Stopped, UserError, run_program
 from memformer_dist.generate import Generation, Sampling
 from memformer_dist.logs import ProgressReport
-from memformer_dist.places import is_unicode, path_option, text_option
+from memformer_dist.places import is_unicode, text_option
 from memformer_dist.tokenizer import TextStream, Tokenizer
 
+NO_TEXT = "--prompt: found no text, expected some: models do not learn how documents begin"
 MARK = "|>"  # between prompt and continuation, on a terminal
 STANDARD_INPUT = "-"
+LEAST_TEMPERATURE = 1e-6
 SILENT_S = 2.0  # from when on the reading of a prompt is reported
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     """Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__, check=_no_text_or_no_place)
     add, about = parser.add_argument, {name: field.description for name, field in Sampling.model_fields.items()}
-    add("--run-dir", type=path_option, required=True, help="a run, or one of its checkpoints")
-    add("--checkpoint", type=os.path.expanduser, default=NEWEST, help=WHICH)
+    add("--run-dir", type=nonempty_path, required=True, help="a run, or one of its checkpoints")
+    add("--checkpoint", type=nonempty_path_or_url, default=NEWEST, help=WHICH)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
         type=text_option,
         help="the beginning of the document, or more of a continued one; - is standard input",
     )
-    prompt.add_argument("--prompt-file", type=path_option, help="the same from a file; - is standard input")
-    add("--tokens", type=int, default=200, help="write at most this many (200)")
-    add("--temperature", type=float, default=0.8, help=f"{about['temperature']} (0.8)")
-    add("--top-k", type=int, help=f"{about['top_k']} (all)")
-    add("--top-p", type=float, default=1.0, help=f"{about['top_p']} (1)")
-    add("--seed", type=int, help="of the sampling (0; a continued document also continues its random numbers)")
-    add("--save", type=path_option, help="file from which the document can be continued later")
-    add("--continue-from", type=path_option, help="a file written by --save, with the same weights")
+    prompt.add_argument(
+        "--prompt-file",
+        type=parser.collecting("--prompt-file", prompt_file),
+        help="the same from a file; - is standard input",
+    )
+    add("--tokens", type=integer(), default=200, help="write at most this many (200)")
+    add("--temperature", type=temperature, default=0.8, help=f"{about['temperature']} (0.8)")
+    add("--top-k", type=integer(least=1), help=f"{about['top_k']} (all)")
+    add("--top-p", type=number(above=0, most=1), default=1.0, help=f"{about['top_p']} (1)")
+    add("--seed", type=integer(), help="of the sampling (0; a continued document also continues its random numbers)")
+    add("--save", type=nonempty_path, help="file from which the document can be continued later")
+    add("--continue-from", type=file_to_read, help="a file written by --save, with the same weights")
     options = parser.parse_args(arguments)
-    try:
-        sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    except ValidationError as error:
-        problems = [sentence.partition(":") for sentence in sentences(error)]
-        raise UserError("\n".join(f"--{field.replace('_', '-')}:{found}" for field, _, found in problems)) from None
-    if options.save is not None and not options.save.parent.is_dir():
-        raise UserError(f"--save: found no folder {options.save.parent}")
-    if options.save is not None:
-        expect_writable(options.save, "--save")
-    return options, sampling
+    return options, Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+
+
+def _no_text_or_no_place(options: argparse.Namespace) -> Iterator[str]:
+    if not (options.prompt or options.prompt_file or options.continue_from):
+        yield NO_TEXT
+    yield from not_writable("--save", options.save)
+
+
+def prompt_file(words: str) -> Path:
+    return Path(STANDARD_INPUT) if words == STANDARD_INPUT else file_to_read(words)
+
+
+def temperature(words: str) -> float:
+    """Logits that are divided by less are not finite any more."""
+    value = number(least=0)(words)
+    if 0 < value < LEAST_TEMPERATURE:
+        raise ValueError(f"found {words}, expected 0 (the likeliest token), or at least {LEAST_TEMPERATURE:g}")
+    return value
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,7 +175,7 @@ def write(
     read = tokenizer.encode([prompt])[0].tolist() if prompt else []
     read = read[: feed(generation, read, wish)]
     if not generation.history[0] and wish.number is None:
-        raise UserError("--prompt: found no text, expected some: models do not learn how documents begin")
+        raise UserError(NO_TEXT)
     print("".join(map(stream.push, read)), end="", flush=True)
     if read and sys.stdout.isatty():
         print(stream.finish() + MARK, end="", flush=True)

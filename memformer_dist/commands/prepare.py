@@ -25,12 +25,19 @@ it was made of the same files with the same settings (sharding.json); otherwise 
 given.
 """
 
-import argparse
 import os
 import time
 
+from memformer_dist.commands.options import (
+    Options,
+    file_to_read,
+    integer,
+    nonempty_path,
+    nonempty_path_or_url,
+    nonempty_text,
+    number,
+)
 from memformer_dist.errors import run_program
-from memformer_dist.places import path_option, path_or_url_option, text_option
 from memformer_dist.prepare.build import Report, shard
 from memformer_dist.prepare.splits import PADDING_AT
 
@@ -54,40 +61,62 @@ def describe(report: Report) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     add = parser.add_argument
-    add("--output", type=path_option, required=True, metavar="CORPUS", help="the folder to make")
+    add("--output", type=nonempty_path, required=True, metavar="CORPUS", help="the folder to make")
     add(
         "--tokenizer",
-        type=path_option,
+        type=file_to_read,
         required=True,
         metavar="FILE",
         help="a SentencePiece model, see tokenizer/train.py, or a tokenizer.json",
     )
     add("--lossy", action="store_true", help="accept a tokenizer that loses some of the text")
-    add("--bos", type=text_option, metavar="TOKEN", help="the token BOS as the vocabulary has it (default: found out)")
-    add("--eos", type=text_option, metavar="TOKEN", help="the token EOS as the vocabulary has it (default: found out)")
-    add("--input", type=path_or_url_option, nargs="+", required=True, help="folders, globs, files and URLs")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
+    add(
+        "--bos", type=nonempty_text, metavar="TOKEN", help="the token BOS as the vocabulary has it (default: found out)"
+    )
+    add(
+        "--eos", type=nonempty_text, metavar="TOKEN", help="the token EOS as the vocabulary has it (default: found out)"
+    )
+    add("--input", type=nonempty_path_or_url, nargs="+", required=True, help="folders, globs, files and URLs")
+    add(
+        "--exclude",
+        type=nonempty_text,
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="names of files and folders to skip within folders",
+    )
     add(
         "--text-field",
-        type=text_option,
+        type=nonempty_text,
         metavar="NAME",
         help="field or column that holds the text (default: text, parts or messages)",
     )
     add(
         "--valid-input",
-        type=path_or_url_option,
+        type=nonempty_path_or_url,
         nargs="+",
         default=[],
         help="the validation documents, instead of a share of the input",
     )
-    add("--valid-fraction", type=float, default=0.05, help="share of the documents for validation (default: 0.05)")
-    add("--seed", type=int, default=0, help="of the choice of the validation documents (default: 0)")
-    add("--partition-mib", type=float, default=64, metavar="MIB", help="input per partition and shard (default: 64)")
+    add(
+        "--valid-fraction",
+        type=number(least=0, below=1),
+        default=0.05,
+        help="share of the documents for validation (default: 0.05)",
+    )
+    add("--seed", type=integer(), default=0, help="of the choice of the validation documents (default: 0)")
+    add(
+        "--partition-mib",
+        type=number(above=0, most=2**20),
+        default=64,
+        metavar="MIB",
+        help="input per partition and shard (default: 64)",
+    )
     add(
         "--workers",
-        type=int,
+        type=integer(least=1, most=4096),
         default=len(os.sched_getaffinity(0)),
         help="processes (default: all cores); not under mpirun",
     )

@@ -20,14 +20,16 @@ stop as well, and under SLURM the run stops before its job ends. Messages also g
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import memformer_dist
 from memformer_dist import logs, orphans, signals
+from memformer_dist.commands.options import Options, nonempty_path, nonempty_path_or_url
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
-from memformer_dist.places import Places, path_option, text_option
+from memformer_dist.places import Places, text_option
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -37,20 +39,23 @@ CONFIG = "config.json"  # in a run's folder: the settings of its latest start
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Raises UserError."""
+    parser = Options(__doc__)
     settings = parser.add_mutually_exclusive_group(required=True)
     settings.add_argument(
-        "--config", type=os.path.expanduser, help="a JSON file, or the name of a configuration in configs/"
+        "--config",
+        type=parser.collecting("--config", nonempty_path_or_url),
+        help="a JSON file, or the name of a configuration in configs/",
     )
     settings.add_argument(
         "--resume",
-        type=path_option,
+        type=parser.collecting("--resume", nonempty_path),
         metavar="RUN",
         help="continue the run in this folder, with the settings of its latest start; takes the place of --config and"
         " --run-dir, and --set may change what a resumed run may change",
     )
     parser.add_argument(
-        "--run-dir", type=path_option, help="the run's folder (default: runs/NAME of the configuration)"
+        "--run-dir", type=nonempty_path, help="the run's folder (default: runs/NAME of the configuration)"
     )
     parser.add_argument(
         "--set",
@@ -77,7 +82,11 @@ def run() -> None:
     signals.note_stop_requests()
     orphans.stop_with_launcher()
     logs.survive_lost_output()
-    options = parse(None)
+    try:
+        options = parse(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     is_run = options.resume is None or (options.resume / CONFIG).exists()  # else nothing is written there
     run_program(lambda: _train(options), error_log=options.run_dir / logs.FILE if is_run else None)
 

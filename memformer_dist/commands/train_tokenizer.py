@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from memformer_dist.commands.options import Options, integer, nonempty_path_or_url, nonempty_text
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, write_bytes
-from memformer_dist.places import path_option, path_or_url_option, text_option
+from memformer_dist.places import path_option
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
 from memformer_dist.prepare.partitions import describe_ignored, discover
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
@@ -51,18 +52,25 @@ def read_lines(files: Sequence[File], options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(__doc__)
     add = parser.add_argument
-    add("--input", type=path_or_url_option, nargs="+", required=True, help="folders, globs, files and URLs")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names of files and folders to skip within folders")
+    add("--input", type=nonempty_path_or_url, nargs="+", required=True, help="folders, globs, files and URLs")
+    add(
+        "--exclude",
+        type=nonempty_text,
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="names of files and folders to skip within folders",
+    )
     add(
         "--text-field",
-        type=text_option,
+        type=nonempty_text,
         metavar="NAME",
         help="field or column that holds the text (default: text, parts or messages)",
     )
-    add("--output", "--model-prefix", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    add("--vocab-size", type=int, default=8192, help="number of tokens (default: 8192)")
+    add("--output", "--model-prefix", type=nonempty_text, required=True, metavar="PREFIX", help="writes PREFIX.model")
+    add("--vocab-size", type=integer(least=1, most=10**7), default=8192, help="number of tokens (default: 8192)")
     add("--cap-vocabulary", action="store_true", help="use fewer tokens where the text does not support so many")
     add("--model-type", choices=["unigram", "bpe"], default="unigram")
     add(
@@ -70,13 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add(
         "--sample-characters",
-        type=int,
+        type=integer(),
         default=5_000_000,
         metavar="N",
         help="train on lines of about N characters in all, 0 for everything (default: 5 million)",
     )
-    add("--seed", type=int, default=0, help="of the sample (default: 0)")
-    add("--threads", type=int, default=4, help="default: 4; another number may give another model")
+    add("--seed", type=integer(), default=0, help="of the sample (default: 0)")
+    add(
+        "--threads",
+        type=integer(least=1, most=1024),
+        default=4,
+        help="default: 4; another number may give another model",
+    )
     options = parser.parse_args(arguments)
 
     path = path_option(options.output.removesuffix(".model") + ".model")
