@@ -24,7 +24,6 @@ from memformer_dist import programs, signals
 from memformer_dist.commands.options import Options, nonempty_path
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json
-from memformer_dist.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.json"
@@ -129,6 +128,7 @@ def budget(corpus: Path, config: dict) -> int:
 def sample(corpus: Path, folder: Path) -> None:
     """Let the model continue the beginning of a held-out document."""
     from memformer_dist.data.open_data import open_corpora
+    from memformer_dist.tokenizer import open_tokenizer
 
     valid = open_corpora(corpus)[1]
     document = int(valid.lengths.argmax())

@@ -23,14 +23,7 @@ from typing import NamedTuple
 
 from memformer_dist import agreement, logs, orphans
 from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
-from memformer_dist.commands.options import (
-    Options,
-    checkpoint_name,
-    integer,
-    nonempty_path,
-    nonempty_path_or_url,
-    not_writable,
-)
+from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, not_writable
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
 from memformer_dist.errors import UserError, run_program
@@ -57,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Options(__doc__, check=lambda options: not_writable("--json", options.json))
     add = parser.add_argument
     add("--run-dir", type=nonempty_path, required=True, help="a run, or one of its checkpoints")
-    add("--checkpoint", type=checkpoint_name, default=NEWEST, help=WHICH)
+    add("--checkpoint", type=nonempty_path_or_url, default=NEWEST, help=WHICH)
     add("--corpus", type=nonempty_path_or_url, help="folder or URL of a corpus (default: the run's)")
     add("--split", choices=["valid", "train"], default="valid")
     add(
@@ -68,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-segments", type=integer(least=1), help="stop after this many segments of every lane (default: all)")
     add(
         "--warmup-segments",
-        type=segments_or_none,
+        type=number_of_segments,
         metavar="N",
         help="cut long documents over the lanes, and read so many segments before each piece without counting them;"
         " none: never cut (default: the run's)",
@@ -79,10 +72,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def segments_or_none(text: str) -> str:
-    if text != "none":
-        integer()(text)
-    return text
+def number_of_segments(words: str) -> str:
+    if words != "none" and not (words.isascii() and words.isdigit()):
+        raise ValueError(f"found {words}, expected a number of segments, or none")
+    return words
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,10 +27,10 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
 from memformer_dist.commands.options import (
     Options,
-    checkpoint_name,
     file_to_read,
     integer,
     nonempty_path,
+    nonempty_path_or_url,
     not_writable,
     number,
 )
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sampling]:
     parser = Options(__doc__, check=_no_text_or_no_place)
     add, about = parser.add_argument, {name: field.description for name, field in Sampling.model_fields.items()}
     add("--run-dir", type=nonempty_path, required=True, help="a run, or one of its checkpoints")
-    add("--checkpoint", type=checkpoint_name, default=NEWEST, help=WHICH)
+    add("--checkpoint", type=nonempty_path_or_url, default=NEWEST, help=WHICH)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",

@@ -123,11 +123,6 @@ def nonempty_path_or_url(words: str) -> str:
     return path_or_url_option(_expect_some(words, "a path or a URL"))
 
 
-def checkpoint_name(words: str) -> str:
-    """best, newest, a checkpoint's name or its path."""
-    return str(nonempty_path(words))
-
-
 def file_to_read(words: str) -> Path:
     found = nonempty_path(words)
     if found.is_dir():
