@@ -12,7 +12,9 @@ as it is seen from the working folder; if nothing is there, the recorded one doe
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from memformer_dist.files import read_json_lines
 
@@ -69,8 +71,10 @@ class Places:
 
     @classmethod
     def of_run(cls, run_dir: Path) -> "Places":
-        """None for a run that has not started yet, or was started by an earlier version."""
-        starts = [entry for _, entry in read_json_lines(run_dir / STARTS)]
+        """None for a run that has not started yet, was started by an earlier version, or cannot be read."""
+        starts: list[dict[str, Any]] = []
+        with suppress(OSError):  # whoever needs the folder reports it
+            starts = [entry for _, entry in read_json_lines(run_dir / STARTS)]
         found: dict = next((entry[PLACES] for entry in reversed(starts) if isinstance(entry.get(PLACES), dict)), {})
         return cls({str(written): str(place) for written, place in found.items()})
 

@@ -54,6 +54,9 @@ def test_as_it_is_seen_from_here_and_else_as_it_was_recorded(tmp_path, monkeypat
     shutil.rmtree(there)
     assert places.find("books", INSIDE) == "books"  # so that a message names what was written
     assert Places.of_run(tmp_path / "nowhere").find("books") == "books"
+    assert Places.of_run(run / "starts.jsonl").recorded == {}  # no folder: whoever writes there says so
+    (run / "starts.jsonl").write_bytes(b'{"places": {"books": \xff}}\n{"places": [3]}\n{"places": {"books": 3}}\n')
+    assert Places.of_run(run).recorded == {"books": "3"}
 
 
 def test_rank_0_alone_says_so(tmp_path, monkeypatch, caplog):
