@@ -35,6 +35,9 @@ SYNONYMS = {
     " dim_feedforward feedforward",
     "model.slots": "mem_tokens mem_len mem_length mem_size n_mem num_mem_tokens num_memory_tokens memory_tokens"
     " memory_size memory_len memory_length memory_slots num_slots n_slots",
+    "model.write_tokens": "mem_tokens n_mem num_mem_tokens num_memory_tokens memory_tokens num_write_tokens",
+    "model.memory_width": "d_mem mem_dim memory_dim memory_size",
+    "model.sensory_tokens": "num_sensory n_sensory sensory_size sensory_memory sensory_memory_size",
     "model.dropout": "dropout_rate dropout_prob dropout_p p_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout"
     " hidden_dropout_prob attention_dropout",
     "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",

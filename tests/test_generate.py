@@ -16,15 +16,20 @@ from safetensors.torch import load_file, save_file
 from memformer_dist import logs, signals
 from memformer_dist.cells.layers import TokenEmbedding
 from memformer_dist.commands import generate as command
+from memformer_dist.config import cell_configs
 from memformer_dist.errors import UserError
 from memformer_dist.generate import Generation, Sampling
 from memformer_dist.prepare.documents import read_documents
 from memformer_dist.tokenizer import SentencePieceTokenizer
-from tests.helpers.memformer import LAYOUTS, SIZE, VOCABULARY, make, make_segment
+from tests.helpers.memformer import BOS, LAYOUTS, SIZE, VOCABULARY, make, make_segment
 from tests.helpers.tokenizers import ordinary_sentencepiece
 
 EOS = 2
 CELLS = {layout: make(layout) for layout in LAYOUTS}
+OTHERS = {"rmt": {"slots": 2}, "hmt": {"slots": 2, "sensory_tokens": 3}}  # a cache of its own; recomputation
+for name, fields in OTHERS.items():
+    other = cell_configs()[name](width=8, heads=2, feed_forward=12, layers=2, dropout=0.0, init_std=0.4, **fields)
+    CELLS[name] = other.build(vocab_size=VOCABULARY, bos_id=BOS, segment_length=SIZE).double()
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3 * SIZE + 2)
 
 
@@ -57,7 +62,7 @@ def portions(draw):
     return documents, calls
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CELLS)
 @settings(max_examples=40, deadline=None)
 @given(fed=portions())
 @torch.no_grad()
@@ -74,7 +79,7 @@ def test_any_portions_of_documents_of_unequal_length(layout, fed):
     assert generation.history == documents
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CELLS)
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(1, SIZE - 1), unique=True).map(sorted), short=st.integers(0, 1))
 @torch.no_grad()
@@ -182,7 +187,7 @@ def test_a_document_without_a_prompt():
 # ------------------------------------------------------------------------------------------------- saved generations
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CELLS)
 @pytest.mark.parametrize("before", [0, 3, 8])
 def test_a_saved_generation_continues_exactly(tmp_path, layout, before):
     whole = begun(layout=layout)

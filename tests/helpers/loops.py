@@ -10,14 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.base import CellConfig, RecurrentCell
 from memformer_dist.segment import IGNORE, Segment, differentiable
+from tests.helpers.memformer import BOS, SIZE, VOCABULARY
 
 Seen = Callable[[int, int], bool]  # whether query i may see key j
 
 
 class Loops:
     """For one lane: rows of x [S, D] are positions."""
+
+    mistakes: tuple[str, ...] = ()
 
     def __init__(self, cell: RecurrentCell, mistake: str = ""):
         self.config, self.weights, self.mistake = cell.config, dict(cell.named_parameters()), mistake
@@ -98,6 +101,16 @@ class Loops:
                 scores = torch.exp(head @ hidden[position])
                 nll[position] = -torch.log(scores[label] / scores.sum())
         return nll
+
+
+def enlarged(config: CellConfig) -> RecurrentCell:
+    """A cell in float64, its weights so large that every term matters, norms and biases included."""
+    torch.manual_seed(0)
+    cell = config.build(vocab_size=VOCABULARY, bos_id=BOS, segment_length=SIZE).double()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return cell
 
 
 def trace(cell: RecurrentCell, ticks: list[Segment]) -> list[Tensor]:
