@@ -34,7 +34,8 @@ SYNONYMS = {
     "model.feed_forward": "d_ff d_inner ffn_dim ff_dim ffn_size ffn_hidden_size intermediate_size mlp_dim inner_dim"
     " dim_feedforward feedforward",
     "model.slots": "mem_tokens mem_len mem_length mem_size n_mem num_mem_tokens num_memory_tokens memory_tokens"
-    " memory_size memory_len memory_length memory_slots num_slots n_slots",
+    " memory_size memory_len memory_slots num_slots n_slots",
+    "model.memory_length": "mem_len mem_length memory_len mem_size memory_size cache_len cache_length",
     "model.dropout": "dropout_rate dropout_prob dropout_p p_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout"
     " hidden_dropout_prob attention_dropout",
     "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",

@@ -14,9 +14,11 @@ from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.check import hide_parameters
 from memformer_dist.cells.hmt import HmtConfig
+from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
 from memformer_dist.segment import IGNORE, Segment, Tensors, differentiable, select_rows
@@ -60,6 +62,8 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "rmt": configured(RmtConfig(**SMALL, layers=2, slots=2)),
     "hmt": configured(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),
     "armt": configured(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
+    "transformer_xl": configured(TransformerXLConfig(**SMALL, layers=2, memory_length=4)),
+    "lamemo": configured(LaMemoConfig(**SMALL, layers=3, memory_length=8)),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 
@@ -264,7 +268,7 @@ def test_padding_changes_nothing(name):
     assert torch.isfinite(expected).all() and expected[:, :2].any()
     assert all(torch.isfinite(x).all() for x in state if differentiable(x))
     shorter = [segment._replace(length=(segment.length - 1).clamp(min=1)) for segment in window]
-    assert not torch.equal(run(cell, shorter, mid_document(cell))[0], expected) or not cell.carries_gradient
+    assert not torch.equal(run(cell, shorter, mid_document(cell))[0], expected) or not cell.memory_leaves
 
 
 @every_cell
@@ -275,7 +279,7 @@ def test_a_reset_leaves_nothing_of_the_state(name):
     assert torch.equal(one[0], other[0]) and equal(one[1], other[1])
     going_on = [segment._replace(reset=torch.zeros_like(segment.reset)) for segment in window]
     one, other = (run(cell, going_on, mid_document(cell, seed))[0] for seed in (1, 2))
-    assert torch.equal(one, other) != cell.carries_gradient
+    assert torch.equal(one, other) != bool(cell.memory_leaves)
 
 
 @every_cell

@@ -50,6 +50,8 @@ ENGINE_CELLS = [
     pytest.param("rmt", ((1, 2),), marks=pytest.mark.slow),
     pytest.param("armt", ((2, 1),), marks=pytest.mark.slow),
     pytest.param("hmt", ((1, 2),), marks=pytest.mark.slow),
+    pytest.param("transformer_xl", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("lamemo", ((1, 2),), marks=pytest.mark.slow),
 ]
 
 
