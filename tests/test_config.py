@@ -721,7 +721,7 @@ def every_field(config: BaseModel) -> list[str]:
 
 ALLOWED = {
     *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
-    *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
+    *("mrbp.replay", "mrbp.state_store", "mrbp.state_stride", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),

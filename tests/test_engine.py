@@ -5,6 +5,7 @@ import torch
 
 from tests.helpers.engines import (
     LANES,
+    SEGMENTS,
     STAGES,
     WORLD,
     Rows,
@@ -76,6 +77,34 @@ def in_order_rank(world):
 def test_without_replay_no_gradient_flows_between_segments():
     """mrbp.replay false: the parameters of BPTT with the state detached between segments, at every stage."""
     run_ranks(WORLD, in_order_rank)
+
+
+def sparse_states_rank(world):
+    _, norms, expected = reference_run("encoder_decoder", "sgd", 0.2, steps=3)
+    for stage in STAGES:
+        cell = new_cell("encoder_decoder")
+        settings = {"zero_optimization": {"stage": stage, "overlap_comm": stage == 2}}
+        how = {"state_stride": 3 if stage == 1 else 2, "state_store": "host" if stage == 3 else "device"}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, **how)
+        made_again = 0
+
+        def count(module, inputs):
+            nonlocal made_again
+            made_again += inputs[0] == "advance" and not torch.is_grad_enabled()
+
+        engine.module.register_forward_pre_hook(count)
+        of_a_step = {"groups": 2, "readout_group": 2 if stage == 0 else 1}
+        _, found_norms, _ = engine_run(world, "encoder_decoder", "sgd", 0.2, 3, stage=stage, engine=engine, **of_a_step)
+        rollouts = SEGMENTS - 1 + (2 if stage == 1 else 1)
+        assert made_again == 3 * 2 * rollouts, f"ZeRO {stage}"  # steps, lane groups
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, f"ZeRO {stage}"
+        assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
+
+
+@pytest.mark.slow
+def test_states_made_again_equal_full_bptt():
+    """mrbp.state_stride, at every stage, with lane groups, readout groups, and states on the host."""
+    run_ranks(WORLD, sparse_states_rank)
 
 
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------
