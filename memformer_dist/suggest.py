@@ -45,6 +45,9 @@ SYNONYMS = {
     "model.attention_bias": "bias use_bias add_bias_linear qkv_bias",
     "model.tie_embeddings": "tie_weights tie_word_embeddings tied_embeddings weight_tying",
     "model.init_std": "init_method_std initializer_range init_scale",
+    "model.checkpoint_layers": "gradient_checkpointing activation_checkpointing use_checkpoint use_checkpointing"
+    " checkpoint_activations recompute remat",
+    "model.loss_chunk": "chunked_loss loss_chunk_size loss_chunks chunked_cross_entropy ce_chunk_size",
     "optimizer.learning_rate": "lr max_lr peak_lr base_lr",
     "optimizer.final_learning_rate_ratio": "min_lr min_lr_ratio min_lr_factor lr_min_ratio final_lr",
     "optimizer.warmup_tokens": "warmup warmup_steps warmup_iters warmup_ratio num_warmup_steps lr_warmup lr_warmup_iters"

@@ -22,6 +22,7 @@ from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
 from memformer_dist.segment import IGNORE, Segment, Tensors, differentiable, select_rows
+from tests.helpers.recomputation import LargestLogits, kept_bytes, recompute
 from tests.helpers.toy import (
     SIZE,
     VOCABULARY,
@@ -210,6 +211,29 @@ def test_a_state_written_in_place_is_refused():
     cell = Careless()
     with pytest.raises(ValueError, match=r"in place to its input state \(seen\)"):
         memory_replay(cell, random_window(3, LANES, SIZE, seed=0), cell.empty_state(LANES), loss_scale=1.0)
+
+
+@pytest.mark.parametrize("name", [name for name, build in CELLS.items() if hasattr(build(0.0), "config")])
+def test_layers_computed_again_and_losses_in_chunks(name):
+    """model.checkpoint_layers and loss_chunk: the same gradient, less kept for it, and never all of the logits."""
+    window, chunk = random_window(4, LANES, SIZE, seed=2), 10
+    expected, _ = replayed(new_cell(name, dropout=DROPOUT), window, readout_group=2)
+    cell = recompute(new_cell(name, dropout=DROPOUT), checkpoint_layers=True, loss_chunk=chunk)
+    with LargestLogits(VOCABULARY) as logits:
+        found, result = replayed(cell, window, readout_group=2)
+    assert relative_error(found, expected) <= TOLERANCE and result.drift == 0
+    assert logits.rows == chunk < LANES * SIZE
+
+    def run() -> None:
+        features, _ = cell("advance", window[0], mid_document(cell))
+        cell("readout", window[0], features)
+
+    recomputed = kept_bytes(cell, run)
+    recompute(cell, checkpoint_layers=False, loss_chunk=None)
+    assert recomputed < 0.6 * kept_bytes(cell, run)
+    with LargestLogits(VOCABULARY) as logits:
+        run()
+    assert logits.rows == LANES * SIZE
 
 
 # ---- what a cell may see -------------------------------------------------------------------------------------------------

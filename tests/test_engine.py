@@ -107,6 +107,44 @@ def test_states_made_again_equal_full_bptt():
     run_ranks(WORLD, sparse_states_rank)
 
 
+# (stage, options of ZeRO, fields of the section mrbp); the threshold shards small parameters too
+RECOMPUTED = [
+    (0, {}, {}),
+    (1, {"overlap_comm": True}, {}),
+    (2, {"overlap_comm": True, "reduce_bucket_size": 100}, {}),
+    (2, {}, {"reduce": "segment"}),
+    (3, {"overlap_comm": True}, {}),
+    (3, {"stage3_param_persistence_threshold": 0}, {"keep_gathered": "none", "reduce": "segment"}),
+    (3, {"stage3_param_persistence_threshold": 0}, {"keep_gathered": "readout"}),
+]
+
+
+def recomputed_rank(world, name, cases):
+    _, norms, expected = reference_run(name, "sgd", 0.2, steps=2)
+    for stage, zero, mrbp in cases:
+        cell = new_cell(name)
+        for module in cell.modules():
+            if hasattr(module, "config"):
+                module.config = module.config.model_copy(update={"checkpoint_layers": True, "loss_chunk": 5})
+        settings = {"zero_optimization": {"stage": stage} | zero}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, **mrbp)
+        _, found_norms, _ = engine_run(
+            world, name, "sgd", 0.2, 2, stage=stage, groups=2, readout_group=2, engine=engine
+        )
+        case = f"ZeRO {stage}, {zero}, {mrbp}"
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, case
+        assert found_norms == pytest.approx(norms, rel=1e-4), case
+        if stage == 3:
+            assert not any(parameter.ds_active_sub_modules for parameter in engine.module.parameters()), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, cases", [("encoder_decoder", RECOMPUTED), ("lamemo", RECOMPUTED[1::4])])
+def test_recomputed_layers_and_losses_in_chunks_equal_full_bptt(name, cases):
+    """model.checkpoint_layers and loss_chunk: at every stage, reduced in every way, whatever ZeRO-3 keeps gathered."""
+    run_ranks(WORLD, recomputed_rank, name, cases)
+
+
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------
 
 

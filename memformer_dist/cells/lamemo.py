@@ -28,8 +28,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import Linear, TokenEmbedding
+from memformer_dist.cells.layers import LayersCell, Linear, TokenEmbedding
+from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.cells.transformer_xl import (
     HeadBias,
     RelativeConfig,
@@ -97,7 +97,7 @@ class LaMemoLayer(TransformerXLLayer):
         return self.add_branches(hidden, mixed.to(values.dtype)), mixed, log_mass
 
 
-class LaMemo(RecurrentCell[LaMemoState, LaMemoFeatures]):
+class LaMemo(LayersCell[LaMemoState, LaMemoFeatures]):
     memory_leaves = LaMemoState._fields
     carries_gradient = False
 
@@ -131,7 +131,7 @@ class LaMemo(RecurrentCell[LaMemoState, LaMemoFeatures]):
 
     def advance(self, segment: Segment, state: LaMemoState) -> tuple[LaMemoFeatures, LaMemoState]:
         embedded, mixed, log_mass, filled, latest = emptied(state, segment.reset | segment.reset_memory)
-        memory_length, length = self.config.memory_length, segment.length
+        memory_length, length, again = self.config.memory_length, segment.length, self.config.checkpoint_layers
         own = self.dropout(self.embedding(segment.tokens))
         hidden = inputs = torch.cat([embedded.to(own.dtype), own], dim=1)
         room = hidden.shape[1]
@@ -140,10 +140,12 @@ class LaMemo(RecurrentCell[LaMemoState, LaMemoFeatures]):
         ahead = right_of(memory_length, latest, length)
         all_mixed, all_masses = [], []
         for number, layer in enumerate(self.layers):
-            hidden, both, mass = layer(hidden, mixed[:, number], log_mass[:, number], waves, left, ahead)
+            of_memory = mixed[:, number], log_mass[:, number]
+            hidden, both, mass = recomputed(layer, hidden, *of_memory, waves, left, ahead, when=again)
             all_mixed.append(both.detach())
             all_masses.append(mass.detach())
-        hidden = self.last_layer(hidden[:, memory_length:], hidden[:, :memory_length], waves, left)
+        memory, hidden = hidden.tensor_split([memory_length], dim=1)
+        hidden = recomputed(self.last_layer, hidden, memory, waves, left, when=again)
         after = LaMemoState(
             embedded=last_rows(inputs.detach().to(embedded.dtype), length, memory_length),
             mixed=last_rows(torch.stack(all_mixed, dim=1), length, memory_length),
@@ -153,9 +155,8 @@ class LaMemo(RecurrentCell[LaMemoState, LaMemoFeatures]):
         )
         return LaMemoFeatures(self.norm(hidden)), after
 
-    def logits(self, segment: Segment, features: LaMemoFeatures) -> Tensor:
-        hidden = features.hidden
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: LaMemoFeatures) -> Tensor:
+        return features.hidden
 
 
 def right_of(memory_length: int, latest: Tensor, length: Tensor) -> Sight:

@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import ROTARY_BASE, FeedForward, LayersConfig, Linear, TokenEmbedding
+from memformer_dist.cells.layers import ROTARY_BASE, FeedForward, LayersCell, LayersConfig, Linear, TokenEmbedding
+from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment, Tensors
 
 State = TypeVar("State", bound=Tensors)
@@ -166,7 +166,7 @@ class TransformerXLLayer(nn.Module):
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
 
-class TransformerXL(RecurrentCell[TransformerXLState, TransformerXLFeatures]):
+class TransformerXL(LayersCell[TransformerXLState, TransformerXLFeatures]):
     memory_leaves = TransformerXLState._fields
     carries_gradient = False
 
@@ -197,15 +197,13 @@ class TransformerXL(RecurrentCell[TransformerXLState, TransformerXLFeatures]):
         inputs = []
         for number, layer in enumerate(self.layers):
             inputs.append(hidden.detach().to(memory.dtype))
-            hidden = layer(hidden, memory[:, number].to(hidden.dtype), waves, sight)
+            arguments = hidden, memory[:, number].to(hidden.dtype), waves, sight
+            hidden = recomputed(layer, *arguments, when=self.config.checkpoint_layers)
         read = torch.cat([memory, torch.stack(inputs, dim=1)], dim=2)
         return TransformerXLFeatures(self.norm(hidden)), self._next_state(read, filled, segment.length)
 
-    def logits(self, segment: Segment, features: TransformerXLFeatures) -> Tensor:
-        return self._head(features.hidden)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: TransformerXLFeatures) -> Tensor:
+        return features.hidden
 
     def _rows(self, start: Tensor, count: int) -> Tensor:
         """Among the T positions, `count` of the segment from `start` int64 [B] on: int64 [B, count]."""
@@ -245,7 +243,7 @@ class TransformerXL(RecurrentCell[TransformerXLState, TransformerXLFeatures]):
             cache.keys[lanes, number, rows], cache.values[lanes, number, rows] = layer.keys_values(hidden)
             keys, values, distance_keys = (x[:, number] for x in (cache.keys, cache.values, cache.distance_keys))
             hidden = layer.read(hidden, keys, values, distance_keys, sight)
-        return self._head(self.norm(hidden)), cache._replace(length=cache.length + tokens.shape[1])
+        return self.to_logits(self.norm(hidden)), cache._replace(length=cache.length + tokens.shape[1])
 
     @torch.no_grad()
     def close(self, cache: TransformerXLCache) -> TransformerXLState:
