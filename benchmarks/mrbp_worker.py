@@ -68,6 +68,7 @@ class Measurement:
     steps: int  # timed windows; 0: none
     memory: bool
     host_states: bool = False  # memory replay's states in host memory
+    state_stride: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -142,6 +143,7 @@ def replay(
     group: int = 1,
     parts: int = 1,
     states: HostStates | None = None,
+    stride: int = 1,
 ) -> None:
     memory_replay(
         cell,
@@ -152,6 +154,7 @@ def replay(
         readout_group=group,
         readout_parts=parts,
         states=states,
+        state_stride=stride,
     )
 
 
@@ -164,13 +167,13 @@ METHODS = ("bptt", "bptt_grouped", "checkpoint", "plain", "parts", "grouped")
 
 
 def method_of(measurement: Measurement) -> Callable[[Memformer, RandomWindow, NamedTuple, float], None]:
-    group = measurement.layout.group
+    group, stride = measurement.layout.group, measurement.state_stride
     states = HostStates(torch.device(measurement.device)) if measurement.host_states else None
     return {
         "bptt": bptt,
         "bptt_grouped": lambda *arguments: bptt(*arguments, group=group),
         "checkpoint": bptt_with_checkpoints,
-        "plain": lambda *arguments: replay(*arguments, states=states),
+        "plain": lambda *arguments: replay(*arguments, states=states, stride=stride),
         "parts": lambda *arguments: replay(*arguments, parts=PARTS, states=states),
         "grouped": lambda *arguments: replay(*arguments, group=group, states=states),
     }[measurement.method]

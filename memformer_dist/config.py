@@ -121,6 +121,8 @@ class MonitorConfig(Section):
 
 # What a resumed run may change: prefixes of field names. The corpus may move; checkpoint.py compares its fingerprint.
 MAY_CHANGE = (
+    "model.checkpoint_layers",
+    "model.loss_chunk",
     "mrbp.",
     "optimizer.",
     "checkpoint.",
@@ -384,6 +386,8 @@ def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
         yield from _stream(data)
     if training is not None:
         yield from _warmup(training)
+    if mrbp is not None and mrbp.readout_group == "auto":
+        yield from _measured(sections.get("model"))
     if mrbp is not None:
         yield from _readout(data, mrbp, world_size)
     if training is not None:
@@ -445,6 +449,16 @@ def _readout(data: DataConfig | None, mrbp: MrbpConfig, world_size: int) -> Iter
         yield (
             f"mrbp.readout_parts: found {mrbp.readout_parts}, expected at most the {lanes} lanes that are worked on at once"
         )
+
+
+def _measured(model: CellConfig | None) -> Iterator[str]:
+    """What `readout_group: "auto"` cannot measure: memory that only a backward takes."""
+    for field in ("checkpoint_layers", "loss_chunk"):
+        if getattr(model, field, None):
+            yield (
+                f"mrbp.readout_group: found 'auto' with model.{field}, whose memory is taken in the backward, where it is not"
+                " measured; expected a number"
+            )
 
 
 def _window(mrbp: MrbpConfig, training: TrainingConfig) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.config import RunConfig
+from memformer_dist.mrbp.states import most_states
 from memformer_dist.progress import Interval
 from memformer_dist.segment import IGNORE, Segment, Tensors
 from memformer_dist.token_texts import UNKNOWN_TEXT, TextCount
@@ -110,6 +111,7 @@ class Constants(NamedTuple):
     state_bytes: int  # of the states of one lane group
     flops_per_token: float
     peak_flops: float | None  # of one device; None: unknown
+    state_stride: int = 1
 
 
 def constants_of(config: RunConfig, world: World, state: Tensors, build_cell: Callable[[], RecurrentCell]) -> Constants:
@@ -121,6 +123,7 @@ def constants_of(config: RunConfig, world: World, state: Tensors, build_cell: Ca
         state_bytes=sum(x.nbytes for x in state),
         flops_per_token=training_flops_per_token(build_cell, data.segment_length),
         peak_flops=peak_flops(world.device, config.monitor.device_peak_tflops),
+        state_stride=config.mrbp.state_stride,
     )
 
 
@@ -217,8 +220,8 @@ TRAINING = (
     Metric(
         "mrbp/state_bytes",
         "bytes",
-        "what a window of one lane group stores: N states",
-        lambda o: o.window * o.constants.state_bytes,
+        "of the states that a window of one lane group holds at a time: N, or fewer with mrbp.state_stride",
+        lambda o: most_states(o.window, o.constants.state_stride) * o.constants.state_bytes,
     ),
     Metric(
         "data/pad_fraction",

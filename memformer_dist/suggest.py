@@ -34,10 +34,11 @@ SYNONYMS = {
     "model.feed_forward": "d_ff d_inner ffn_dim ff_dim ffn_size ffn_hidden_size intermediate_size mlp_dim inner_dim"
     " dim_feedforward feedforward",
     "model.slots": "mem_tokens mem_len mem_length mem_size n_mem num_mem_tokens num_memory_tokens memory_tokens"
-    " memory_size memory_len memory_length memory_slots num_slots n_slots",
+    " memory_size memory_len memory_slots num_slots n_slots",
     "model.write_tokens": "mem_tokens n_mem num_mem_tokens num_memory_tokens memory_tokens num_write_tokens",
     "model.memory_width": "d_mem mem_dim memory_dim memory_size",
     "model.sensory_tokens": "num_sensory n_sensory sensory_size sensory_memory sensory_memory_size",
+    "model.memory_length": "mem_len mem_length memory_len mem_size memory_size cache_len cache_length",
     "model.dropout": "dropout_rate dropout_prob dropout_p p_dropout embd_pdrop resid_pdrop attn_pdrop hidden_dropout"
     " hidden_dropout_prob attention_dropout",
     "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
@@ -47,6 +48,9 @@ SYNONYMS = {
     "model.attention_bias": "bias use_bias add_bias_linear qkv_bias",
     "model.tie_embeddings": "tie_weights tie_word_embeddings tied_embeddings weight_tying",
     "model.init_std": "init_method_std initializer_range init_scale",
+    "model.checkpoint_layers": "gradient_checkpointing activation_checkpointing use_checkpoint use_checkpointing"
+    " checkpoint_activations recompute remat",
+    "model.loss_chunk": "chunked_loss loss_chunk_size loss_chunks chunked_cross_entropy ce_chunk_size",
     "optimizer.learning_rate": "lr max_lr peak_lr base_lr",
     "optimizer.final_learning_rate_ratio": "min_lr min_lr_ratio min_lr_factor lr_min_ratio final_lr",
     "optimizer.warmup_tokens": "warmup warmup_steps warmup_iters warmup_ratio num_warmup_steps lr_warmup lr_warmup_iters"

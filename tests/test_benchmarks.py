@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data, mrbp, mrbp_worker
+from benchmarks import data, mrbp, mrbp_worker, recomputation
 from benchmarks.collectives import Collectives
 from memformer_dist.data import lanes
 from memformer_dist.data.corpus import Corpus
@@ -189,6 +189,28 @@ def test_peak_memory_is_what_was_alive():
     assert int(done.stdout) == pytest.approx(40 * mrbp.MIB, rel=0.05)
     refused = subprocess.run(command, cwd=mrbp.ROOT, capture_output=True, text=True)
     assert refused.returncode and "RETURN_FREED_MEMORY" in refused.stderr
+
+
+def test_benchmark_of_recomputation(monkeypatch, tmp_path, capsys):
+    """On tiny models and in this process: what is switched on is what runs."""
+    measured = []
+
+    def in_this_process(measurement):
+        measured.append(measurement)
+        times = mrbp_worker.measure(replace(measurement, memory=False, steps=1))
+        return times | {"peak_bytes": 2**20, "state_bytes": 1}
+
+    tiny = replace(SMALL, model=SMALL.model | {"dropout": 0.1})
+    monkeypatch.setattr(recomputation, "run_worker", in_this_process)
+    cases = [(tiny, [{}, {"checkpoint_layers": True, "loss_chunk": 5}, {"state_stride": 2}])]
+    monkeypatch.setattr(recomputation, "layouts", lambda quick: cases)
+    monkeypatch.setattr(sys, "argv", ["recomputation.py", "--quick", "--json", str(tmp_path / "result.json")])
+    recomputation.main()
+    on = [(m.layout.model.get("loss_chunk"), m.state_stride) for m in measured]
+    assert on == [(None, 1)] * 2 + [(5, 1)] * 2 + [(None, 2)] * 2
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["on"] for row in rows] == cases[0][1] and all(row["seconds"] > 0 for row in rows)
+    assert f"| {tiny.name}: state_stride 2 | 1.0 |" in capsys.readouterr().out
 
 
 SENT = [

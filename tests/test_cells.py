@@ -14,12 +14,15 @@ from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.check import hide_parameters
 from memformer_dist.cells.hmt import HmtConfig
+from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
 from memformer_dist.segment import IGNORE, Segment, Tensors, differentiable, select_rows
+from tests.helpers.recomputation import LargestLogits, kept_bytes, recompute
 from tests.helpers.toy import (
     SIZE,
     VOCABULARY,
@@ -60,6 +63,8 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "rmt": configured(RmtConfig(**SMALL, layers=2, slots=2)),
     "hmt": configured(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),
     "armt": configured(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
+    "transformer_xl": configured(TransformerXLConfig(**SMALL, layers=2, memory_length=4)),
+    "lamemo": configured(LaMemoConfig(**SMALL, layers=3, memory_length=8)),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 
@@ -208,6 +213,29 @@ def test_a_state_written_in_place_is_refused():
         memory_replay(cell, random_window(3, LANES, SIZE, seed=0), cell.empty_state(LANES), loss_scale=1.0)
 
 
+@pytest.mark.parametrize("name", [name for name, build in CELLS.items() if hasattr(build(0.0), "config")])
+def test_layers_computed_again_and_losses_in_chunks(name):
+    """model.checkpoint_layers and loss_chunk: the same gradient, less kept for it, and never all of the logits."""
+    window, chunk = random_window(4, LANES, SIZE, seed=2), 10
+    expected, _ = replayed(new_cell(name, dropout=DROPOUT), window, readout_group=2)
+    cell = recompute(new_cell(name, dropout=DROPOUT), checkpoint_layers=True, loss_chunk=chunk)
+    with LargestLogits(VOCABULARY) as logits:
+        found, result = replayed(cell, window, readout_group=2)
+    assert relative_error(found, expected) <= TOLERANCE and result.drift == 0
+    assert logits.rows == chunk < LANES * SIZE
+
+    def run() -> None:
+        features, _ = cell("advance", window[0], mid_document(cell))
+        cell("readout", window[0], features)
+
+    recomputed = kept_bytes(cell, run)
+    recompute(cell, checkpoint_layers=False, loss_chunk=None)
+    assert recomputed < 0.6 * kept_bytes(cell, run)
+    with LargestLogits(VOCABULARY) as logits:
+        run()
+    assert logits.rows == LANES * SIZE
+
+
 # ---- what a cell may see -------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +292,7 @@ def test_padding_changes_nothing(name):
     assert torch.isfinite(expected).all() and expected[:, :2].any()
     assert all(torch.isfinite(x).all() for x in state if differentiable(x))
     shorter = [segment._replace(length=(segment.length - 1).clamp(min=1)) for segment in window]
-    assert not torch.equal(run(cell, shorter, mid_document(cell))[0], expected) or not cell.carries_gradient
+    assert not torch.equal(run(cell, shorter, mid_document(cell))[0], expected) or not cell.memory_leaves
 
 
 @every_cell
@@ -275,7 +303,7 @@ def test_a_reset_leaves_nothing_of_the_state(name):
     assert torch.equal(one[0], other[0]) and equal(one[1], other[1])
     going_on = [segment._replace(reset=torch.zeros_like(segment.reset)) for segment in window]
     one, other = (run(cell, going_on, mid_document(cell, seed))[0] for seed in (1, 2))
-    assert torch.equal(one, other) != cell.carries_gradient
+    assert torch.equal(one, other) != bool(cell.memory_leaves)
 
 
 @every_cell

@@ -7,9 +7,11 @@ from torch import nn
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.check import check_cell
 from memformer_dist.cells.hmt import HmtConfig
+from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.segment import IGNORE
 from tests.helpers.toy import SIZE, VOCABULARY, OscillatorCell, PenalisedCell, ToyCell, ToyState
 
@@ -33,6 +35,8 @@ def build(config):
         lambda: build(RmtConfig(**SMALL, layers=2, slots=2)),
         lambda: build(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),
         lambda: build(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
+        lambda: build(TransformerXLConfig(**SMALL, layers=2, memory_length=4)),
+        lambda: build(LaMemoConfig(**SMALL, layers=2, memory_length=8)),
     ],
 )
 def test_good_cells_pass(make):
@@ -81,6 +85,13 @@ class Remembers(ToyCell):
 class SeesTheFuture(ToyCell):
     def logits(self, segment, features):
         return super().logits(segment, features) + self.embedding(segment.tokens).mean((1, 2))[:, None, None]
+
+
+class SeesTheSecondToken(ToyCell):
+    """As a memory would that looks one token too far ahead."""
+
+    def logits(self, segment, features):
+        return super().logits(segment, features) + self.embedding(segment.tokens[:, 1]).mean(1)[:, None, None]
 
 
 class MixesLanes(ToyCell):
@@ -161,6 +172,7 @@ class LanesLast(ToyCell):
         (OwnGenerator, "rule 5: the replay does not repeat the rollout"),
         (Remembers, "rule 1: the gradient of the replay differs"),
         (SeesTheFuture, "logits: a token sees later ones"),
+        (SeesTheSecondToken, "logits: a token sees later ones: changing tokens from position 1 on"),
         (MixesLanes, "rule 1: lanes see one another"),
         (ReadsPadding, "rule 4: what stands in the padding"),
         (KeepsTheOldDocument, "rule 2: a new document starts, and the state before it"),

@@ -541,6 +541,17 @@ def test_the_world_size_must_divide_the_lanes(config, lanes, world_size, would_d
     RunConfig.check(config, world_size)
 
 
+@pytest.mark.parametrize("field, value", [("checkpoint_layers", True), ("loss_chunk", 64)])
+def test_what_a_backward_takes_is_not_measured(config, field, value):
+    config["model"][field] = value
+    assert getattr(RunConfig.check(config).model, field) == value
+    config["mrbp"]["readout_group"] = "auto"
+    (problem,) = problems(config)
+    assert problem.startswith(f"mrbp.readout_group: found 'auto' with model.{field}, ")
+    config["model"][field] = {"checkpoint_layers": False, "loss_chunk": None}[field]
+    assert RunConfig.check(config).mrbp.readout_group == "auto"
+
+
 def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
     config["mrbp"] |= {"readout_parts": 4}
     assert RunConfig.check(config, 1).mrbp.readout_parts == 4
@@ -720,8 +731,9 @@ def every_field(config: BaseModel) -> list[str]:
 
 
 ALLOWED = {
+    *("model.checkpoint_layers", "model.loss_chunk"),
     *("mrbp.window", "mrbp.readout_group", "mrbp.readout_parts", "mrbp.lanes_per_group"),
-    *("mrbp.replay", "mrbp.state_store", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
+    *("mrbp.replay", "mrbp.state_store", "mrbp.state_stride", "mrbp.reduce", "mrbp.keep_gathered", "mrbp.drift_limit"),
     *("optimizer.learning_rate", "optimizer.final_learning_rate_ratio", "optimizer.warmup_tokens", "optimizer.betas"),
     *("optimizer.schedule", "optimizer.decay_share"),
     *("optimizer.epsilon", "optimizer.weight_decay", "optimizer.gradient_clipping"),

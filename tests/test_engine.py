@@ -5,6 +5,7 @@ import torch
 
 from tests.helpers.engines import (
     LANES,
+    SEGMENTS,
     STAGES,
     WORLD,
     Rows,
@@ -50,6 +51,8 @@ ENGINE_CELLS = [
     pytest.param("rmt", ((1, 2),), marks=pytest.mark.slow),
     pytest.param("armt", ((2, 1),), marks=pytest.mark.slow),
     pytest.param("hmt", ((1, 2),), marks=pytest.mark.slow),
+    pytest.param("transformer_xl", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("lamemo", ((1, 2),), marks=pytest.mark.slow),
 ]
 
 
@@ -74,6 +77,72 @@ def in_order_rank(world):
 def test_without_replay_no_gradient_flows_between_segments():
     """mrbp.replay false: the parameters of BPTT with the state detached between segments, at every stage."""
     run_ranks(WORLD, in_order_rank)
+
+
+def sparse_states_rank(world):
+    _, norms, expected = reference_run("encoder_decoder", "sgd", 0.2, steps=3)
+    for stage in STAGES:
+        cell = new_cell("encoder_decoder")
+        settings = {"zero_optimization": {"stage": stage, "overlap_comm": stage == 2}}
+        how = {"state_stride": 3 if stage == 1 else 2, "state_store": "host" if stage == 3 else "device"}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, **how)
+        made_again = 0
+
+        def count(module, inputs):
+            nonlocal made_again
+            made_again += inputs[0] == "advance" and not torch.is_grad_enabled()
+
+        engine.module.register_forward_pre_hook(count)
+        of_a_step = {"groups": 2, "readout_group": 2 if stage == 0 else 1}
+        _, found_norms, _ = engine_run(world, "encoder_decoder", "sgd", 0.2, 3, stage=stage, engine=engine, **of_a_step)
+        rollouts = SEGMENTS - 1 + (2 if stage == 1 else 1)
+        assert made_again == 3 * 2 * rollouts, f"ZeRO {stage}"  # steps, lane groups
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, f"ZeRO {stage}"
+        assert found_norms == pytest.approx(norms, rel=1e-4), f"ZeRO {stage}"
+
+
+@pytest.mark.slow
+def test_states_made_again_equal_full_bptt():
+    """mrbp.state_stride, at every stage, with lane groups, readout groups, and states on the host."""
+    run_ranks(WORLD, sparse_states_rank)
+
+
+# (stage, options of ZeRO, fields of the section mrbp); the threshold shards small parameters too
+RECOMPUTED = [
+    (0, {}, {}),
+    (1, {"overlap_comm": True}, {}),
+    (2, {"overlap_comm": True, "reduce_bucket_size": 100}, {}),
+    (2, {}, {"reduce": "segment"}),
+    (3, {"overlap_comm": True}, {}),
+    (3, {"stage3_param_persistence_threshold": 0}, {"keep_gathered": "none", "reduce": "segment"}),
+    (3, {"stage3_param_persistence_threshold": 0}, {"keep_gathered": "readout"}),
+]
+
+
+def recomputed_rank(world, name, cases):
+    _, norms, expected = reference_run(name, "sgd", 0.2, steps=2)
+    for stage, zero, mrbp in cases:
+        cell = new_cell(name)
+        for module in cell.modules():
+            if hasattr(module, "config"):
+                module.config = module.config.model_copy(update={"checkpoint_layers": True, "loss_chunk": 5})
+        settings = {"zero_optimization": {"stage": stage} | zero}
+        engine = make_engine(cell, make_optimizer("sgd", cell, 0.2), world, settings=settings, **mrbp)
+        _, found_norms, _ = engine_run(
+            world, name, "sgd", 0.2, 2, stage=stage, groups=2, readout_group=2, engine=engine
+        )
+        case = f"ZeRO {stage}, {zero}, {mrbp}"
+        assert largest_difference(weights_of(engine), expected) <= 1e-6, case
+        assert found_norms == pytest.approx(norms, rel=1e-4), case
+        if stage == 3:
+            assert not any(parameter.ds_active_sub_modules for parameter in engine.module.parameters()), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, cases", [("encoder_decoder", RECOMPUTED), ("lamemo", RECOMPUTED[1::4])])
+def test_recomputed_layers_and_losses_in_chunks_equal_full_bptt(name, cases):
+    """model.checkpoint_layers and loss_chunk: at every stage, reduced in every way, whatever ZeRO-3 keeps gathered."""
+    run_ranks(WORLD, recomputed_rank, name, cases)
 
 
 # ---- losses under AdamW with clipping ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import memory_replay
-from memformer_dist.mrbp.states import DeviceStates, HostStates
+from memformer_dist.mrbp.states import DeviceStates, HostStates, SparseStates, most_states
 from tests.helpers.memformer import memformer
 from tests.helpers.toy import (
     ToyCell,
@@ -221,6 +221,102 @@ def test_a_long_window_with_states_on_the_host_equals_full_bptt(cell_name, reado
     assert all(torch.equal(x, y) for x, y in zip(result.state, final, strict=True))
     with pytest.raises(IndexError):
         store.pop()
+
+
+@pytest.mark.parametrize("cell_name", ["toy", "encoder_decoder", "decoder"])
+@pytest.mark.parametrize(
+    "stride, readout_group, store", [(2, 1, "device"), (3, 4, "host"), (4, 3, "device"), (99, 2, "host")]
+)
+def test_states_made_again_give_the_same_gradient(cell_name, stride, readout_group, store):
+    """Full BPTT's, and bit by bit that of states stored one and all; dropout, resets, windows that no stride divides."""
+    cell = cell_named(cell_name)
+    window = random_window(11, LANES, LENGTH, seed=3)
+    settings = {"loss_scale": 1 / labels_in(window), "executor": TorchExecutor(cell, 0), "readout_group": readout_group}
+    found = []
+    for state_stride in (stride, 1):
+        cell.zero_grad()
+        states = DeviceStates() if store == "device" else HostStates(torch.device("cpu"))
+        result = memory_replay(cell, window, starting_state(cell), states=states, state_stride=state_stride, **settings)
+        found.append((gradients(cell), result))
+        with pytest.raises(IndexError):
+            states.pop()
+    (sparse, result), (dense, of_all) = found
+    assert all(torch.equal(sparse[name], dense[name]) for name in dense)
+    assert all(torch.equal(x, y) for x, y in zip(result.state, of_all.state, strict=True))
+    assert torch.equal(result.state_gradient_squares, of_all.state_gradient_squares) and result.drift == 0
+    expected, _, _ = reference(cell, window, readout_group=readout_group)
+    assert relative_error(sparse, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("segments", [1, 2, 5, 12, 13, 64])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8, 100])
+def test_how_many_states_are_held_and_made_again(segments, stride):
+    """At most N / stride + stride - 1 at a time, for fewer than one call more per segment."""
+    store, calls, most = DeviceStates(), [], 0
+
+    def advance(t, state):
+        calls.append(t)
+        return state + 1
+
+    states = SparseStates(store, stride, advance)
+
+    def held() -> int:
+        return len(store._stack) + len(states._block)
+
+    for t in range(segments):
+        states.push(t)
+        most = max(most, held())
+    for t in reversed(range(segments)):
+        assert states.pop() == t
+        most = max(most, held() + 1)  # the one that is being replayed
+    assert held() == 0 and most == most_states(segments, stride)
+    assert len(calls) == len(set(calls)) == (segments - 1) // stride * (stride - 1)
+    if segments == 64 and stride == 8:
+        assert most == 15 and len(calls) == 49
+
+
+def most_states_alive(cell, segments: int, stride: int) -> int:
+    """Counted in a replay, whenever `advance` is called."""
+    alive, most = weakref.WeakValueDictionary(), 0
+
+    class Counting(TorchExecutor):
+        def call(self, part, segment, tensors, *coordinates):
+            nonlocal most
+            if part == "advance" and not torch.is_grad_enabled():
+                alive[id(tensors.memory)] = tensors.memory
+                most = max(most, len(alive))
+            return super().call(part, segment, tensors, *coordinates)
+
+    window = random_window(segments, LANES, LENGTH, seed=1)
+    executor = Counting(cell, 0)
+    memory_replay(cell, window, starting_state(cell), loss_scale=1.0, executor=executor, state_stride=stride)
+    return most
+
+
+def test_few_states_are_alive():
+    cell = cell_named("toy")
+    assert most_states_alive(cell, 36, 1) == 35  # the last is never advanced without gradient
+    assert most_states_alive(cell, 36, 6) <= most_states(36, 6) == 11
+    assert most_states_alive(cell, 36, 4) <= most_states(36, 4) == 12
+
+
+@pytest.mark.parametrize("wrong", [range(8), range(8, 12)])
+def test_drift_is_measured_where_states_are_made_again(wrong):
+    """A call that differs: in the rollout, or when a state is made again. Either time the gradient is another one's."""
+    cell = cell_named("toy")
+    calls = []
+
+    class Unsteady(TorchExecutor):
+        def rollout(self, t, segment, state):
+            state = super().rollout(t, segment, state)
+            calls.append(t)
+            return state._replace(memory=state.memory + 0.01 * (len(calls) - 1 in wrong))
+
+    window = random_window(9, LANES, LENGTH, seed=3)
+    settings = {"loss_scale": 1.0, "state_stride": 3}
+    result = memory_replay(cell, window, starting_state(cell), executor=Unsteady(cell, 0), **settings)
+    assert calls == [*range(8), 3, 4, 0, 1] and result.drift > 1e-3
+    assert memory_replay(cell, window, starting_state(cell), executor=TorchExecutor(cell, 0), **settings).drift == 0
 
 
 class Alive:

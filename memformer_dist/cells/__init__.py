@@ -6,9 +6,11 @@ from pydantic import Discriminator, Tag
 
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.hmt import HmtConfig
+from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.transformer_xl import TransformerXLConfig
 
 DEFAULT_CELL = "memformer"  # configurations of before there was a second
 
@@ -22,6 +24,8 @@ ModelConfig = Annotated[
     | Annotated[PlainConfig, Tag("plain")]
     | Annotated[RmtConfig, Tag("rmt")]
     | Annotated[ArmtConfig, Tag("armt")]
-    | Annotated[HmtConfig, Tag("hmt")],
+    | Annotated[HmtConfig, Tag("hmt")]
+    | Annotated[TransformerXLConfig, Tag("transformer_xl")]
+    | Annotated[LaMemoConfig, Tag("lamemo")],
     Discriminator(_named_cell),
 ]

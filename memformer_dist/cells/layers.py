@@ -12,7 +12,7 @@ positions. It has no dropout.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from memformer_dist.cells.base import CellConfig
+from memformer_dist.cells.base import CellConfig, Features, RecurrentCell, State
+from memformer_dist.cells.recomputation import losses_in_chunks, recomputed
 from memformer_dist.errors import Problems
+from memformer_dist.segment import Segment
 
 ROTARY_BASE = 10000.0
 
@@ -155,6 +157,16 @@ class LayersConfig(CellConfig):
     init_std: PositiveFloat = Field(
         0.02, description="standard deviation of initial weights; those into the residual stream / sqrt(2 layers)"
     )
+    checkpoint_layers: bool = Field(
+        False,
+        description="keep the inputs of every layer alone and compute what is inside it again in the backward; in the"
+        " layers that lead to the next state this is a third forward, besides rollout and replay",
+    )
+    loss_chunk: PositiveInt | None = Field(
+        None,
+        description="positions whose logits exist at a time: head and loss are computed in chunks, and again in the"
+        " backward, so that vocabulary x positions are never held; null: all of them",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -173,6 +185,30 @@ class LayersConfig(CellConfig):
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+
+class LayersCell(RecurrentCell[State, Features]):
+    """A cell whose head is one matrix: it defines `hidden` instead of `logits`. Has `config`, `embedding` and `head`."""
+
+    config: Any  # of LayersConfig, each cell its own kind
+    embedding: TokenEmbedding
+    head: Linear | None  # None: the embedding's weights
+
+    def hidden(self, segment: Segment, features: Features) -> Tensor:
+        """[B, S, D], what the head reads."""
+        raise NotImplementedError
+
+    def logits(self, segment: Segment, features: Features) -> Tensor:
+        return self.to_logits(self.hidden(segment, features))
+
+    def readout(self, segment: Segment, features: Features) -> Tensor:
+        if self.config.loss_chunk is None:
+            return super().readout(segment, features)
+        hidden = self.hidden(segment, features)
+        return losses_in_chunks(self.to_logits, hidden, segment.labels, self.config.loss_chunk)
+
+    def to_logits(self, hidden: Tensor) -> Tensor:
+        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
 
 
 class SelfAttention(nn.Module):
@@ -313,7 +349,8 @@ class Stack(nn.Module):
         """hidden [B, S, D], source [B, M, D] -> [B, S, D]. A causal stack needs no mask: padding is at the end."""
         rotation = self.rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, source, rotation, mask, source_mask, self.causal)
+            arguments = hidden, source, rotation, mask, source_mask, self.causal
+            hidden = recomputed(layer, *arguments, when=self.config.checkpoint_layers)
         return self.norm(hidden)
 
     def open(self, source: Tensor, size: int) -> KeysValues:

@@ -31,8 +31,16 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import KeysValues, LayersConfig, Linear, Stack, TokenEmbedding, key_mask, within
+from memformer_dist.cells.layers import (
+    KeysValues,
+    LayersCell,
+    LayersConfig,
+    Linear,
+    Stack,
+    TokenEmbedding,
+    key_mask,
+    within,
+)
 from memformer_dist.segment import Segment
 
 
@@ -155,7 +163,7 @@ class SlotWriter(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2)).to(memory.dtype)
 
 
-class Memformer(RecurrentCell[Any, MemformerFeatures]):
+class Memformer(LayersCell[Any, MemformerFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: MemformerConfig, *, vocab_size: int, bos_id: int, segment_length: int):
@@ -195,12 +203,11 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
         written = self._write(memory, features, segment.reset)
         return features, MemformerState(written, segment.tokens, segment.length)
 
-    def logits(self, segment: Segment, features: MemformerFeatures) -> Tensor:
-        hidden = features.hidden
-        if self.encoder is not None:
-            mask = key_mask(features.length, self.segment_length)
-            hidden = self.decoder(self._embed(segment.tokens), features.hidden, source_mask=mask)
-        return self._head(hidden)
+    def hidden(self, segment: Segment, features: MemformerFeatures) -> Tensor:
+        if self.encoder is None:
+            return features.hidden
+        mask = key_mask(features.length, self.segment_length)
+        return self.decoder(self._embed(segment.tokens), features.hidden, source_mask=mask)
 
     @torch.no_grad()
     def diagnose(self, segment: Segment, state) -> dict[str, Tensor]:
@@ -219,9 +226,6 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens))
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
 
     def _start(self, state, fresh: Tensor) -> Tensor:
         """The memory that the segment reads: the state's, or m(0) on the lanes bool [B] that start afresh."""
@@ -271,7 +275,7 @@ class Memformer(RecurrentCell[Any, MemformerFeatures]):
         rows = torch.arange(lanes, device=tokens.device)[:, None]
         columns = cache.length[:, None] + torch.arange(count, device=tokens.device)
         cache.trail[rows, columns] = tokens if self.encoder else hidden.to(cache.trail.dtype)
-        return self._head(hidden), cache._replace(length=cache.length + count)
+        return self.to_logits(hidden), cache._replace(length=cache.length + count)
 
     @torch.no_grad()
     def close(self, cache: MemformerCache) -> MemformerState | DecoderState:

@@ -12,8 +12,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import LayersConfig, Linear, Stack, TokenEmbedding
+from memformer_dist.cells.layers import LayersCell, LayersConfig, Linear, Stack, TokenEmbedding
 from memformer_dist.segment import Segment
 
 
@@ -35,7 +34,7 @@ class PlainFeatures(NamedTuple):
     segments: Tensor  # int64 [B]
 
 
-class Plain(RecurrentCell[PlainState, PlainFeatures]):
+class Plain(LayersCell[PlainState, PlainFeatures]):
     carries_gradient = False
 
     def __init__(self, config: PlainConfig, *, vocab_size: int, segment_length: int):
@@ -54,6 +53,5 @@ class Plain(RecurrentCell[PlainState, PlainFeatures]):
         segments = torch.where(segment.reset, 0, state.segments)
         return PlainFeatures(segments), PlainState(segments + 1)
 
-    def logits(self, segment: Segment, features: PlainFeatures) -> Tensor:
-        hidden = self.layers(self.dropout(self.embedding(segment.tokens)))
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: PlainFeatures) -> Tensor:
+        return self.layers(self.dropout(self.embedding(segment.tokens)))

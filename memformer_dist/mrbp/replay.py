@@ -24,7 +24,7 @@ from torch import Tensor
 
 from memformer_dist.mrbp.drift import Drift
 from memformer_dist.mrbp.executor import Cell, Executor, TorchExecutor
-from memformer_dist.mrbp.states import DeviceStates, HostStates
+from memformer_dist.mrbp.states import DeviceStates, HostStates, SparseStates
 from memformer_dist.segment import Some, Tensors, concatenate, differentiable, select_rows
 
 Gradients = list[Tensor | None]  # one per leaf; None where nothing arrived
@@ -59,6 +59,7 @@ def memory_replay(
     readout_group: int = 1,
     readout_parts: int = 1,
     states: DeviceStates | HostStates | None = None,
+    state_stride: int = 1,
     observe: Observe = lambda t, segment, nll: None,
 ) -> Replayed:
     """Accumulate the gradient of L = `loss_scale` * sum of nll over a window into the parameters.
@@ -71,7 +72,8 @@ def memory_replay(
     Args:
         cell: see cells/base.py; one whose `carries_gradient` is False is run `in_order`.
         window: N segments of B lanes (NamedTuples of lane-first tensors) on the cell's device; item t is asked for once in
-            the rollout and once in the replay, in the order 0 ... N-2, N-1 ... 0, and may be made on demand.
+            the rollout and once in the replay, in the order 0 ... N-2, N-1 ... 0, and may be made on demand. With a
+            `state_stride`, those whose output is made again are asked for once more.
         state: where the window starts, lanes first; no gradient flows out of it.
         loss_scale: usually 1 / (tokens with a label in the window), over all lanes of all ranks.
         executor: how the cell is called; TorchExecutor(cell) unless given.
@@ -80,6 +82,8 @@ def memory_replay(
         readout_parts: parts that the lanes of a readout batch are worked through in, one after the other: each keeps its
             share of the readout's activations alone, which are most of a segment's where `advance` is small. At most C B.
         states: where the stored states lie, empty; on the device unless given.
+        state_stride: store every `state_stride`-th state alone, and roll out the segments between two of them a second time:
+            N / state_stride + state_stride states are alive at a time instead of N.
         observe: called as observe(t, segment, nll [B, S]) for every segment, last to first, with nll detached.
 
     The comments name the lines of Algorithm 1 as docs/mrbp.md numbers them. There "nabla M" is the gradient of a state,
@@ -97,17 +101,22 @@ def memory_replay(
             readout_parts=readout_parts,
             observe=observe,
         )
-    states = DeviceStates() if states is None else states
+
+    @torch.no_grad()
+    def next_state(t: int, state: Tensors) -> Tensors:
+        segment, versions = window[t], _versions(state)
+        output = executor.rollout(t, segment, state)
+        _expect_unchanged(state, versions)
+        return _detached(output)
+
+    store = DeviceStates() if states is None else states
+    buffer = store if state_stride == 1 else SparseStates(store, state_stride, next_state)
     last = len(window) - 1
     began = _wait_for(state)
-    states.push(state)
-    with torch.no_grad():  # lines 3-6: the rollout fills the replay buffer
-        for t in range(last):
-            segment, versions = window[t], _versions(state)
-            output = executor.rollout(t, segment, state)
-            _expect_unchanged(state, versions)
-            state = _detached(output)
-            states.push(state)
+    buffer.push(state)
+    for t in range(last):  # lines 3-6: the rollout fills the replay buffer
+        state = next_state(t, state)
+        buffer.push(state)
     rollout_s = _wait_for(state) - began
 
     gradient: Gradients = [None] * len(state)  # dL/d(output state of segment t); none behind the window's last
@@ -118,7 +127,7 @@ def memory_replay(
         group = range(max(0, stop - readout_group), stop)
         advanced: list[_Advanced] = []  # of this group, last to first
         for t in reversed(group):  # line 9: recompute from the replay buffer, with a graph
-            segment, inputs = window[t], as_leaves(states.pop())
+            inputs, segment = as_leaves(buffer.pop()), window[t]
             versions = _versions(inputs)
             features, output = executor.advance(t, segment, inputs)
             _expect_unchanged(inputs, versions)

@@ -55,6 +55,12 @@ class MrbpConfig(Section):
         description="where the N states of a window are kept until the replay; host: in pinned memory of the host, for"
         " windows whose states (metric mrbp/state_bytes) do not fit beside the activations",
     )
+    state_stride: PositiveInt = Field(
+        1,
+        description="store every state_stride-th of the N states, and roll out the segments between them again: at most"
+        " one more advance per segment, for N / state_stride + state_stride states instead of N; for states that are too"
+        " large to be kept N times",
+    )
     reduce: Reduce = Field(
         "window",
         description="when gradients are reduced over the ranks. window: once per step, while each rank holds a whole"

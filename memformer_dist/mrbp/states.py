@@ -1,7 +1,9 @@
 """Where memory replay keeps the states of a window between the rollout and the replay: a stack of NamedTuples of tensors.
 
-    DeviceStates()        on the device they were made on: nothing is copied
-    HostStates(device)    in pinned host memory, so that the window's length is bounded by the host's memory alone
+    DeviceStates()                        on the device they were made on: nothing is copied
+    HostStates(device)                    in pinned host memory, so that the window's length is bounded by the host's memory
+                                          alone
+    SparseStates(store, stride, advance)  every stride-th of them, in one of these two; the others are made again
 
 From a GPU, states are copied out on a stream of their own, behind the rollout, and back one state ahead of the replay, so
 that the kernels of neither wait for a copy. The pinned buffers come from torch's caching allocator, which hands those of
@@ -9,6 +11,7 @@ one window to the next. Without a GPU it is the same code without streams.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -93,3 +96,42 @@ class HostStates:
             return contextlib.nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self._stream)
+
+
+class SparseStates:
+    """Every `stride`-th state, in `store`. The states between two of them are made from the first when they are asked for.
+
+    So N / stride + stride states are held instead of N, for at most one more call of `advance` per segment. The states of
+    the block at hand, the first of them too, lie on the device.
+
+    Args:
+        store: empty.
+        advance: called as advance(t, state t), makes state t + 1; the first state pushed is number 0.
+    """
+
+    def __init__(self, store: DeviceStates | HostStates, stride: int, advance: Callable[[int, Tensors], Tensors]):
+        self._store, self._stride, self._advance = store, stride, advance
+        self._stored = 0
+        self._block: list[Tensors] = []  # the newest states, at most `stride`; none of them is in the store
+
+    def push(self, state: Tensors) -> None:
+        if len(self._block) == self._stride:
+            self._store.push(self._block[0])
+            self._stored += 1
+            self._block.clear()
+        self._block.append(state)
+
+    def pop(self) -> Tensors:
+        """The newest state that is left. IndexError if none is."""
+        if not self._block:
+            self._block.append(self._store.pop())
+            self._stored -= 1
+            first = self._stored * self._stride
+            for t in range(first, first + self._stride - 1):
+                self._block.append(self._advance(t, self._block[-1]))
+        return self._block.pop()
+
+
+def most_states(segments: int, stride: int) -> int:
+    """How many states of a window are held at a time, at most."""
+    return min(segments, segments // stride + stride - 1)

@@ -23,7 +23,7 @@ from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.mrbp.executor import Executor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
 from memformer_dist.mrbp.settings import MrbpConfig
-from memformer_dist.mrbp.states import DeviceStates, HostStates
+from memformer_dist.mrbp.states import DeviceStates, HostStates, most_states
 from memformer_dist.segment import Tensors
 from memformer_dist.world import World
 from memformer_dist.zero.executor import ZeroExecutor
@@ -190,6 +190,7 @@ class Engine:
             loss_scale=loss_scale,
             executor=executor,
             states=self.states,
+            state_stride=self.mrbp.state_stride,
             observe=observe,
             **batching,
         )
@@ -239,5 +240,6 @@ class Engine:
         keeps = self.gathering is not None and self.gathering.keep != "none"
         gathered = sum(count * size for count, size, _ in sizes) if keeps else 0
         on_device = self.mrbp.state_store == "device" or self.world.device.type == "cpu"
-        stored = window * sum(x.nbytes for x in state) if on_device else 0
+        kept = most_states(window, self.mrbp.state_stride)
+        stored = kept * sum(x.nbytes for x in state) if on_device else 0
         return moments + gradient + gathered + stored

@@ -11,12 +11,16 @@ N segments with readout groups of C would gather those of `advance` 3 N - 1 time
 DeepSpeed 0.19.8 takes one forward and one backward for a step, records the order of modules, compares it on all ranks and
 discards it when the next step (here: another part of the cell) differs. That would cost two to six broadcasts per call, each
 of which waits for the device, so the recording is switched off.
+
+Without the recording it also releases the parameters of a module that is computed again inside a backward
+(cells/recomputation.py) before that backward has used them.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from memformer_dist.mrbp.settings import Keep
@@ -33,6 +37,7 @@ class Gathering:
         coordinator = parameter_offload.get_param_coordinator()
         # DeepSpeed waits for a parameter that is on its way by the handle in this dict.
         self._in_flight = coordinator._PartitionedParameterCoordinator__inflight_param_registry
+        _keep_during_recomputation(coordinator)
         self.keep = keep
         self.parameters: list[Any] = list(module.parameters())  # with DeepSpeed's attributes
         # Both known after the first group: what is kept for the window, and what only the readout uses.
@@ -98,3 +103,14 @@ class Gathering:
 
 def _is_gathered(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
+
+
+def _keep_during_recomputation(coordinator) -> None:
+    """A module's forward inside a backward releases nothing: its backward, which follows, does."""
+    release = coordinator.release_sub_module
+
+    def release_outside_of_backwards(module: nn.Module, forward: bool = False) -> None:
+        if not forward or torch._C._current_graph_task_id() == -1:
+            release(module, forward=forward)
+
+    coordinator.release_sub_module = release_outside_of_backwards

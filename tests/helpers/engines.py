@@ -11,8 +11,10 @@ from torch import Tensor
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.hmt import HmtConfig
+from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig, adamw
@@ -28,6 +30,8 @@ CONFIGS = {
     "rmt": RmtConfig(**SMALL, slots=2),
     "armt": ArmtConfig(**SMALL, write_tokens=2, memory_width=16),
     "hmt": HmtConfig(**SMALL, slots=2, sensory_tokens=4),
+    "transformer_xl": TransformerXLConfig(**SMALL, memory_length=4),
+    "lamemo": LaMemoConfig(**SMALL, memory_length=8),
 }
 
 
