@@ -281,7 +281,7 @@ def _section(name: str, raw: dict[str, Any], known: dict[str, Collection[str]]) 
             return suggest.nearest(path.rpartition(".")[2], "window", {"window": fields_at(path)})
         key = path.removeprefix(f"{name}.")
         if name == "model" and (others := [other for other in cells if key in cells[other].model_fields]):
-            return f", a field of the cell {' and of '.join(others)}, not of {cell}"
+            return f", a field of other cells ({', '.join(others)}), not of {cell}"
         return suggest.nearest(key, name, known)
 
     def missing(path: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.check import hide_parameters
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.mrbp.executor import TorchExecutor
@@ -54,6 +55,7 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "memformer": configured(MemformerConfig(**MEMFORMER, encoder_layers=1)),
     "memformer, decoder layout": configured(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
     "plain": configured(PlainConfig(**SMALL, layers=2)),
+    "gated_delta": configured(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from memformer_dist.cells.check import check_cell
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.segment import IGNORE
@@ -27,6 +28,7 @@ def build(config):
         lambda: build(MemformerConfig(**MEMFORMER, encoder_layers=1)),
         lambda: build(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
         lambda: build(PlainConfig(**SMALL, layers=2)),
+        lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
     ],
 )
 def test_good_cells_pass(make):

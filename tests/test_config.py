@@ -186,21 +186,31 @@ def test_the_cell_is_a_memformer_unless_another_is_named(config):
     assert RunConfig.model_validate_json(checked.to_json()) == RunConfig.check(json.loads(checked.to_json())) == checked
 
 
+def cells_with(field: str) -> str:
+    return ", ".join(name for name, config in cell_configs().items() if field in config.model_fields)
+
+
 @pytest.mark.parametrize(
     "model, expected",
     [
-        ({"cell": "rtm"}, "model.cell: found 'rtm', expected one of memformer, plain"),
+        ({"cell": "gpt"}, f"model.cell: found 'gpt', expected one of {', '.join(cell_configs())}"),
         (
             {"cell": "memfromer"},
-            "model.cell: found 'memfromer', expected one of memformer, plain; did you mean memformer?",
+            f"model.cell: found 'memfromer', expected one of {', '.join(cell_configs())}; did you mean memformer?",
         ),
-        ({"cell": None}, "model.cell: found None, expected one of memformer, plain"),
-        ({"cell": [1]}, "model.cell: found [1], expected one of memformer, plain"),
+        ({"cell": None}, f"model.cell: found None, expected one of {', '.join(cell_configs())}"),
+        ({"cell": [1]}, f"model.cell: found [1], expected one of {', '.join(cell_configs())}"),
         ({"cell": "plain", "layer": 3}, "model.layer: unknown key, did you mean layers?"),
         ({"cell": "plain", "n_layers": 3}, "model.n_layers: unknown key, did you mean model.layers?"),
         ({"n_layers": 3}, "model.n_layers: unknown key, did you mean model.decoder_layers?"),
-        ({"cell": "plain", "slots": 3}, "model.slots: unknown key, a field of the cell memformer, not of plain"),
-        ({"layers": 3}, "model.layers: unknown key, a field of the cell plain, not of memformer"),
+        (
+            {"cell": "plain", "slots": 3},
+            f"model.slots: unknown key, a field of other cells ({cells_with('slots')}), not of plain",
+        ),
+        (
+            {"layers": 3},
+            f"model.layers: unknown key, a field of other cells ({cells_with('layers')}), not of memformer",
+        ),
         ({"cell": "plain", "layers": 0}, "model.layers: found 0; input should be greater than 0"),
     ],
 )

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.plain import PlainConfig
 
@@ -15,6 +16,8 @@ def _named_cell(section: Any) -> Any:
 
 
 ModelConfig = Annotated[
-    Annotated[MemformerConfig, Tag("memformer")] | Annotated[PlainConfig, Tag("plain")],
+    Annotated[MemformerConfig, Tag("memformer")]
+    | Annotated[PlainConfig, Tag("plain")]
+    | Annotated[GatedDeltaConfig, Tag("gated_delta")],
     Discriminator(_named_cell),
 ]

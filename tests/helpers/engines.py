@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
@@ -19,16 +20,20 @@ from tests.helpers.toy import VOCABULARY, PenalisedCell, ToyCell, ToyFeatures, f
 
 WORLD, LANES, LENGTH, SEGMENTS = 2, 4, 6, 4
 STAGES = (0, 1, 2, 3)
+SMALL = {"width": 8, "heads": 2, "feed_forward": 12, "layers": 2, "init_std": 0.3}
+CONFIGS = {
+    "plain": PlainConfig(**SMALL),
+    "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
+}
 
 
 def new_cell(name: str) -> RecurrentCell:
-    """A toy cell, a plain Transformer or a Memformer of that layout, always with the same weights, without dropout."""
+    """A toy cell, one of CONFIGS or a Memformer of that layout, always with the same weights, without dropout."""
     torch.manual_seed(5)
     if name in ("toy", "auxiliary loss"):
         cell: RecurrentCell = ToyCell() if name == "toy" else PenalisedCell()
-    elif name == "plain":
-        config = PlainConfig(width=8, heads=2, feed_forward=12, layers=2, init_std=0.3)
-        cell = config.build(vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
+    elif name in CONFIGS:
+        cell = CONFIGS[name].build(vocab_size=VOCABULARY, bos_id=1, segment_length=LENGTH)
     else:
         cell = memformer(name)
     for module in cell.modules():
