@@ -7,6 +7,7 @@ from torch import nn
 from memformer_dist.cells.check import check_cell
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.segment import IGNORE
 from tests.helpers.toy import SIZE, VOCABULARY, OscillatorCell, PenalisedCell, ToyCell, ToyState
@@ -29,6 +30,7 @@ def build(config):
         lambda: build(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
         lambda: build(PlainConfig(**SMALL, layers=2)),
         lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
+        lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
     ],
 )
 def test_good_cells_pass(make):

@@ -49,9 +49,10 @@ ENGINE_CELLS = [
     ("decoder", ((2, 1),)),
     pytest.param("plain", ((1, 1), (2, 2)), marks=pytest.mark.slow),
     pytest.param("gated_delta", ((2, 2),), marks=pytest.mark.slow),
+    pytest.param("mom", ((1, 2),), marks=pytest.mark.slow),
 ]
 # Steps of 0.2 overshoot there: the loss rises, and the order of additions alone then moves parameters by 1e-5.
-SGD_RATES = {"gated_delta": 0.05}
+SGD_RATES = {"gated_delta": 0.05, "mom": 0.05}
 
 
 @pytest.mark.parametrize("name, batchings", ENGINE_CELLS)

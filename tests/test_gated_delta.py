@@ -5,23 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from memformer_dist.cells.gated_delta import GatedDeltaConfig, gated_delta_rule
-from tests.helpers.recurrences import build, differences
+from tests.helpers.recurrences import build, convolved, delta_recurrence, differences
 
 CONFIG = GatedDeltaConfig(width=8, heads=2, feed_forward=12, layers=2, dropout=0.0, init_std=0.3, chunk=4)
 
 
 # ---- the rule ------------------------------------------------------------------------------------------------------------
-
-
-def token_by_token(queries, keys, values, log_decay, beta, memory, *, mistake=None):
-    """The recurrence of one head of one lane: queries, keys, values [S, K], log_decay and beta [S], memory [K, K]."""
-    reads, one = [], torch.eye(keys.shape[1], dtype=keys.dtype)
-    for q, k, v, g, b in zip(queries, keys, values, log_decay, beta, strict=True):
-        forgotten = one if mistake == "nothing is replaced" else one - b * torch.outer(k, k)
-        kept = forgotten @ memory if mistake == "no decay" else g.exp() * (forgotten @ memory)
-        before, memory = memory, kept + b * torch.outer(k, v)
-        reads.append(q @ (before if mistake == "read before the write" else memory) / len(q) ** 0.5)
-    return torch.stack(reads), memory
 
 
 def random_inputs(size: int, seed: int = 0):
@@ -39,7 +28,7 @@ def compared(size: int, chunk: int, **options) -> list[float]:
     inputs = random_inputs(size)
     found = gated_delta_rule(*inputs, chunk)
     rows = [
-        [token_by_token(*(x[b, :, h] for x in inputs[:5]), inputs[5][b, h], **options) for h in range(2)]
+        [delta_recurrence(*(x[b, :, h] for x in inputs[:5]), inputs[5][b, h], **options) for h in range(2)]
         for b in range(2)
     ]
     expected = [
@@ -84,15 +73,6 @@ def read_document(cell, *, mistake=None):
     """-> the reference of tests/helpers/recurrences.py: the whole model, one token after the other."""
     heads, size = cell.config.heads, cell.config.head_size
 
-    def convolved(inputs, weight):
-        """Position i from the tokens up to it, zeros before the first."""
-        return torch.stack(
-            [
-                sum(weight[len(weight) - 1 - back] * inputs[i - back] for back in range(min(i + 1, len(weight))))
-                for i in range(len(inputs))
-            ]
-        )
-
     def reference(tokens):
         hidden = cell.embedding(tokens)
         for mixer, block in zip(cell.mixers, cell.blocks, strict=True):
@@ -106,9 +86,11 @@ def read_document(cell, *, mistake=None):
                 q, k, v = (
                     projected[:, start + first : start + first + size] for start in (0, heads * size, 2 * heads * size)
                 )
-                q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+                q, k = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-3) for x in (q, k))
                 memory = torch.zeros(size, size, dtype=q.dtype)
-                read, _ = token_by_token(q, k, v, log_decay[:, head], beta[:, head].sigmoid(), memory, mistake=mistake)
+                read, _ = delta_recurrence(
+                    q, k, v, log_decay[:, head], beta[:, head].sigmoid(), memory, mistake=mistake
+                )
                 scale = (read.square().mean(1, keepdim=True) + 1e-5).rsqrt()
                 reads.append(read * scale * block.read_norm.weight)
             gated = torch.cat(reads, 1) * F.silu(block.gate(block.norm(hidden)))

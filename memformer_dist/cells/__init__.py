@@ -6,6 +6,7 @@ from pydantic import Discriminator, Tag
 
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 
 DEFAULT_CELL = "memformer"  # configurations of before there was a second
@@ -18,6 +19,7 @@ def _named_cell(section: Any) -> Any:
 ModelConfig = Annotated[
     Annotated[MemformerConfig, Tag("memformer")]
     | Annotated[PlainConfig, Tag("plain")]
-    | Annotated[GatedDeltaConfig, Tag("gated_delta")],
+    | Annotated[GatedDeltaConfig, Tag("gated_delta")]
+    | Annotated[MoMConfig, Tag("mom")],
     Discriminator(_named_cell),
 ]

@@ -16,13 +16,14 @@ In chunks of C tokens, which change the order of additions alone, with g_t the r
 exp(g_t - g_j) for j <= t, and M the memory before the chunk (section 3.3):
 
     U = (I + tril(diag(b) (K K^T * D), -1))^-1 diag(b) (V - diag(e^g) K M)
-    O = diag(e^g) Q M + (Q K^T * D) U
-    M <- e^{g_C} M + (diag(e^{g_C - g}) K)^T U
+    O = (diag(e^g) Q M + (Q K^T * D) U) / sqrt(K)
+    M <- e^{g_C} M + K^T diag(e^{g_C - g}) U
 
 A padded token has log a = b = 0 and changes nothing. `advance` ends where the last layer has read and written its memory; what
 becomes of that read is readout.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from memformer_dist.cells.layers import (
     full_precision,
     within,
 )
-from memformer_dist.segment import Segment
+from memformer_dist.segment import Segment, Tensors
 
 
 class GatedDeltaConfig(BlocksConfig):
@@ -68,9 +69,14 @@ class GatedDeltaFeatures(NamedTuple):
     read: Tensor  # [B, S, H, K], what its memory gave
 
 
+def start(state: Tensors, fresh: Tensor) -> Iterator[Tensor]:
+    """The leaves of a state, zeros on the lanes bool [B] that start afresh."""
+    return (torch.where(fresh.view(-1, *[1] * (leaf.dim() - 1)), 0, leaf) for leaf in state)
+
+
 def unit(vectors: Tensor) -> Tensor:
-    """[..., K] of length 1, those much shorter than 1e-3 shorter: their gradient stays finite."""
-    return vectors * (vectors.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    """[..., K] of length 1; what is shorter than 1e-3 stays shorter, and so its gradient finite."""
+    return F.normalize(vectors, dim=-1, eps=1e-3)
 
 
 def gated_delta_rule(
@@ -80,35 +86,30 @@ def gated_delta_rule(
 
     In the precision of the memory, whatever the autocast.
     """
-    size, head_size = queries.shape[1], queries.shape[3]
+    lanes, size, heads, head_size = queries.shape
     chunk = min(chunk, size)
-    missing = -size % chunk  # tokens that change nothing fill the last chunk
-    queries, keys, values = (
-        F.pad(x.to(memory.dtype), (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunk)).transpose(2, 3)
-        for x in (queries * head_size**-0.5, keys, values)
-    )  # [B, chunks, H, C, K]
-    log_decay, beta = (
-        F.pad(x.to(memory.dtype), (0, 0, 0, missing)).unflatten(1, (-1, chunk)).transpose(2, 3)
-        for x in (log_decay, beta)
-    )  # [B, chunks, H, C]
+    shape, missing = memory.shape, -size % chunk  # tokens that change nothing fill the last chunk
+
+    def chunks(x: Tensor) -> tuple[Tensor, ...]:
+        """[B, S, H, ...] -> [B H, C, ...] each"""
+        padded = F.pad(x.to(memory.dtype).transpose(1, 2), (0, 0) * (x.dim() - 3) + (0, missing))
+        return padded.flatten(0, 1).split(chunk, 1)
+
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=memory.device).triu(1)
+    reads, memory = [], memory.flatten(0, 1)
     with full_precision(memory):
-        total = log_decay.cumsum(-1)
-        later = torch.ones(chunk, chunk, dtype=torch.bool, device=memory.device).triu(1)
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()  # D
-        since = total.exp()[..., None]  # of what stood in the memory before the chunk
-        left = (total[..., -1:] - total).exp()[..., None]  # of what a token writes, behind the chunk
-        overlap = beta[..., None] * (keys @ keys.mT) * decay
-        solved = torch.linalg.solve_triangular(  # which sees what is below the diagonal alone
-            overlap, beta[..., None] * torch.cat([values, since * keys], -1), upper=False, unitriangular=True
-        )
-        written, found = solved.split(head_size, -1)
-        scores, queries, keys = (queries @ keys.mT) * decay, since * queries, (left * keys).mT
-        reads = []
-        for number in range(queries.shape[1]):
-            update = written[:, number] - found[:, number] @ memory  # U
-            reads.append(queries[:, number] @ memory + scores[:, number] @ update)
-            memory = since[:, number, :, -1:] * memory + keys[:, number] @ update
-    return torch.stack(reads, 1).transpose(2, 3).flatten(1, 2)[:, :size], memory
+        for q, k, v, g, b in zip(*map(chunks, (queries, keys, values, log_decay[..., None], beta[..., None]))):
+            total = g.cumsum(1)  # [B H, C, 1]
+            since, left = total.exp(), (total[:, -1:] - total).exp()  # decay from the chunk's start, and to its end
+            decay = (total - total.mT).masked_fill_(later, -torch.inf).exp()  # D
+            overlap = b * decay * (k @ k.mT)
+            update = torch.linalg.solve_triangular(  # U; reads overlap below the diagonal alone
+                overlap, b * (v - since * (k @ memory)), upper=False, unitriangular=True
+            )
+            reads.append(since * (q @ memory) + (decay * (q @ k.mT)) @ update)
+            memory = since[:, -1:] * memory + k.mT @ (left * update)
+    read = torch.cat(reads, 1)[:, :size] / head_size**0.5
+    return read.unflatten(0, (lanes, heads)).transpose(1, 2), memory.view(shape)
 
 
 class DeltaGates(nn.Module):
@@ -170,7 +171,7 @@ class Block(nn.Module):
 
 
 class GatedDelta(RecurrentCell[GatedDeltaState, GatedDeltaFeatures]):
-    memory_leaves = ("memory",)
+    memory_leaves = ("memory", "tail")  # deeper tails hold what was read from the memory
 
     def __init__(self, config: GatedDeltaConfig, *, vocab_size: int, segment_length: int):
         super().__init__()
@@ -190,9 +191,7 @@ class GatedDelta(RecurrentCell[GatedDeltaState, GatedDeltaFeatures]):
         return GatedDeltaState(memory, memory.new_zeros(lanes, config.layers, config.convolution - 1, 3 * config.width))
 
     def advance(self, segment: Segment, state: GatedDeltaState) -> tuple[GatedDeltaFeatures, GatedDeltaState]:
-        fresh = segment.reset | segment.reset_memory
-        memory = torch.where(fresh[:, None, None, None, None], 0, state.memory)
-        tail = torch.where(segment.reset[:, None, None, None], 0, state.tail)
+        memory, tail = start(state, segment.reset | segment.reset_memory)
         hidden = self.dropout(self.embedding(segment.tokens))
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory and its tail
         for number, mixer in enumerate(self.mixers):

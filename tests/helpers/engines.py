@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
@@ -24,6 +25,7 @@ SMALL = {"width": 8, "heads": 2, "feed_forward": 12, "layers": 2, "init_std": 0.
 CONFIGS = {
     "plain": PlainConfig(**SMALL),
     "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
+    "mom": MoMConfig(**SMALL, memories=3, balance=0.1, chunk=4),
 }
 
 

@@ -7,7 +7,7 @@ short in mid-document, lanes that run dry and documents that start in mid-window
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_dist.cells.base import CellConfig, RecurrentCell
 from memformer_dist.segment import IGNORE, Segment
@@ -63,8 +63,14 @@ def by_segments(cell: RecurrentCell, window: list[Segment]) -> list[Tensor]:
     return documents(window, logits)
 
 
-def differences(cell: RecurrentCell, reference: Reference) -> tuple[float, float]:
-    """Between the cell and the reference: the largest of the logits, and of the gradient, in parts of its norm."""
+def differences(
+    cell: RecurrentCell, reference: Reference, parameters: list[nn.Parameter] | None = None
+) -> tuple[float, float]:
+    """Between the cell and the reference: the largest of the logits, and of the gradient, in parts of its norm.
+
+    The gradient is that of all parameters, all of which must matter, or of `parameters`.
+    """
+    parameters = parameters or list(cell.parameters())
     window = ragged_window()
     tokens = documents(window, [segment.tokens for segment in window])
     assert [len(document) for document in tokens] == [17, 8, 12, 12, 5]
@@ -73,7 +79,7 @@ def differences(cell: RecurrentCell, reference: Reference) -> tuple[float, float
     gradients = [
         torch.autograd.grad(
             sum((x * weight).sum() for x, weight in zip(logits, weights, strict=True)),
-            list(cell.parameters()),
+            parameters,
             materialize_grads=True,
         )
         for logits in (found, expected)
@@ -84,3 +90,28 @@ def differences(cell: RecurrentCell, reference: Reference) -> tuple[float, float
         max(float((x - y).detach().abs().max()) for x, y in zip(found, expected, strict=True)),
         max(float((x - y).abs().max() / norm) for x, y in zip(*gradients, strict=True)),
     )
+
+
+# ---- pieces of references ------------------------------------------------------------------------------------------------
+
+
+def convolved(inputs: Tensor, weight: Tensor) -> Tensor:
+    """inputs [T, D], weight [size, D] -> [T, D]: position i from the tokens up to it, zeros before the first."""
+    size = len(weight)
+    return torch.stack(
+        [
+            sum(weight[size - 1 - back] * inputs[i - back] for back in range(min(i + 1, size)))
+            for i in range(len(inputs))
+        ]
+    )
+
+
+def delta_recurrence(queries, keys, values, log_decay, beta, memory, *, mistake=None):
+    """Equation 10 of Gated DeltaNet in a head of a lane: queries, keys, values [S, K], log_decay, beta [S], memory [K, K]."""
+    reads, one = [], torch.eye(keys.shape[1], dtype=keys.dtype)
+    for q, k, v, g, b in zip(queries, keys, values, log_decay, beta, strict=True):
+        forgotten = one if mistake == "nothing is replaced" else one - b * torch.outer(k, k)
+        kept = forgotten @ memory if mistake == "no decay" else g.exp() * (forgotten @ memory)
+        before, memory = memory, kept + b * torch.outer(k, v)
+        reads.append(q @ (before if mistake == "read before the write" else memory) / len(q) ** 0.5)
+    return torch.stack(reads), memory
