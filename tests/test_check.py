@@ -6,9 +6,11 @@ from torch import nn
 
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.check import check_cell
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
@@ -37,6 +39,8 @@ def build(config):
         lambda: build(ArmtConfig(**SMALL, layers=2, write_tokens=2, memory_width=3)),
         lambda: build(TransformerXLConfig(**SMALL, layers=2, memory_length=4)),
         lambda: build(LaMemoConfig(**SMALL, layers=2, memory_length=8)),
+        lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
+        lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
     ],
 )
 def test_good_cells_pass(make):

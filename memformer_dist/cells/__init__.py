@@ -5,9 +5,11 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from memformer_dist.cells.armt import ArmtConfig
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
@@ -26,6 +28,8 @@ ModelConfig = Annotated[
     | Annotated[ArmtConfig, Tag("armt")]
     | Annotated[HmtConfig, Tag("hmt")]
     | Annotated[TransformerXLConfig, Tag("transformer_xl")]
-    | Annotated[LaMemoConfig, Tag("lamemo")],
+    | Annotated[LaMemoConfig, Tag("lamemo")]
+    | Annotated[GatedDeltaConfig, Tag("gated_delta")]
+    | Annotated[MoMConfig, Tag("mom")],
     Discriminator(_named_cell),
 ]

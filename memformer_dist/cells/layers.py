@@ -12,6 +12,7 @@ positions. It has no dropout.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,6 +106,12 @@ def within(length: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=length.device) < length[..., None]
 
 
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on the device of a tensor, where there is autocast: what is computed inside keeps its inputs' precision."""
+    kind = like.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
 def key_mask(length: Tensor, size: int) -> Tensor:
     """Mask [B, 1, 1, size] that hides padded keys. An empty lane sees one, as a softmax over nothing is NaN."""
     return within(length.clamp(min=1), size)[:, None, None]
@@ -139,8 +146,8 @@ def attend(
     return mixed.transpose(1, 2).flatten(2)
 
 
-class LayersConfig(CellConfig):
-    """What cells of these layers have in common."""
+class BlocksConfig(CellConfig):
+    """What cells of residual blocks have in common, with attention or without."""
 
     width: PositiveInt = Field(512, description="D, of the hidden states")
     heads: PositiveInt = Field(8, description="H, in every attention")
@@ -148,12 +155,8 @@ class LayersConfig(CellConfig):
     dropout: float = Field(
         0.1, ge=0, lt=1, description="rate of dropout on embeddings, attention weights and residual branches"
     )
-    positions: Literal["rotary", "none"] = Field(
-        "rotary", description="position embedding of self-attention; cross-attention has none"
-    )
     final_norm: bool = Field(True, description="a LayerNorm after the last layer of a stack")
     tie_embeddings: bool = Field(True, description="use the embedding as the head's weights")
-    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
     init_std: PositiveFloat = Field(
         0.02, description="standard deviation of initial weights; those into the residual stream / sqrt(2 layers)"
     )
@@ -178,8 +181,6 @@ class LayersConfig(CellConfig):
         """What is wrong with values that must fit together, a sentence each."""
         if self.width % self.heads:
             return [f"width: found {self.width}, expected a multiple of heads ({self.heads})"]
-        if self.positions == "rotary" and self.head_size % 2:
-            return [f"width / heads: found {self.head_size}, expected an even number (rotary positions turn pairs)"]
         return []
 
     @property
@@ -187,10 +188,25 @@ class LayersConfig(CellConfig):
         return self.width // self.heads
 
 
+class LayersConfig(BlocksConfig):
+    """What cells have in common whose layers attend within the segment."""
+
+    positions: Literal["rotary", "none"] = Field(
+        "rotary", description="position embedding of self-attention; cross-attention has none"
+    )
+    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if not problems and self.positions == "rotary" and self.head_size % 2:
+            return [f"width / heads: found {self.head_size}, expected an even number (rotary positions turn pairs)"]
+        return problems
+
+
 class LayersCell(RecurrentCell[State, Features]):
     """A cell whose head is one matrix: it defines `hidden` instead of `logits`. Has `config`, `embedding` and `head`."""
 
-    config: Any  # of LayersConfig, each cell its own kind
+    config: Any  # of BlocksConfig, each cell its own kind
     embedding: TokenEmbedding
     head: Linear | None  # None: the embedding's weights
 
@@ -256,8 +272,26 @@ class CrossAttention(nn.Module):
         return self.read(hidden, *self.project(source), mask, self.dropout if self.training else 0.0)
 
 
+class ShortConvolution(nn.Module):
+    """y_i = sum over j < size of w_j * x_{i-j}, each of D channels for itself, across the borders of segments."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(self, inputs: Tensor, tail: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """inputs [B, S, D] of which `length` int64 [B] are real, and the `tail` [B, size - 1, D] of those before them
+        -> outputs [B, S, D], the next tail."""
+        size, segment = len(self.weight), inputs.shape[1]
+        stream = torch.cat([tail.to(inputs.dtype), inputs], 1)
+        outputs = sum(stream[:, i : i + segment] * weight for i, weight in enumerate(self.weight))
+        last = length[:, None] + torch.arange(size - 1, device=length.device)  # of the stream's real positions
+        kept = stream.gather(1, last[..., None].expand(-1, -1, stream.shape[2]))
+        return outputs, kept.to(tail.dtype)
+
+
 class FeedForward(nn.Sequential):
-    def __init__(self, config: LayersConfig, output_std: float):
+    def __init__(self, config: BlocksConfig, output_std: float):
         super().__init__(
             Linear(config.width, config.feed_forward, std=config.init_std, bias=True),
             nn.GELU(),

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.gated_delta import GatedDeltaConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
+from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
@@ -32,6 +34,8 @@ CONFIGS = {
     "hmt": HmtConfig(**SMALL, slots=2, sensory_tokens=4),
     "transformer_xl": TransformerXLConfig(**SMALL, memory_length=4),
     "lamemo": LaMemoConfig(**SMALL, memory_length=8),
+    "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
+    "mom": MoMConfig(**SMALL, memories=3, balance=0.1, chunk=4),
 }
 
 
