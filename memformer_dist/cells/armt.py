@@ -34,8 +34,17 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
-from memformer_dist.cells.layers import LayersConfig, LearnedTokens, Linear, Stack, TokenEmbedding, segment_mask
+from memformer_dist.cells.layers import (
+    Layer,
+    LayersCell,
+    LayersConfig,
+    LearnedTokens,
+    Linear,
+    Stack,
+    TokenEmbedding,
+    segment_mask,
+)
+from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment
 
 ROLLS = 3  # nu
@@ -99,7 +108,7 @@ class AssociativeMemory(nn.Module):
         return associations + (strength * key).mT @ (value - old), keys + (new_share * key).sum(1)
 
 
-class Armt(RecurrentCell[ArmtState, ArmtFeatures]):
+class Armt(LayersCell[ArmtState, ArmtFeatures]):
     memory_leaves = ("associations", "keys")
 
     def __init__(self, config: ArmtConfig, *, vocab_size: int, segment_length: int):
@@ -129,11 +138,15 @@ class Armt(RecurrentCell[ArmtState, ArmtFeatures]):
         after = []
         for number, (layer, memory) in enumerate(zip(self.stack.layers, self.memories)):
             own = before.associations[:, number], before.keys[:, number]
-            hidden = layer(hidden + memory.read(hidden, *own), rotation=rotation, mask=mask)
-            after.append(memory.write(hidden[:, size:], *own))
+
+            def run(hidden: Tensor, *own: Tensor, layer: Layer = layer, memory: AssociativeMemory = memory) -> tuple:
+                hidden = layer(hidden + memory.read(hidden, *own), rotation=rotation, mask=mask)
+                return hidden, *memory.write(hidden[:, size:], *own)
+
+            hidden, *written_here = recomputed(run, hidden, *own, when=self.config.checkpoint_layers)
+            after.append(written_here)
         written = ArmtState(*(torch.stack(leaves, dim=1) for leaves in zip(*after)))
         return ArmtFeatures(self.stack.norm(hidden[:, :size])), written
 
-    def logits(self, segment: Segment, features: ArmtFeatures) -> Tensor:
-        hidden = features.hidden
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: ArmtFeatures) -> Tensor:
+        return features.hidden

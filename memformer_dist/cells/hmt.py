@@ -31,8 +31,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.layers import (
+    LayersCell,
     LayersConfig,
     LearnedTokens,
     Linear,
@@ -89,7 +89,7 @@ class Recall(nn.Module):
         return (weights[:, None] @ candidates).squeeze(1)
 
 
-class Hmt(RecurrentCell[HmtState, HmtFeatures]):
+class Hmt(LayersCell[HmtState, HmtFeatures]):
     memory_leaves = ("memory", "written")
 
     def __init__(self, config: HmtConfig, *, vocab_size: int, segment_length: int):
@@ -139,9 +139,8 @@ class Hmt(RecurrentCell[HmtState, HmtFeatures]):
         )
         return HmtFeatures(of_tokens), after
 
-    def logits(self, segment: Segment, features: HmtFeatures) -> Tensor:
-        hidden = features.hidden
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: HmtFeatures) -> Tensor:
+        return features.hidden
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.dropout(self.embedding(tokens))

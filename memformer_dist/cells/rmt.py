@@ -27,9 +27,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.layers import (
     KeysValues,
+    LayersCell,
     LayersConfig,
     LearnedStart,
     Linear,
@@ -73,7 +73,7 @@ class RmtCache(NamedTuple):
     past: KeysValues  # of read tokens, segment and write tokens
 
 
-class Rmt(RecurrentCell[RmtState, RmtFeatures]):
+class Rmt(LayersCell[RmtState, RmtFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: RmtConfig, *, vocab_size: int, segment_length: int):
@@ -101,11 +101,8 @@ class Rmt(RecurrentCell[RmtState, RmtFeatures]):
         _, of_tokens, written = hidden.split((slots, size, slots), dim=1)
         return RmtFeatures(of_tokens), RmtState(written.to(memory.dtype))
 
-    def logits(self, segment: Segment, features: RmtFeatures) -> Tensor:
-        return self._head(features.hidden)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: RmtFeatures) -> Tensor:
+        return features.hidden
 
     # ------------------------------------------------------------------------------------------------------ generation
 
@@ -123,7 +120,7 @@ class Rmt(RecurrentCell[RmtState, RmtFeatures]):
     @torch.no_grad()
     def extend(self, tokens: Tensor, cache: RmtCache) -> tuple[Tensor, RmtCache]:
         hidden = self.layers.extend(self.embedding(tokens), self.config.slots + cache.length, cache.past)
-        return self._head(hidden), cache._replace(length=cache.length + tokens.shape[1])
+        return self.to_logits(hidden), cache._replace(length=cache.length + tokens.shape[1])
 
     @torch.no_grad()
     def close(self, cache: RmtCache) -> RmtState:
