@@ -167,7 +167,7 @@ def test_a_run_goes_on_in_another_folder(tmp_path, corpus_dir):
     first = ("launch/train.py", "--config", "config.json", "--run-dir", "run")
     resumed = ("launch/train.py", "--config", "../here/config.json", "--run-dir", "../here/run")
     resumed += ("--set", f"training.tokens={4 * STEP_TOKENS}")
-    for command, cwd in (first, here), (resumed, there), (resumed, there):
+    for command, cwd in (first, here), (resumed, there), (("launch/train.py", "--resume", "../here/run"), there):
         done = run_script(*command, cwd=cwd)
         assert done.returncode == 0, done.stderr
     place = here / "corpora" / "books"
