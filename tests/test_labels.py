@@ -131,6 +131,7 @@ def corpora(corpus_dir, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_the_program_refuses_a_corpus_without_labels(corpora, tmp_path, config):
     config["data"]["corpus"] = str(corpora("masked", [0] * 9, [20] * 4))
     (tmp_path / "config.json").write_text(json.dumps(config))
