@@ -180,10 +180,11 @@ class Checkout:
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without clocks."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    """metrics.jsonl without clocks, up to the evaluation at the end: only later commits record what comes behind it."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    end = next((number for number, record in enumerate(records, start=1) if "final/loss" in record), None)
     return [
-        {key: x for key, x in json.loads(line).items() if not key.startswith((*CLOCKS, *CHANGED))} for line in lines
+        {key: x for key, x in record.items() if not key.startswith((*CLOCKS, *CHANGED))} for record in records[:end]
     ]
 
 

@@ -87,7 +87,10 @@ class Tokenizer(Protocol):
         ...
 
     def written(self, token: int) -> bytes | None:
-        """As `bytes_of`, but with escapes as they are written: see `escape`."""
+        """What a token stands for: as `bytes_of`, but with escapes as they are written (see `escape`).
+
+        None for the token of what the tokenizer does not know, too.
+        """
         ...
 
     def is_open(self, ids: Sequence[int]) -> bool:
@@ -281,6 +284,9 @@ class HuggingFaceTokenizer:
         added = self._model.get_added_tokens_decoder()
         self._special = {token: added[token].content for token in sorted(added) if added[token].special}
         kinds = set(_kinds(described.get("decoder")))
+        model = described["model"] if isinstance(described["model"], dict) else {}
+        named = model.get("unk_token")
+        self._unknown = model.get("unk_id") if named is None else self._model.token_to_id(named)
         self._spells_bytes, self._falls_back = "ByteLevel" in kinds, "ByteFallback" in kinds
         first, last = _around(described.get("post_processor"))
         stated = stated or {}
@@ -320,7 +326,7 @@ class HuggingFaceTokenizer:
         return twice[len(alone) :].encode() if twice.startswith(alone) else None
 
     def written(self, token: int) -> bytes | None:
-        return self.bytes_of(token)
+        return None if token == self._unknown else self.bytes_of(token)
 
     def is_open(self, ids: Sequence[int]) -> bool:
         if self._spells_bytes:

@@ -565,6 +565,23 @@ def test_readout_parts_are_for_single_readouts_of_enough_lanes(config):
         RunConfig.check(config, 1)
 
 
+def test_evaluations_read_more_than_their_warmup(config):
+    config["training"] |= {"evaluate_warmup_segments": 8, "evaluate_segments": 8, "final_evaluate_segments": 9}
+    (problem,) = problems(config, 1)
+    assert problem == (
+        "training.evaluate_segments: found 8, expected more than training.evaluate_warmup_segments (8), whose losses are"
+        " not counted"
+    )
+    config["training"] |= {"evaluate_segments": None, "final_evaluate_segments": 1}
+    (problem,) = problems(config, 1)
+    assert problem.startswith("training.final_evaluate_segments: found 1, expected more than")
+    config["training"]["evaluate_warmup_segments"] = 0
+    RunConfig.check(config)
+    config["training"]["evaluate_warmup_segments"] = -1
+    (problem,) = problems(config, 1)
+    assert problem.startswith("training.evaluate_warmup_segments: found -1, expected")
+
+
 @pytest.mark.parametrize(
     "field, value, found",
     [("corpus", {"a": 0.5, "b": 1}, "{'a': 0.5}"), ("min_tokens", 3, "3"), ("shuffle_shards", 2, "2")],

@@ -11,7 +11,7 @@ import torch
 from memformer_dist.commands.evaluate import table
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, summary
+from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, plan, summary
 from memformer_dist.metrics import AGES, LossByAge, Losses, evaluation_scalars
 from memformer_dist.segment import IGNORE, Segment
 from tests.helpers import ROOT
@@ -384,9 +384,79 @@ def test_the_command_line_on_other_documents(trained_run, corpus_dir, tmp_path):
             f"{ROOT / 'tests'}: no checkpoint found, expected a run's or a checkpoint's folder",
         ),
         (("--run-dir", ROOT, "--lanes", "0"), "--lanes: found 0, expected at least 1"),
+        (
+            ("--run-dir", ROOT, "--warmup-segments", "-1"),
+            "--warmup-segments: found -1, expected a number of segments, or none",
+        ),
         (("--run-dir", ROOT, "--json", ROOT / "gone" / "x.json"), f"--json: found no folder {ROOT / 'gone'}"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message):
     done = run_script("launch/evaluate.py", *options)
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
+# ---- the evaluations of a run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_whose_evaluations_are_limited_and_cut(config, corpus_dir, tmp_path):
+    """What is said at the start, what the end comes to, and the same by launch/evaluate.py: with words, uncut, too short."""
+    config["training"] |= {
+        "evaluate_every_tokens": 250,
+        "evaluate_segments": 4,
+        "final_evaluate_segments": 9,
+        "evaluate_warmup_segments": 1,
+    }
+    (tmp_path / "limited.json").write_text(json.dumps(config))
+    where = ("--run-dir", tmp_path / "run")
+    done = run_script("launch/train.py", "--config", tmp_path / "limited.json", *where)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition("rank 0  ")[2] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    valid, lanes, length = Corpus.open(corpus_dir / "valid"), config["data"]["lanes"], config["data"]["segment_length"]
+    reads = plan(valid, 1, lanes=lanes, segment_length=length, warmup_segments=1)
+    assert (
+        reads.dataset is not valid and reads.segments() < plan(valid, 1, lanes=lanes, segment_length=length).segments()
+    )
+    assert (
+        f"the evaluation at the end reads 9 segments per lane, {reads.tokens(9):,} tokens, in 4 ways; the 2 on the way"
+        " read 4 segments per lane each" in lines
+    )
+    assert "final evaluation: 9 of 9 segments per lane (100%)" in lines, "progress"
+    assert not [line for line in lines if line.startswith("evaluation: ")], "of those on the way only if they take long"
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve, (end,) = ([record for record in records if name in record] for name in ("eval/loss", "final/loss"))
+    assert len(curve) == 3 and curve[-1] is records[-1] and curve[-1]["step"] == end["step"] == summary["steps"]
+    assert end["final/loss"] == summary["eval_loss"]
+    assert end["final/bits_per_byte"] == summary["eval_bits_per_byte"]
+    names = (
+        "eval_loss",
+        "eval_loss_no_memory",
+        "eval_loss_shuffled",
+        "eval_bits_per_byte",
+        "eval_tokens",
+        "eval_bytes",
+    )
+    cases = {"9": [summary[name] for name in names], "4": [curve[-1]["eval/loss"], curve[-1]["eval/loss_no_memory"]]}
+    for limit, expected in cases.items():
+        path = tmp_path / f"{limit}.json"
+        done = run_script("launch/evaluate.py", *where, "--max-segments", limit, "--words", "--json", path)
+        assert done.returncode == 0, done.stderr
+        written = json.loads(path.read_text())
+        assert [written[name] for name in names][: len(expected)] == pytest.approx(expected, rel=1e-5)
+        assert written["warmup_segments"] == 1 and written["eval_bytes"] > written["eval_words"] > 0
+        nats = written["eval_loss"] * written["eval_tokens"]
+        assert written["eval_perplexity_per_word"] == pytest.approx(math.exp(nats / written["eval_words"]))
+        heading, carried = done.stdout.splitlines()[2:4]
+        assert heading.split() == ["loss", "perplexity", "bits/byte", "per", "word", "gap"]
+        assert carried.endswith(f"{written['eval_bits_per_byte']:11.4f}{written['eval_perplexity_per_word']:12.2f}")
+        assert f" stand for {written['eval_bytes']:,} bytes of text, {written['eval_words']:,} words\n" in done.stdout
+
+    whole = tmp_path / "whole.json"
+    done = run_script("launch/evaluate.py", *where, "--warmup-segments", "none", "--json", whole)
+    assert done.returncode == 0 and json.loads(whole.read_text())["eval_tokens"] == valid.total_tokens
+    done = run_script("launch/evaluate.py", *where, "--max-segments", 1)
+    assert done.returncode == 2
+    assert "--max-segments: found 1, expected more than --warmup-segments (1), whose losses" in done.stderr

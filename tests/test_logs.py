@@ -168,6 +168,12 @@ def test_tracked_yields_everything_and_ends_the_report_where_it_is_left(start, c
     assert lines_of(capsys)[-1].startswith("evaluate: 1 of 3 segments (33%)")
 
 
+def test_a_part_of_another_task_is_reported_once_it_takes_long(start, capsys):
+    start(0)
+    assert list(tracked(range(3), "evaluation", "segments", delay_s=30)) == [0, 1, 2]
+    assert lines_of(capsys) == []
+
+
 # ---- output that cannot be written -----------------------------------------------------------------------------------
 
 

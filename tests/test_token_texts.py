@@ -1,13 +1,11 @@
 """Bytes and words that labels stand for, against the texts themselves; bits per byte of evaluations."""
 
-import io
 import json
 import math
 import random
 from itertools import pairwise
 
 import pytest
-import sentencepiece
 import torch
 from sentencepiece import SentencePieceProcessor
 
@@ -19,6 +17,8 @@ from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.tokenizer import train_tokenizer
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.token_texts import TokenTexts, token_texts
+from memformer_dist.tokenizer import open_tokenizer
+from tests.helpers import tokenizers as made
 from tests.helpers.ranks import run_ranks
 
 TEXTS = (
@@ -106,18 +106,9 @@ def test_masked_labels_stand_for_nothing(tokenizer):
 
 def other_model(folder, **options) -> SentencePieceProcessor:
     """A tokenizer by SentencePiece's defaults: it normalises, drops newlines, and may not know a character."""
-    raw = io.BytesIO()
-    lines = [line for text in TEXTS for line in (text * 20).split("\n")]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=raw,
-        vocab_size=400,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    (folder / "other.model").write_bytes(raw.getvalue())
-    return SentencePieceProcessor(model_proto=raw.getvalue())
+    raw = made.ordinary_sentencepiece([line for text in TEXTS for line in text.split("\n")], vocab_size=400, **options)
+    (folder / "other.model").write_bytes(raw)
+    return SentencePieceProcessor(model_proto=raw)
 
 
 def test_a_tokenizer_that_loses_text_counts_what_it_decodes_to(tmp_path):
@@ -140,6 +131,33 @@ def test_what_a_tokenizer_does_not_know_has_no_size(tmp_path):
     assert token_texts(tmp_path / "nothing.model") is None
     (tmp_path / "else.model").write_text("{}")
     assert token_texts(tmp_path / "else.model") is None
+
+
+HUGGING_FACE = {
+    "byte_level": ("the quick\n  fox\t\u2581 \ue000 \U0001d11e \u65e5", None),
+    "byte_fallback": ("a bad cab\n  fed\t\u00e9 \ue000\ue001 \u65e5 a", None),
+    "metaspace": ("the quick brown fox", "the quick \u265e fox"),
+    "lower_case_words": ("the quick brown fox", "the quick \u265e fox"),
+}
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_a_tokenizer_json(kind, tmp_path):
+    """Exact where it loses nothing, whatever the text; else of what it decodes to, and unknown where it did not know."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(getattr(made, kind)())
+    model, texts = open_tokenizer(path), token_texts(path)
+    text, unknown = HUGGING_FACE[kind]
+    (tokens,) = (ids.tolist() for ids in model.encode([text]))
+    for length in (1, 4, 100):
+        found = count(texts, segments(tokens, IGNORE, length))
+        assert found[0] == len(model.decode(tokens).encode()) - len(model.decode(tokens[:1]).encode())
+        assert found[1] == len(text.split()) - 1 if unknown else found[1] > 0
+    if unknown is None:
+        assert model.decode(tokens) == text
+    else:
+        (tokens,) = (ids.tolist() for ids in model.encode([unknown]))
+        assert math.isnan(count(texts, segments(tokens, IGNORE, 5))[0])
 
 
 # ---- bits per byte ---------------------------------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def warmup_segments(options: argparse.Namespace, saved: Checkpoint) -> int | Non
         warmup = None if options.warmup_segments == "none" else int(options.warmup_segments)
     if warmup is not None and options.max_segments is not None and options.max_segments <= warmup:
         raise UserError(
-            f"--max-segments: found {options.max_segments}, expected more than the {warmup} segments of warm-up"
-            " (--warmup-segments), which are not counted"
+            f"--max-segments: found {options.max_segments}, expected more than --warmup-segments ({warmup}), whose losses"
+            " are not counted"
         )
     return warmup
 

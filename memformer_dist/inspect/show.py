@@ -35,7 +35,7 @@ def open_corpus(
 
 
 def open_run(run_dir: Path, split: str) -> tuple[TokenDataset, LaneSchedule]:
-    """What a run reads, with its settings; the validation split is laid out as one process evaluates it."""
+    """What a run reads, with its settings; the validation split as one process evaluates it uncut."""
     places = Places.of_run(run_dir)
     data = RunConfig.load(run_dir / "config.json", places=places).data
     train, valid = open_data(data, places)
