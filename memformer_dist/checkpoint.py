@@ -20,7 +20,7 @@ from collections.abc import Iterable, KeysView
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -34,6 +34,7 @@ from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import REMOVED, make_way, named_in_utf8, sha256_of
 from memformer_dist.mrbp.executor import reseed
+from memformer_dist.places import Places
 from memformer_dist.progress import HeldOut, Interval, Position
 from memformer_dist.segment import Tensors
 from memformer_dist.tokenizer import FILES, Tokenizer, find_tokenizer, open_tokenizer
@@ -361,6 +362,27 @@ def _best(folder: Path, there: list[Path]) -> Checkpoint:
             " where checkpoint.keep_best is true"
         )
     return _first_undamaged([path], path)
+
+
+def best_of(run_dir: Path, held_out: HeldOut) -> dict[str, Any] | None:
+    """The best evaluation of a run and its checkpoint, for the summary; said in the log."""
+    best = held_out.best
+    if best is None:
+        return None
+    name = f"checkpoints/{name_of(best.step)}"
+    is_kept = (run_dir / name).is_dir()
+    if is_kept:
+        log.info(f"the best checkpoint is {name}, with a held-out loss of {best.loss:.4f}: --checkpoint best")
+    return best.model_dump() | {"checkpoint": name if is_kept else None}
+
+
+def initial(config: RunConfig, run_dir: Path, vocabulary: Vocabulary, world: World) -> Checkpoint | None:
+    """The checkpoint of another run, by training.init_from, whose weights a fresh run starts with. A collective call."""
+    path = config.training.init_from
+    if path is None:
+        return None
+    place = Path(Places.of_run(run_dir).found("training.init_from", path))
+    return world.on_all_or_raise(lambda: open_initial(place, vocabulary))
 
 
 def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:

@@ -83,19 +83,32 @@ class Evaluation(BaseModel, extra="forbid", frozen=True):
 class HeldOut(BaseModel, extra="forbid"):
     """The best of the evaluations during training, and how many have followed it.
 
-    Only evaluations of the same documents are compared: `corpus` and `segments` say which these were.
+    Only evaluations that have read the same are compared: the fields from `corpus` on say what this was.
     """
 
     best: Evaluation | None = None
     without_improvement: int = 0  # evaluations since the best one
     corpus: str | None = None  # fingerprint of the validation split
     segments: int | None = None  # training.evaluate_segments
+    warmup_segments: int | None = None  # training.evaluate_warmup_segments
 
-    def add(self, found: Evaluation, *, corpus: str, segments: int | None) -> None:
-        """Count an evaluation. One that has read other documents than those before is compared with none of them."""
-        if (corpus, segments) != (self.corpus, self.segments):
-            self.best, self.without_improvement, self.corpus, self.segments = None, 0, corpus, segments
+    def add(self, found: Evaluation, *, corpus: str, segments: int | None, warmup_segments: int | None) -> None:
+        """Count an evaluation. One that has read something else than those before is compared with none of them."""
+        if (corpus, segments, warmup_segments) != (self.corpus, self.segments, self.warmup_segments):
+            self.best, self.without_improvement = None, 0
+            self.corpus, self.segments, self.warmup_segments = corpus, segments, warmup_segments
         if math.isfinite(found.loss) and (self.best is None or found.loss < self.best.loss):
             self.best, self.without_improvement = found, 0
         else:
             self.without_improvement += 1
+
+    def is_exhausted(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row have not improved on the best one (training.early_stopping_patience)."""
+        return patience is not None and self.without_improvement >= patience
+
+    def __str__(self) -> str:
+        """What the log says of an evaluation that is not the best one; "" of one that is."""
+        if self.without_improvement == 0:
+            return ""
+        than = f", the best is {self.best.loss:.4f} of step {self.best.step}" if self.best else ""
+        return f"evaluation {self.without_improvement} in a row without improvement{than}"

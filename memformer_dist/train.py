@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memformer_dist import agreement, checkpoint, evaluate, metrics, saving, start
-from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell, name_of
+from memformer_dist.checkpoint import Contents, ReadoutGroup, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.dataset import TokenDataset
@@ -34,7 +34,6 @@ from memformer_dist.monitor import Monitor
 from memformer_dist.mrbp.drift import drift_problem, exceeds
 from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, decay_begins, learning_rate
-from memformer_dist.places import Places
 from memformer_dist.progress import Evaluation, HeldOut, Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
 from memformer_dist.segment import Tensors
@@ -67,7 +66,6 @@ def train(config: RunConfig, run_dir: Path, corpora: tuple[TokenDataset, TokenDa
             trainer.close()
 
 
-BUDGET, PATIENCE = "training.tokens", "training.early_stopping_patience"  # what ends a run
 WITHOUT_LABELS = StepResult(0.0, applied=False)  # of a window in which no lane of any rank has a label
 
 
@@ -115,7 +113,7 @@ class Trainer:
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
         world.on_all_or_raise(lambda: start.expect_room(config, self.train_corpus.vocabulary))
-        initial = None if resumed else self._initial()
+        initial = None if resumed else checkpoint.initial(config, run_dir, self.train_corpus.vocabulary, world)
         cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed or initial)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(
@@ -160,14 +158,6 @@ class Trainer:
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
 
-    def _initial(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint of another run whose weights this one starts with."""
-        path, vocabulary = self.config.training.init_from, self.train_corpus.vocabulary
-        if path is None:
-            return None
-        place = Path(Places.of_run(self.run_dir).found("training.init_from", path))
-        return self.world.on_all_or_raise(lambda: checkpoint.open_initial(place, vocabulary))
-
     # ---- fit ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> str | None:
@@ -205,14 +195,15 @@ class Trainer:
         return reason
 
     def _done(self) -> bool:
-        return self._is_budget_spent() or self._stops_early()
+        return self._ended_by() is not None
 
-    def _is_budget_spent(self) -> bool:
-        return self.position.tokens >= self.config.training.tokens
-
-    def _stops_early(self) -> bool:
-        patience = self.config.training.early_stopping_patience
-        return patience is not None and self.held_out.without_improvement >= patience
+    def _ended_by(self) -> str | None:
+        """The field that ends the run here; None if it goes on."""
+        training = self.config.training
+        if self.position.tokens >= training.tokens:
+            return "training.tokens"
+        is_exhausted = self.held_out.is_exhausted(training.early_stopping_patience)
+        return "training.early_stopping_patience" if is_exhausted else None
 
     def _check_next_window(self) -> None:
         """Raise CorpusError on all ranks if one would meet a damaged document; what was trained is saved first."""
@@ -370,20 +361,12 @@ class Trainer:
                 Evaluation(step=position.step, tokens=position.tokens, loss=carried),
                 corpus=self.valid_corpus.fingerprint,
                 segments=training.evaluate_segments,
+                warmup_segments=training.evaluate_warmup_segments,
             )
-            self._log_change(self._without_improvement())
+            self._log_change(str(self.held_out))
             if not self._done():
                 self._log_change(self.curriculum.after_evaluation(carried, losses["no_memory"].loss - carried))
         return self.stop.agreed()
-
-    def _without_improvement(self) -> str | None:
-        """What the log says of an evaluation that is not the best so far."""
-        best, since = self.held_out.best, self.held_out.without_improvement
-        if since == 0:
-            return None
-        than = f", the best is {best.loss:.4f} of step {best.step}" if best else ""
-        ends = f"; {PATIENCE} ends the run" if self._stops_early() else ""
-        return f"evaluation {since} in a row without improvement{than}{ends}"
 
     def _evaluate(self, family: str, segments: int | None) -> dict[str, Losses] | None:
         """Held-out losses by mode, logged as `family`/...; None if the run was asked to stop meanwhile."""
@@ -437,8 +420,10 @@ class Trainer:
         known = json.dumps(earlier) if earlier.get("steps") == position.step else None
         if known := self.world.broadcast_first(known):  # rank 0 alone reads it: all ranks must go the same way
             summary = json.loads(known)
-            log.info("this run is finished, see %s; a larger %s continues it", path, summary.get("ended_by", BUDGET))
+            ended_by = summary.get("ended_by", "training.tokens")  # the only end of runs of earlier versions
+            log.info("this run is finished, see %s; a larger %s continues it", path, ended_by)
             return summary
+        log.info("training is over: %s ends it", self._ended_by())
         reason = self._evaluate_if_due()  # the run may have been stopped before
         self._save()
         losses = None if reason else self._evaluate("final", self.config.training.final_evaluate_segments)
@@ -451,23 +436,12 @@ class Trainer:
             "tokens": position.tokens,
             "steps": position.step,
             "parameters": self.parameters,
-            "ended_by": BUDGET if self._is_budget_spent() else PATIENCE,
-            "best": self._best(),
+            "ended_by": self._ended_by(),
+            "best": checkpoint.best_of(self.run_dir, self.held_out),
         }
         if self.world.is_main:
             write_text(path, json.dumps(summary, indent=2) + "\n")
         return summary
-
-    def _best(self) -> dict | None:
-        """The best evaluation and its checkpoint, for the summary."""
-        best = self.held_out.best
-        if best is None:
-            return None
-        name = f"checkpoints/{name_of(best.step)}"
-        is_kept = (self.run_dir / name).is_dir()
-        if is_kept:
-            log.info(f"the best checkpoint is {name}, with a held-out loss of {best.loss:.4f}: --checkpoint best")
-        return best.model_dump() | {"checkpoint": name if is_kept else None}
 
     def _is_best_unsaved(self) -> bool:
         return self.config.checkpoint.keep_best and self.held_out.best != self.saved_best

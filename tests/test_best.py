@@ -29,7 +29,8 @@ def after(*losses: float, segments: int | None = 3) -> HeldOut:
     """What evaluations at steps 1, 2, ... leave."""
     held_out = HeldOut()
     for step, loss in enumerate(losses, start=1):
-        held_out.add(Evaluation(step=step, tokens=10 * step, loss=loss), corpus="f" * 64, segments=segments)
+        found = Evaluation(step=step, tokens=10 * step, loss=loss)
+        held_out.add(found, corpus="f" * 64, segments=segments, warmup_segments=None)
     return held_out
 
 
@@ -57,11 +58,12 @@ def test_the_lowest_loss_is_the_best(losses, best, since):
 def test_evaluations_of_other_documents_are_not_compared():
     """A loss on the first segments, where a memory knows little, says nothing of one on whole documents."""
     found = after(2.0, 2.5)
-    for other in ({"corpus": "e" * 64, "segments": 3}, {"corpus": "f" * 64, "segments": None}):
+    read = {"corpus": "f" * 64, "segments": 3, "warmup_segments": None}
+    for other in ({"corpus": "e" * 64}, {"segments": None}, {"segments": 4}, {"warmup_segments": 0}):
         anew = found.model_copy()
-        anew.add(Evaluation(step=9, tokens=90, loss=3.0), **other)
+        anew.add(Evaluation(step=9, tokens=90, loss=3.0), **read | other)
         assert (anew.best.step, anew.without_improvement) == (9, 0)
-    found.add(Evaluation(step=9, tokens=90, loss=3.0), corpus="f" * 64, segments=3)
+    found.add(Evaluation(step=9, tokens=90, loss=3.0), **read)
     assert (found.best.step, found.without_improvement) == (1, 2), "the control"
 
 
@@ -315,8 +317,7 @@ def test_early_stopping_and_the_best_checkpoint_through_interruptions(corpus_dir
     assert asked(cut) == [[[1, 3]], [[2, 3], [3, 3], [4, 3]], [[5, 3], [6, 3]], [[7, 3], [7, None]], []]
 
     said = capfd.readouterr().err
-    ends = "; training.early_stopping_patience ends the run"
-    assert f"step 7: evaluation 3 in a row without improvement, the best is 3.0000 of step 4{ends}\n" in said
+    assert "training is over: training.early_stopping_patience ends it\n" in said
     assert "step 6: evaluation 2 in a row without improvement, the best is 3.0000 of step 4\n" in said
     assert "the best checkpoint is checkpoints/step-00000004, with a held-out loss of 3.0000: --checkpoint best" in said
     assert "this run is finished, see" in said and "a larger training.early_stopping_patience continues it" in said
