@@ -579,7 +579,7 @@ def test_evaluations_read_more_than_their_warmup(config):
     RunConfig.check(config)
     config["training"]["evaluate_warmup_segments"] = -1
     (problem,) = problems(config, 1)
-    assert problem.startswith("training.evaluate_warmup_segments: found -1, expected")
+    assert problem.startswith("training.evaluate_warmup_segments: found -1; ")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ MODELS = {
     "rmt": TINY | {"slots": 3, "init_std": 0.25},
     "armt": TINY | {"write_tokens": 3, "memory_width": 8, "init_std": 0.25},
     "hmt": TINY | {"slots": 4, "sensory_tokens": 5, "init_std": 0.25},
+    "transformer_xl": TINY | {"memory_length": 8, "init_std": 0.25},
+    "lamemo": TINY | {"layers": 2, "memory_length": 8, "init_std": 0.25},
+    "gated_delta": TINY | {"chunk": 8, "init_std": 0.25},
+    "mom": TINY | {"memories": 3, "chunk": 8, "init_std": 0.25},
 }
 ON_TWO_RANKS = "rmt"
 

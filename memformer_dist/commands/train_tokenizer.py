@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from memformer_dist.commands.options import Options, integer, nonempty_path_or_url, nonempty_text
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, write_bytes
-from memformer_dist.places import path_option
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
 from memformer_dist.prepare.partitions import describe_ignored, discover
 from memformer_dist.prepare.tokenizer import sample_lines, train_tokenizer
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="NAME",
         help="field or column that holds the text (default: text, parts or messages)",
     )
-    add("--output", "--model-prefix", type=nonempty_text, required=True, metavar="PREFIX", help="writes PREFIX.model")
+    add("--output", "--model-prefix", type=nonempty_path, required=True, metavar="PREFIX", help="writes PREFIX.model")
     add("--vocab-size", type=integer(least=1, most=10**7), default=8192, help="number of tokens (default: 8192)")
     add("--cap-vocabulary", action="store_true", help="use fewer tokens where the text does not support so many")
     add("--model-type", choices=["unigram", "bpe"], default="unigram")
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
 
-    path = path_option(options.output.removesuffix(".model") + ".model")
+    path = Path(str(options.output).removesuffix(".model") + ".model")
     expect_writable(path, "--output")
     began = time.perf_counter()
     files, ignored = discover(options.input, options.exclude, options.text_field)
