@@ -12,8 +12,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from memformer_dist.commands.options import Options, integer, nonempty_path_or_url, nonempty_text
+from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, nonempty_text
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, write_bytes
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
