@@ -92,6 +92,7 @@ def test_a_checkpoint_of_version_1(folder):
 
 def test_a_run_of_version_1_resumes(folder):
     """To the losses and weights that commit 1e99b32 came to; the last digits may be those of another processor."""
+    started = load_file(folder / "run" / "checkpoints" / "step-00000007" / "weights-00000.safetensors")
     done = run_script(
         *("launch/train.py", "--config", folder / "run" / "config.json", "--run-dir", folder / "run"),
         *("--set", f"data.corpus={folder / 'corpus'}"),
@@ -116,7 +117,6 @@ def test_a_run_of_version_1_resumes(folder):
     assert last.contents.version == CHECKPOINT_VERSION and last.contents.config.model.cell == "memformer"
     for name, tensor in load_file(last.path / "weights-00000.safetensors").items():
         assert (tensor - weights[name]).abs().max() < 1e-5, name
-    started = load_file(folder / "run" / "checkpoints" / "step-00000007" / "weights-00000.safetensors")
     assert max(float((weights[name] - tensor).abs().max()) for name, tensor in started.items()) > 1e-3
 
 
