@@ -146,7 +146,7 @@ def test_an_end_that_was_announced_is_no_second_request(start, announced):
 
 def test_what_a_launcher_hands_on_is_no_second_request(start):
     """Ctrl-C reaches a rank as SIGINT, and its launcher then sends SIGTERM."""
-    program = start("-c", HANGS, LOCAL_RANK="0", RANK="0")
+    program = start("-c", HANGS, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
     program.wait_for_line("ready")
     program.send(signal.SIGINT)
     time.sleep(signals.SAME_REQUEST_S + 0.5)
