@@ -46,7 +46,8 @@ VALUE_SHOWN = 200  # characters
 
 def require_run(world: World, config: RunConfig, corpora: tuple[TokenDataset, TokenDataset], run_dir: Path) -> None:
     """Compare all that the ranks of a run must share. A collective call; raises LaunchError as `require` does."""
-    train, valid = (documents(f"data.corpus, {name}", x) for name, x in zip(("train", "valid"), corpora, strict=True))
+    source = "data.task" if config.data.task else "data.corpus"
+    train, valid = (documents(f"{source}, {name}", x) for name, x in zip(("train", "valid"), corpora, strict=True))
     require(world, settings(config) | train | valid | software(), run_dir)
 
 

@@ -191,6 +191,8 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the checkpoint's run. Raises UserError if it is missing or another one."""
+        if self.contents.config.data.task is not None:
+            raise UserError("--run-dir: found a run on a task, which has no text to generate; expected one on a corpus")
         expected = self.contents.vocabulary.tokenizer_sha256
         path = find_tokenizer(self.run_dir, expected)
         if path is None:

@@ -14,14 +14,14 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from memformer_dist import suggest
 from memformer_dist.cells import DEFAULT_CELL, ModelConfig
 from memformer_dist.cells.base import CellConfig
-from memformer_dist.curriculum import WindowByMetric, plan_model
+from memformer_dist.curriculum import IN_TRAINING, WindowByMetric, plan_model, smallest_window
 from memformer_dist.data.open_data import IN_A_CORPUS, DataConfig
 from memformer_dist.errors import UserError, first_problem, sentences
 from memformer_dist.launcher import detected
@@ -29,6 +29,7 @@ from memformer_dist.mrbp.settings import DRIFT_LIMITS, MrbpConfig
 from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.places import Places, is_unicode, is_url
 from memformer_dist.section import Section
+from memformer_dist.tasks import task_model
 from memformer_dist.upgrade import outdated_fields, upgrade
 from memformer_dist.zero.settings import NO_FP16, PASSED_THROUGH, deepspeed_problems, zero_stage
 
@@ -197,6 +198,19 @@ class RunConfig(Section):
             raise UserError(f"{path}: not JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: found {type(raw).__name__}, expected an object with the sections of a run")
+        return cls.with_overrides(raw, overrides, world_size, source=str(path), places=places)
+
+    @classmethod
+    def with_overrides(
+        cls,
+        raw: dict[str, Any],
+        overrides: Iterable[str],
+        world_size: int = 1,
+        *,
+        source: str = "configuration",
+        places: Places | None = None,
+    ) -> Self:
+        """As `load`, of sections that have been read already; `source` begins the message."""
         outdated, problems = outdated_fields(raw), []
         raw = upgrade(raw)
         for override in overrides:
@@ -206,7 +220,7 @@ class RunConfig(Section):
         if detected().rank == 0:
             for old, new in outdated.items():
                 log.warning("%s is now called %s; the old name still works", old, new)
-        return cls.check(raw, world_size, source=str(path), problems=problems, places=places)
+        return cls.check(raw, world_size, source=source, problems=problems, places=places)
 
     @classmethod
     def check(
@@ -329,13 +343,18 @@ def _section(name: str, raw: dict[str, Any], known: dict[str, Collection[str]]) 
         section_type = _section_type(field)
 
     def fields_at(path: str) -> dict[str, FieldInfo]:
-        """The fields of the object that a field belongs to: the section, or a schedule of windows within it."""
-        plan = plan_model(found["window"]) if path.startswith("mrbp.window.") else None
-        return section_type.model_fields if plan is None else plan.model_fields
+        """The fields of the object that a field belongs to: the section, a schedule of windows within it, or a task."""
+        meant: type[BaseModel] | None = None
+        if path.startswith("mrbp.window."):
+            meant = plan_model(found["window"])
+        elif path.startswith("data.task."):
+            meant = task_model(found["task"])
+        return section_type.model_fields if meant is None else meant.model_fields
 
     def unknown(path: str) -> str:
-        if path.startswith("mrbp.window."):
-            return suggest.nearest(path.rpartition(".")[2], "window", {"window": fields_at(path)})
+        if path.startswith(("mrbp.window.", "data.task.")):
+            _, inner, key = path.split(".", 2)
+            return suggest.nearest(key, inner, {inner: fields_at(path)})
         key = path.removeprefix(f"{name}.")
         if name == "model" and (others := [other for other in cells if key in cells[other].model_fields]):
             return f", a field of other cells ({', '.join(others)}), not of {cell}"
@@ -384,6 +403,7 @@ def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
     if data is not None:
         yield from _lanes_and_ranks(data, mrbp, world_size)
         yield from _stream(data)
+        yield from _task(data, mrbp)
     if training is not None:
         yield from _warmup(training)
     if mrbp is not None and mrbp.readout_group == "auto":
@@ -436,6 +456,24 @@ def _warmup(training: TrainingConfig) -> Iterator[str]:
             )
 
 
+def _task(data: DataConfig, mrbp: MrbpConfig | None) -> Iterator[str]:
+    if data.task is None:
+        return
+    for field in ("mode", "min_tokens", "shuffle_shards"):
+        value, default = getattr(data, field), DataConfig.model_fields[field].default
+        if value != default:
+            yield f"data.{field}: found {value!r} with data.task, which makes its own documents; expected {default!r}"
+    try:
+        task = data.task.build(data.segment_length)
+    except UserError as error:
+        yield str(error)
+        return
+    if problem := task.problem(data.task.held_out_segments):
+        yield f"data.task.held_out_segments: {problem}"
+    if mrbp is not None and (problem := task.problem(smallest_window(mrbp.window))):
+        yield f"mrbp.window: a window is a document of data.task: {problem}"
+
+
 def _readout(data: DataConfig | None, mrbp: MrbpConfig, world_size: int) -> Iterator[str]:
     if mrbp.readout_parts > 1 and mrbp.readout_group != 1:
         yield (
@@ -463,7 +501,9 @@ def _measured(model: CellConfig | None) -> Iterator[str]:
 
 def _window(mrbp: MrbpConfig, training: TrainingConfig) -> Iterator[str]:
     window = mrbp.window
-    if isinstance(window, WindowByMetric) and window.metric != "loss/train" and not training.evaluate_every_tokens:
+    if not isinstance(window, WindowByMetric) or window.metric in IN_TRAINING:
+        return
+    if not training.evaluate_every_tokens:
         yield (
             f"mrbp.window.metric: found {window.metric!r}, which is measured during training only where"
             " training.evaluate_every_tokens is set"

@@ -5,6 +5,8 @@
     {"by_step": {"0": 2, "1000": 8, "5000": 16}}    2 segments from step 0, 8 from step 1000, 16 from step 5000
     {"first": 1, "last": 10, "metric": "loss/train", "threshold": 1.2, "every_steps": 50}
                                                     one segment more whenever the mean loss of 50 steps is below 1.2
+    {"first": 2, "last": 32, "growth": 1.5, "metric": "accuracy/train", "threshold": 0.95, "every_steps": 5}
+                                                    half as long again whenever 95 % of the labels of 5 steps are right
 
     curriculum = Curriculum(config.mrbp.window)
     train_on(curriculum.window)                     # segments of the next step's window
@@ -54,21 +56,27 @@ class WindowByStep(BaseModel, extra="forbid", frozen=True):
         return ", ".join(f"{segments} from step {step}" for step, segments in self.by_step.items())
 
 
+IN_TRAINING = ("loss/train", "accuracy/train")  # metrics of training steps; the others are of evaluations
+
+
 class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A window that grows by one segment whenever a metric passes a threshold."""
+    """A window that grows whenever a metric passes a threshold."""
 
     first: Extent = Field(description="segments of the first window")
     last: Extent = Field(description="segments of the longest window; at least `first`")
-    metric: Literal["loss/train", "eval/loss", "eval/gap"] = Field(
-        description="what is compared with the threshold: the window grows by one segment when a loss is below it, or"
-        " when the gap is above it"
+    growth: float = Field(
+        1.0, ge=1, le=10, description="the window grows by this factor, rounded down, and by one segment at least"
     )
-    threshold: float = Field(description="threshold of the metric, in nats per token")
+    metric: Literal["loss/train", "accuracy/train", "eval/loss", "eval/gap"] = Field(
+        description="what is compared with the threshold: the window grows when a loss is below it, or when the accuracy or"
+        " the gap is above it"
+    )
+    threshold: float = Field(description="threshold of the metric: nats per token, or a share of the labels")
     every_steps: PositiveInt | None = Field(
         None,
         validate_default=True,
-        description="for loss/train, steps of one window over which the loss is averaged before each comparison; null"
-        " for the other two, which are compared at each evaluation",
+        description="for loss/train and accuracy/train, steps of one window over which they are averaged before each"
+        " comparison; null for the other two, which are compared at each evaluation",
     )
 
     @field_validator("last")
@@ -82,8 +90,8 @@ class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     @classmethod
     def _where_there_is_a_mean(cls, every_steps: int | None, info: ValidationInfo) -> int | None:
         metric = info.data.get("metric")
-        if metric == "loss/train" and every_steps is None:
-            raise ValueError("missing; steps that loss/train is averaged over")
+        if metric in IN_TRAINING and every_steps is None:
+            raise ValueError(f"missing; steps that {metric} is averaged over")
         if metric in ("eval/loss", "eval/gap") and every_steps is not None:
             raise ValueError(f"found {every_steps}, expected none: {metric} is compared at each evaluation")
         return every_steps
@@ -92,15 +100,31 @@ class WindowByMetric(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
     def largest(self) -> int:
         return self.last
 
+    @property
+    def side(self) -> str:
+        """On which side of the threshold the metric makes the window grow."""
+        return "above" if self.metric in ("eval/gap", "accuracy/train") else "below"
+
     def passes(self, value: float) -> bool:
-        return value > self.threshold if self.metric == "eval/gap" else value < self.threshold
+        return value > self.threshold if self.side == "above" else value < self.threshold
+
+    def after(self, window: int) -> int:
+        """The window that follows one of so many segments."""
+        return min(self.last, max(window + 1, int(window * self.growth)))
 
     def __str__(self) -> str:
-        side = "above" if self.metric == "eval/gap" else "below"
-        return f"from {self.first} to {self.last}, one more whenever {self.metric} is {side} {self.threshold:g}"
+        more = "one more" if self.growth == 1 else f"{self.growth:g} times as many"
+        return f"from {self.first} to {self.last}, {more} whenever {self.metric} is {self.side} {self.threshold:g}"
 
 
 PLANS: dict[str, type[BaseModel]] = {"<by step>": WindowByStep, "<by metric>": WindowByMetric}  # by their tags
+
+
+def smallest_window(plan: "WindowPlan") -> int:
+    """Segments of the shortest window that a plan allows."""
+    if isinstance(plan, WindowByStep):
+        return min(plan.by_step.values())
+    return plan if isinstance(plan, int) else plan.first
 
 
 def plan_model(value: Any) -> type[BaseModel] | None:
@@ -138,6 +162,7 @@ class Progress(BaseModel, extra="forbid"):
     steps: int = 0  # in the sums
     nll: float = 0.0  # sum over labels, in nats
     labels: float = 0.0
+    right: float = 0.0  # labels that were given more than half of the probability
 
 
 class Curriculum:
@@ -174,44 +199,45 @@ class Curriculum:
         """Segments of the longest window that the plan allows."""
         return self.plan if isinstance(self.plan, int) else self.plan.largest
 
-    def after_step(self, step: int, nll: float, labels: float) -> str | None:
+    def after_step(self, step: int, nll: float, labels: float, right: float = 0.0) -> str | None:
         """Count a step; return a message if the window changes, else None.
 
         Args:
             step: windows trained on so far.
             nll, labels: sum and count of the last window, over all ranks. Skipped steps (0 labels) and losses that are
                 not finite do not enter the mean.
+            right: how many of the labels were right.
         """
         plan, progress = self.plan, self.progress
         if isinstance(plan, WindowByStep):
             return self._continue_with(plan.at(step), "by the schedule")
-        if isinstance(plan, int) or plan.metric != "loss/train" or progress.window == plan.last:
+        if isinstance(plan, int) or plan.metric not in IN_TRAINING or progress.window == plan.last:
             return None
         if labels == 0 or not math.isfinite(nll):
             return None
         progress.steps += 1
         progress.nll += nll
         progress.labels += labels
+        progress.right += right
         assert plan.every_steps is not None  # WindowByMetric has one for this metric
         if progress.steps < plan.every_steps:
             return None
-        mean = progress.nll / progress.labels
+        mean = (progress.nll if plan.metric == "loss/train" else progress.right) / progress.labels
         self.progress = Progress(window=progress.window)
         return self._compare(plan, mean, f" over {plan.every_steps} steps")
 
     def after_evaluation(self, loss: float, gap: float) -> str | None:
         """Take eval/loss and eval/gap of an evaluation; return a message if the window changes, else None."""
         plan = self.plan
-        if not isinstance(plan, WindowByMetric) or plan.metric == "loss/train" or self.window == plan.last:
+        if not isinstance(plan, WindowByMetric) or plan.metric in IN_TRAINING or self.window == plan.last:
             return None
         return self._compare(plan, gap if plan.metric == "eval/gap" else loss, "")
 
     def _compare(self, plan: WindowByMetric, value: float, of: str) -> str | None:
         if not plan.passes(value):  # nan does not pass either
             return None
-        side = "above" if plan.metric == "eval/gap" else "below"
-        because = f"{plan.metric} was {value:.4f}{of}, {side} {plan.threshold:g}"
-        return self._continue_with(self.window + 1, because)
+        because = f"{plan.metric} was {value:.4f}{of}, {plan.side} {plan.threshold:g}"
+        return self._continue_with(plan.after(self.window), because)
 
     def _continue_with(self, window: int, because: str) -> str | None:
         before, self.progress.window = self.progress.window, window

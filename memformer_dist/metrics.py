@@ -46,6 +46,14 @@ class LossByAge:
         self.sums[1].index_add_(0, bucket, labels)
 
 
+def count_right(segment: Segment, nll: Tensor) -> Tensor:
+    """How many labels were given more than half of the probability, by their nll [B, S].
+
+    Such a label is the likeliest, so that this is a lower bound of those that are; it takes no logits.
+    """
+    return ((nll < math.log(2)) & (segment.labels != IGNORE).to(nll.device, non_blocking=True)).sum()
+
+
 class Losses(NamedTuple):
     """Mean losses over all ranks, in nats per token."""
 
@@ -149,6 +157,11 @@ class Observed(NamedTuple):
         return Losses.of(self.interval.losses, LOGGED_AGES)
 
     @property
+    def accuracy(self) -> float:
+        labels = sum(self.interval.losses[len(LOGGED_AGES) :])
+        return self.interval.right / labels if labels else math.nan
+
+    @property
     def tokens_per_s(self) -> float:
         return self.interval.tokens / self.interval.step_s
 
@@ -183,6 +196,13 @@ TRAINING = (
         "nats per token",
         "the same for segments of one age, counted from the document's start; ages that do not occur are not logged",
         lambda o: o.losses.by_age,
+    ),
+    Metric(
+        "accuracy/train",
+        "",
+        "share of the labels since the last record that were given more than half of the probability: a lower bound of"
+        " those that were the likeliest token; skipped steps are left out",
+        lambda o: o.accuracy,
     ),
     Metric("optim/lr", "", "learning rate", lambda o: o.learning_rate),
     Metric(

@@ -14,15 +14,17 @@ class Position(BaseModel, extra="forbid"):
     updates: int = 0  # optimiser steps applied: Adam's own count
     evaluated: int = 0  # tokens at the last evaluation on the way
     seconds: float = 0.0  # in training steps, over all parts of a resumed run
+    processor_s: float = 0.0  # processor time of rank 0 in training steps, over all parts of a resumed run
     wall_s: float = 0.0  # in all, over the parts of a resumed run up to the last checkpoint of each
 
-    def add(self, *, segments: int, tokens: int, applied: bool, seconds: float) -> None:
+    def add(self, *, segments: int, tokens: int, applied: bool, seconds: float, processor_s: float) -> None:
         """One step: a window of `segments` with `tokens` labels over all lanes; without labels nothing is applied."""
         self.step += 1
         self.tick += segments
         self.tokens += tokens
         self.updates += applied
         self.seconds += seconds
+        self.processor_s += processor_s
 
 
 class Interval(BaseModel, extra="forbid"):
@@ -38,6 +40,7 @@ class Interval(BaseModel, extra="forbid"):
     documents: int = 0  # documents started
     skipped: int = 0  # steps whose gradient was not finite
     losses: list[float] = []  # metrics.LossByAge.sums, flat; without the skipped steps
+    right: float = 0.0  # labels that were given more than half of the probability; without the skipped steps
     drift: float = 0.0  # the largest of a step, which is a sum over ranks: 0 if all of them repeated the rollout
     step_s: float = 0.0
     rollout_s: float = 0.0  # of rank 0
@@ -52,12 +55,13 @@ class Interval(BaseModel, extra="forbid"):
         documents: int,
         applied: bool,
         losses: list[float],
+        right: float,
         drift: float,
         step_s: float,
         rollout_s: float,
         wait_s: float,
     ) -> None:
-        """One step. `losses` and `drift` are over all ranks; a drift that is not a number counts as infinite."""
+        """One step. `losses`, `right` and `drift` are over all ranks; a drift that is no number counts as infinite."""
         self.steps += 1
         self.ticks += segments
         self.tokens += tokens
@@ -66,6 +70,7 @@ class Interval(BaseModel, extra="forbid"):
         self.skipped += tokens > 0 and not applied
         if applied:
             self.losses = [x + y for x, y in zip(self.losses or [0.0] * len(losses), losses, strict=True)]
+            self.right += right
         self.drift = max(self.drift, drift if math.isfinite(drift) else math.inf)
         self.step_s += step_s
         self.rollout_s += rollout_s

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from memformer_dist.config import MAY_CHANGE, RunConfig, cell_configs
 from memformer_dist.curriculum import WindowByMetric, WindowByStep
+from memformer_dist.tasks import TASKS
 from memformer_dist.zero.settings import PASSED_THROUGH, SET_BY_US
 
 INTRODUCTION = """# Configuration
@@ -45,6 +46,9 @@ def reference() -> Iterator[str]:
         else:
             annotation: Any = field.annotation
             yield from _table(annotation, name)
+        if name == "data":
+            for task, described in TASKS.items():
+                yield from ("", f"`data.task` with the name `{task}`:", "", *_table(described, "data.task"))
         if name == "mrbp":
             yield from ("", "`mrbp.window` as a schedule by step:", "", *_table(WindowByStep, "mrbp.window"))
             yield from ("", "`mrbp.window` as a schedule by a metric:", "", *_table(WindowByMetric, "mrbp.window"))

@@ -20,8 +20,10 @@ from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.data.open_data import first_epoch
+from memformer_dist.data.open_data import Epoch, first_epoch
 from memformer_dist.data.pieces import Pieces
+from memformer_dist.data.task_documents import TaskReader
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.evaluate import MODES, Plan
 from memformer_dist.files import read_json_lines, write_bytes, write_text
@@ -48,16 +50,18 @@ log = logging.getLogger(__name__)
 
 
 def record(
-    run_dir: Path, config: RunConfig, tokenizer: Path, world: World, step: int, initial: Checkpoint | None = None
+    run_dir: Path, config: RunConfig, tokenizer: Path | None, world: World, step: int, initial: Checkpoint | None = None
 ) -> None:
     """Write config.json and the tokenizer; append what started the run, where and with which versions to starts.jsonl.
 
     Args:
+        tokenizer: None on a task.
         initial: the checkpoint of another run, by training.init_from, whose weights this run starts with.
     """
     write_text(run_dir / CONFIG, config.to_json())
-    raw = tokenizer.read_bytes()
-    write_bytes(run_dir / file_name_of(raw), raw)
+    if tokenizer is not None:
+        raw = tokenizer.read_bytes()
+        write_bytes(run_dir / file_name_of(raw), raw)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [recorded(word) for word in (sys.executable, *sys.argv)],
@@ -67,7 +71,7 @@ def record(
         "hosts": list(dict.fromkeys(world.hosts)),
         "job": world.launch.job,
         "init_from": initial and {"checkpoint": recorded(str(initial.path)), **_where(initial)},
-        "git": _commit(),
+        "git": commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         PLACES: Places.of_run(run_dir).seen(config.paths),
     }
@@ -80,7 +84,7 @@ def _where(saved: Checkpoint) -> dict[str, int]:
     return saved.contents.position.model_dump(include={"step", "tokens"})
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this file lies in; None if it lies in none or the machine has no git."""
     here = Path(__file__).resolve().parent
     try:
@@ -90,14 +94,18 @@ def _commit() -> str | None:
     return found.stdout.decode(errors="replace").strip() or None
 
 
-def introduce(
-    config: RunConfig, world: World, corpus: TokenDataset, schedule: LaneSchedule, window: int, parameters: int
-) -> None:
+def introduce(config: RunConfig, world: World, reader: WindowReader | TaskReader, window: int, parameters: int) -> None:
     """Log the sizes of model, corpus and step; `window` is that of the next step, in segments."""
-    data, epoch = config.data, first_epoch(corpus, schedule)
+    data, corpus = config.data, reader.dataset
+    documents = f"{corpus.path}, new documents in every step"
+    if isinstance(reader, WindowReader):
+        epoch = first_epoch(corpus, reader.schedule)
+        documents = (
+            f"an epoch is {epoch.documents:,} documents, {epoch.tokens:,} tokens, {epoch.padding:.1%} of the positions are"
+            " padding"
+        )
     log.info(
-        f"{parameters:,} parameters, vocabulary {corpus.vocabulary.size}; an epoch is {epoch.documents:,} documents,"
-        f" {epoch.tokens:,} tokens, {epoch.padding:.1%} of the positions are padding; {world.size} ranks on"
+        f"{parameters:,} parameters, vocabulary {corpus.vocabulary.size}; {documents}; {world.size} ranks on"
         f" {world.device.type}, ZeRO {config.zero_stage}, {config.training.precision}; a step is {data.lanes} lanes x"
         f" {window} segments x {data.segment_length} tokens"
         + ("" if isinstance(config.mrbp.window, int) else f"; mrbp.window: {config.mrbp.window}")
@@ -105,6 +113,12 @@ def introduce(
     if not world.launch.is_alone:
         job = f", job {world.launch.job}" if world.launch.job else ""
         log.info(f"started by {world.launch.by}{job}: {ranks_on_hosts(range(world.size), world.hosts)}")
+    if isinstance(reader, WindowReader):
+        _warn_of_copies(config, epoch, reader.schedule)
+
+
+def _warn_of_copies(config: RunConfig, epoch: Epoch, schedule: LaneSchedule) -> None:
+    data = config.data
     # Of interest where an epoch is short; of millions of documents it would take as long as dealing them again.
     copies = schedule.concurrent_copies() if epoch.documents < 100 * data.lanes else 1
     if copies > 1:

@@ -24,19 +24,19 @@ from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Curriculum
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels_ahead
-from memformer_dist.data.open_data import training_schedule
+from memformer_dist.data.open_data import training_reader
 from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.files import read_json, write_text
 from memformer_dist.logs import EVERY_S, ProgressReport, tracked
-from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses
+from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses, count_right
 from memformer_dist.monitor import Monitor
 from memformer_dist.mrbp.drift import drift_problem, exceeds
 from memformer_dist.mrbp.readout_size import choose_readout_group
 from memformer_dist.optimizer import adamw, decay_begins, learning_rate
 from memformer_dist.progress import Evaluation, HeldOut, Interval, Position
 from memformer_dist.runtime import StopRequest, lock_run_dir
-from memformer_dist.segment import Tensors
+from memformer_dist.segment import Segment, Tensors
 from memformer_dist.token_texts import token_texts
 from memformer_dist.world import World
 from memformer_dist.zero.engine import Engine, StepResult
@@ -73,8 +73,9 @@ class Trained(NamedTuple):
     """What a step leaves for the log and the curriculum."""
 
     result: StepResult
-    nll: float  # over all ranks; 0, as are the labels, if nothing was applied
+    nll: float  # over all ranks; 0, as are labels and right, if nothing was applied
     labels: float
+    right: float
     state_gradient_squares: Tensor  # [N], of this rank's lanes and of the loss that the engine scales
 
 
@@ -86,13 +87,12 @@ class Trainer:
         self.config, self.run_dir, self.world = config, run_dir, world
         self.train_corpus, self.valid_corpus = corpora
         self.stop = StopRequest(run_dir, world, config.checkpoint.before_job_ends_s)
-        schedule = training_schedule(config.data, self.train_corpus)
         lanes, share = world.lanes_of_rank(config.data.lanes), config.lanes_per_group(world.size)
-        prefetch = config.data.prefetch
-        self.reader = WindowReader(self.train_corpus, schedule, lanes=lanes, prefetch=prefetch, device=world.device)
+        self.reader = training_reader(config.data, self.train_corpus, lanes=lanes, device=world.device)
         self.groups = [range(first, first + share) for first in range(lanes.start, lanes.stop, share)]
 
-        labels = world.on_all_or_raise(lambda: start.find_labels(config, corpora) if world.is_main else None)
+        looks = world.is_main and not config.data.task
+        labels = world.on_all_or_raise(lambda: start.find_labels(config, corpora) if looks else None)
         resumed = checkpoint.newest(run_dir, world)
         changes = resumed.changes(config, self.train_corpus) if resumed else {}
         self.position = resumed.contents.position if resumed else Position()
@@ -136,7 +136,8 @@ class Trainer:
         self.constants = metrics.constants_of(
             config, world, self.states[0], partial(build_cell, config, self.train_corpus.vocabulary)
         )
-        self.texts = token_texts(self.valid_corpus.tokenizer())
+        tokenizer = None if config.data.task else self.valid_corpus.tokenizer()
+        self.texts = None if tokenizer is None else token_texts(tokenizer)
         self.evaluation_plan = evaluate.plan(
             self.valid_corpus,
             world.size,
@@ -148,12 +149,13 @@ class Trainer:
         if world.is_main:
             if resumed is None:
                 start.introduce_fresh(run_dir, initial)
-            start.record(run_dir, config, self.train_corpus.tokenizer(), world, self.position.step, initial)
-            start.introduce(config, world, self.train_corpus, schedule, self.curriculum.window, self.parameters)
+            start.record(run_dir, config, tokenizer, world, self.position.step, initial)
+            start.introduce(config, world, self.reader, self.curriculum.window, self.parameters)
             start.introduce_evaluations(config, self.evaluation_plan)
-            assert labels is not None
-            plan, replays = self.evaluation_plan, self.engine.module.carries_gradient
-            start.advise(config, self.train_corpus, schedule, labels, plan, replays=replays)
+            if labels is not None:
+                assert isinstance(self.reader, WindowReader)
+                plan, replays = self.evaluation_plan, self.engine.module.carries_gradient
+                start.advise(config, self.train_corpus, self.reader.schedule, labels, plan, replays=replays)
             start.introduce_resumed(resumed, config, changes, self.curriculum.window, self.engine.module)
         done, total = self.position.tokens, config.training.tokens
         self.progress = ProgressReport("train", total=total, unit="tokens", done=done, enabled=world.is_main)
@@ -185,7 +187,7 @@ class Trainer:
                     f" {position.step}, were not finite; the last checkpoint is of step {self.saved.step}. A lower"
                     " optimizer.learning_rate usually helps"
                 )
-            self._log_change(self.curriculum.after_step(position.step, trained.nll, trained.labels))
+            self._log_change(self.curriculum.after_step(position.step, *trained[1:4]))
             if not reason:
                 reason = self._evaluate_if_due()
             is_due = crosses(tokens_before, position.tokens, config.checkpoint.every_tokens)
@@ -249,14 +251,20 @@ class Trainer:
 
     def _step(self, readout_group: int) -> Trained:
         """One window of every lane: its gradient, one reduction, one update."""
-        began, waited = time.perf_counter(), self.reader.wait_s
+        began, processor_began, waited = time.perf_counter(), time.process_time(), self.reader.wait_s
         config, position, segments = self.config, self.position, self.curriculum.window
         counts = self.reader.counts(position.tick, position.tick + segments)
         valid_tokens = self._labels(counts)
         if decay_begins(config.optimizer, position.tokens, position.tokens + valid_tokens, config.training.tokens):
             self._save(anchor=True)  # resumed from here, a longer run is one that was as long from the start
-            began = time.perf_counter()
+            began, processor_began = time.perf_counter(), time.process_time()
         losses = LossByAge(self.world.device, LOGGED_AGES)
+        right = torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+        def observe(t: int, segment: Segment, nll: Tensor) -> None:
+            losses.add(segment, nll)
+            right.add_(count_right(segment, nll))
+
         windows = [self.reader.window(position.tick, segments, group) for group in self.groups]
         if valid_tokens > 0:
             window = self.engine.accumulate(
@@ -264,19 +272,21 @@ class Trainer:
                 self.states,
                 valid_tokens=valid_tokens,
                 readout_group=readout_group,
-                observe=lambda t, segment, nll: losses.add(segment, nll),
+                observe=observe,
             )
             rate = learning_rate(config.optimizer, position.tokens + valid_tokens, config.training.tokens)
             result = self.engine.step(rate)
             self.labels_at = position.tick
         else:  # an update without a gradient would still move the weights, by Adam's moments and by their decay
-            sources = self.train_corpus.sources(config.data.min_tokens)
-            expect_labels_ahead(self.reader.schedule, sources, since=self.labels_at, tick=position.tick)
+            if isinstance(self.reader, WindowReader):  # every document of a task has labels
+                sources = self.train_corpus.sources(config.data.min_tokens)
+                expect_labels_ahead(self.reader.schedule, sources, since=self.labels_at, tick=position.tick)
             window, result = self.engine.advance(windows, self.states), WITHOUT_LABELS
         self.states = window.states if result.applied else [self._finite_lanes(state) for state in window.states]
         drift, relative = torch.stack([window.drift, window.relative_drift.max()]).tolist()  # waits for the device
         is_beyond = exceeds(relative, config.drift_limit)
-        drift, ranks_beyond, *sums = self.world.all_reduce_sum([drift, is_beyond, *losses.sums.flatten().tolist()])
+        measured = [drift, is_beyond, float(right), *losses.sums.flatten().tolist()]
+        drift, ranks_beyond, were_right, *sums = self.world.all_reduce_sum(measured)
         if ranks_beyond:  # nothing of this step is saved
             problem = drift_problem(window.relative_drift, self.states[0]._fields, config.drift_limit)
             raise UserError(
@@ -285,7 +295,13 @@ class Trainer:
             )
 
         seconds = time.perf_counter() - began
-        position.add(segments=segments, tokens=valid_tokens, applied=result.applied, seconds=seconds)
+        position.add(
+            segments=segments,
+            tokens=valid_tokens,
+            applied=result.applied,
+            seconds=seconds,
+            processor_s=time.process_time() - processor_began,
+        )
         self.interval.add(
             segments=segments,
             tokens=valid_tokens,
@@ -293,14 +309,15 @@ class Trainer:
             documents=counts.documents,
             applied=result.applied,
             losses=sums,
+            right=were_right,
             drift=drift,
             step_s=seconds,
             rollout_s=window.rollout_s,
             wait_s=self.reader.wait_s - waited,
         )
         ages = len(LOGGED_AGES)
-        nll, labels = (sum(sums[:ages]), sum(sums[ages:])) if result.applied else (0.0, 0.0)
-        return Trained(result, nll, labels, window.state_gradient_squares)
+        totals = (sum(sums[:ages]), sum(sums[ages:]), were_right) if result.applied else (0.0, 0.0, 0.0)
+        return Trained(result, *totals, window.state_gradient_squares)
 
     def _finite_lanes(self, state: Tensors) -> Tensors:
         """After a skipped step: lanes whose state is not finite start again from the empty one."""

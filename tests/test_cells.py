@@ -61,6 +61,7 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "complex state": lambda dropout: OscillatorCell(dropout=dropout),
     "memformer": configured(MemformerConfig(**MEMFORMER, encoder_layers=1)),
     "memformer, decoder layout": configured(MemformerConfig(**MEMFORMER, layout="decoder", encoder_layers=0)),
+    "memformer, noisy memory": configured(MemformerConfig(**MEMFORMER, encoder_layers=1, memory_noise=0.5)),
     "plain": configured(PlainConfig(**SMALL, layers=2)),
     "rmt": configured(RmtConfig(**SMALL, layers=2, slots=2)),
     "hmt": configured(HmtConfig(**SMALL, layers=2, slots=2, sensory_tokens=4)),

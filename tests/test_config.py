@@ -477,7 +477,7 @@ def test_windows(config, window):
         (BY_METRIC | {"threshold": float("nan")}, "mrbp.window.threshold: found nan; input should be a finite number"),
         (
             BY_METRIC | {"metric": "loss"},
-            "mrbp.window.metric: found 'loss'; input should be 'loss/train', 'eval/loss' or",
+            "mrbp.window.metric: found 'loss'; input should be 'loss/train', 'accuracy/train', 'eval/loss' or",
         ),
         (BY_METRIC | {"every_steps": None}, "mrbp.window.every_steps: missing; steps that loss/train is averaged over"),
         (
@@ -520,8 +520,8 @@ def test_a_window_that_grows_by_evaluations_needs_some(config, metric):
         (BY_METRIC, "mrbp.window=64", 64),
         (7, 'mrbp.window={"by_step": {"0": 3}}', {"by_step": {0: 3}}),
         ({"by_step": {"0": 2, "10": 8}}, "mrbp.window.by_step.20=4", {"by_step": {0: 2, 10: 8, 20: 4}}),
-        (BY_METRIC, "mrbp.window.last=20", BY_METRIC | {"last": 20}),
-        (BY_METRIC, "mrbp.window.every_steps=7", BY_METRIC | {"every_steps": 7}),
+        (BY_METRIC, "mrbp.window.last=20", BY_METRIC | {"last": 20, "growth": 1.0}),
+        (BY_METRIC, "mrbp.window.every_steps=7", BY_METRIC | {"every_steps": 7, "growth": 1.0}),
     ],
 )
 def test_set_overrides_a_schedule_of_windows(config, tmp_path, in_file, override, expected):
@@ -730,8 +730,12 @@ def test_a_path_that_is_no_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_the_configurations_of_the_repository(path, corpus_dir):
-    """Nothing is wrong with them but that the corpus may not be there yet."""
-    RunConfig.load(path, [f"data.corpus={corpus_dir}"])
+    """Nothing is wrong with them but that the corpus, or a task's text, may not be there yet."""
+    task = json.loads(path.read_text())["data"].get("task")
+    overrides = [] if task else [f"data.corpus={corpus_dir}"]
+    if task and "texts" in task:
+        overrides = [f'data.task.texts=["{path}"]']
+    RunConfig.load(path, overrides)
 
 
 # ---- saved and resumed -----------------------------------------------------------------------------------------------

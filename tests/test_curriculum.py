@@ -73,6 +73,21 @@ def grown_by_hand(window: WindowPlan, steps: list[tuple[float, float]]) -> list[
     return windows
 
 
+@pytest.mark.parametrize("growth, windows", [(1, [2, 3, 4, 5]), (1.5, [2, 3, 4, 6, 9, 11]), (4, [2, 8, 11])])
+def test_by_accuracy_and_by_a_factor(growth, windows):
+    """The share of the labels of two steps together that were right; a stop in between is not noticed."""
+    curriculum = Curriculum(by_metric("accuracy/train", 0.75, windows[0], windows[-1], every_steps=2, growth=growth))
+    found = [curriculum.window]
+    while curriculum.window < windows[-1]:
+        for right, passes in ((3, False), (3, False), (3, False), (4, True)):  # 6 of 8 are too few
+            told = curriculum.after_step(0, 9.0, 4.0, right)
+            assert (told is not None) == passes
+            assert not told or told.endswith("accuracy/train was 0.8750 over 2 steps, above 0.75")
+            curriculum = saved_and_loaded(curriculum, curriculum.plan, 0)
+        found.append(curriculum.window)
+    assert found == windows
+
+
 TRAINED = st.tuples(st.sampled_from([0.1, 0.7, 1.3, 2.9, math.nan]), st.sampled_from([1.0, 1.0, 3.0, 0.0]))
 
 

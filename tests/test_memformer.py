@@ -383,6 +383,20 @@ def test_every_dropout_drops(dropped):
     assert not torch.allclose(first, second)
 
 
+def test_noise_on_the_memory_has_its_norm_and_is_of_training_alone():
+    cell = make(memory_noise=0.3)
+    memory = F.normalize(torch.randn(500, *random_state(cell, 1).memory.shape[1:]), dim=-1)
+    state, fresh = random_state(cell, 500)._replace(memory=memory), torch.zeros(500, dtype=torch.bool)
+    noisy = cell._start(state, fresh).detach()
+    assert float((noisy.norm(dim=-1) - 1).abs().max()) < 1e-6
+    # What stands at right angles to a slot turns it: of the noise's D directions all but one.
+    tangent = (noisy * memory).sum(-1).clamp(max=1).arccos().tan()
+    width = memory.shape[-1]
+    assert float(tangent.square().mean()) == pytest.approx(0.3**2 * (width - 1) / width, rel=0.15)
+    cell.eval()
+    assert torch.equal(cell._start(state, fresh), memory)
+
+
 # ------------------------------------------------------------------------------------------- diagnosis, initial weights
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from memformer_dist import metrics
+from memformer_dist.cells.base import token_losses
 from memformer_dist.cells.memformer import Memformer, MemformerConfig
 from memformer_dist.metrics import Constants, Losses, Observed
 from memformer_dist.progress import Interval, Position
+from memformer_dist.segment import IGNORE, Segment
 
 # ------------------------------------------------------------------------------------------------------------- formulas
 
@@ -22,6 +24,7 @@ TWO_STEPS = (
         "documents": 2,
         "applied": True,
         "losses": [40.0, 20.0, 0.0, 0.0, 30.0, 20.0, 20.0, 0.0, 0.0, 50.0],  # nats at five ages, labels at five ages
+        "right": 27.0,
         "drift": 0.25,
         "step_s": 1.5,
         "rollout_s": 0.5,
@@ -34,6 +37,7 @@ TWO_STEPS = (
         "documents": 1,
         "applied": False,
         "losses": [math.nan] * 10,
+        "right": 5.0,
         "drift": 0.5,
         "step_s": 2.5,
         "rollout_s": 0.5,
@@ -64,6 +68,7 @@ def test_every_scalar_of_training():
         "loss/by_segment_age/0": 2.0,
         "loss/by_segment_age/1": 1.0,
         "loss/by_segment_age/8+": 0.6,
+        "accuracy/train": 27 / 90,
         "optim/lr": 1e-3,
         "optim/grad_norm": 2.0,
         "optim/skipped": 1,
@@ -100,6 +105,19 @@ def test_skipped_steps_have_no_part_in_the_loss():
     interval = Interval()
     interval.add(**TWO_STEPS[1])
     assert interval.losses == [] and math.isnan(observed(interval=interval).losses.loss)
+    assert interval.right == 0 and math.isnan(observed(interval=interval).accuracy)
+
+
+def test_a_label_is_right_where_it_has_more_than_half_of_the_probability():
+    """Never more of them than are the likeliest token, and all that are where the others share what is left."""
+    torch.manual_seed(0)
+    logits, labels = 2 * torch.randn(50, 8, 5), torch.randint(5, (50, 8))
+    labels[::7, 2:] = IGNORE
+    segment = Segment(labels, labels, *[torch.zeros(50)] * 5)
+    found = int(metrics.count_right(segment, token_losses(logits, labels)))
+    probability = logits.softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    assert found == int(((probability > 0.5) & (labels != IGNORE)).sum()) > 0
+    assert found < int(((logits.argmax(-1) == labels) & (labels != IGNORE)).sum())
 
 
 def test_every_scalar_of_an_evaluation():
@@ -153,8 +171,8 @@ def test_a_run_logs_what_the_tables_name_and_nothing_else(trained_run):
 def test_a_position_counts_applied_steps_alone_as_updates():
     position = Position()
     for applied in (True, False):
-        position.add(segments=3, tokens=10, applied=applied, seconds=0.5)
-    assert position == Position(step=2, tick=6, tokens=20, updates=1, seconds=1.0)
+        position.add(segments=3, tokens=10, applied=applied, seconds=0.5, processor_s=0.25)
+    assert position == Position(step=2, tick=6, tokens=20, updates=1, seconds=1.0, processor_s=0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------- perf/mfu

@@ -83,7 +83,10 @@ def test_a_checkpoint_of_version_1(folder):
     checkpoint = open_one(folder / "run")
     raw = json.loads((checkpoint.path / "checkpoint.json").read_text())
     contents = checkpoint.contents
-    assert contents.version == CHECKPOINT_VERSION and contents.position.model_dump() == raw["position"]
+    assert (
+        contents.version == CHECKPOINT_VERSION
+        and contents.position.model_dump(exclude={"processor_s"}) == raw["position"]
+    )
     assert contents.interval.tokens == raw["interval"]["labels"]
     assert contents.interval.input_tokens == raw["interval"]["tokens"]
     weights = load_file(checkpoint.path / "weights-00000.safetensors")
@@ -106,6 +109,7 @@ def test_a_run_of_version_1_resumes(folder):
     assert [record["step"] for record in found] == [record["step"] for record in expected] and len(found) > 7
     for one, other in zip(found, expected, strict=True):
         new = {f"{family}/{name}" for family in ("eval", "final") for name in ("gap_shuffled", "bits_per_byte")}
+        new.add("accuracy/train")
         assert one.keys() - new == other.keys()
         # What is exchanged between lanes of which some are idle is not what it was: see CHANGELOG.md, 0.2.0.
         for name in other.keys() - {"eval/loss_shuffled", "final/loss_shuffled"}:

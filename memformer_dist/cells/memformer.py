@@ -69,6 +69,12 @@ class MemformerConfig(LayersConfig):
         True, description="false: write from the second segment of a document on (layout encoder_decoder only)"
     )
     write_projection: bool = Field(False, description="an output projection after the write attention")
+    memory_noise: float = Field(
+        0.0,
+        ge=0,
+        description="norm of the Gaussian noise that is added in training to each slot, of norm 1, before each segment: only"
+        " what is restored all the time outlasts it, and that outlasts documents far longer than those of training too",
+    )
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -230,7 +236,11 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
     def _start(self, state, fresh: Tensor) -> Tensor:
         """The memory that the segment reads: the state's, or m(0) on the lanes bool [B] that start afresh."""
         initial = self.normalise(torch.zeros_like(state.memory[:1]))
-        return torch.where(fresh[:, None, None], initial, state.memory)
+        memory = torch.where(fresh[:, None, None], initial, state.memory)
+        if self.training and self.config.memory_noise:
+            std = self.config.memory_noise / math.sqrt(memory.shape[-1])
+            return F.normalize(memory + std * torch.randn_like(memory), dim=-1)
+        return memory
 
     def _source(self, memory: Tensor) -> Tensor:
         """The memory as the layers read it, in the precision of the parameters (a bf16 model's state is float32)."""

@@ -15,6 +15,12 @@ def run_train() -> None:
     _run("train")
 
 
+def run_prove() -> None:
+    """A request to stop is noted from here on, as for training."""
+    signals.note_stop_requests()
+    _run("prove")
+
+
 def run_prepare() -> None:
     """Ctrl-C is a KeyboardInterrupt once everything is imported: preparation tidies up."""
     listener = signals.end_at_once()

@@ -25,7 +25,7 @@ from memformer_dist import agreement, logs, orphans
 from memformer_dist.checkpoint import NEWEST, WHICH, Checkpoint, open_one
 from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, not_writable
 from memformer_dist.data.dataset import TokenDataset
-from memformer_dist.data.open_data import as_read, corpora_from_here, open_mixture
+from memformer_dist.data.open_data import as_read, corpora_from_here, open_data, open_mixture
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.evaluate import MODES, evaluate, summary
 from memformer_dist.files import write_text
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         segment_length=data.segment_length,
         segments=options.max_segments,
         warmup_segments=options.warmup_segments,
-        texts=token_texts(dataset.tokenizer()),
+        texts=None if data.task else token_texts(dataset.tokenizer()),
         show=lambda ticks: logs.tracked(ticks, "evaluate", "segments per lane", enabled=world.is_main),
     )
     assert losses is not None  # nobody stops it
@@ -146,6 +146,12 @@ def require_agreement(options: argparse.Namespace, saved: Checkpoint, dataset: T
 def open_documents(saved: Checkpoint, corpus: str | None, split: str, lanes: int) -> TokenDataset:
     """The documents of `corpus`, or of the run's. Raises UserError if they were made with another tokenizer."""
     data = saved.contents.config.data
+    if data.task is not None:
+        if corpus is not None:
+            raise UserError(
+                f"--corpus: found {corpus}, expected none: the run was trained on the task {data.task.name}"
+            )
+        return open_data(data)[split == "valid"]
     corpora = {corpus: 1.0} if corpus else corpora_from_here(data, Places.of_run(saved.run_dir))
     splits = open_mixture(corpora, cache=data.cache, cache_gib=data.cache_gib)
     dataset = as_read(splits[split == "valid"], data.mode, lanes)

@@ -11,7 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+import torch
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationInfo, field_validator
 
 from memformer_dist.data.cache import CACHE_FOLDER, CACHE_GIB
 from memformer_dist.data.corpus import Corpus
@@ -22,9 +23,13 @@ from memformer_dist.data.maps import Maps
 from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.sampler import EpochSampler
 from memformer_dist.data.stream import Stream
+from memformer_dist.data.task_documents import TaskDocuments, TaskReader
+from memformer_dist.data.windows import WindowReader
 from memformer_dist.errors import UserError
 from memformer_dist.places import Places, configured, is_url
 from memformer_dist.section import Extent, Section
+from memformer_dist.tasks import TaskSection
+from memformer_dist.tasks.base import TaskConfig
 
 Mode = Literal["documents", "stream"]
 IN_A_CORPUS = f"train/{MANIFEST}"  # by which a folder is known to be one
@@ -37,16 +42,26 @@ def _folder_or_weights(value: Any) -> str | None:
 class DataConfig(Section):
     """The section `data`."""
 
-    corpus: Annotated[
-        Annotated[str, Tag("<folder>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
-        Discriminator(
-            _folder_or_weights,
-            custom_error_type="corpus",
-            custom_error_message="expected a folder, a URL, or an object of weights by folder or URL",
-        ),
-    ] = Field(
+    task: TaskSection | None = Field(
+        None,
+        description="documents made up in place of a corpus's, which ask for what they said segments before: `name` is the"
+        " task, the other fields are that task's own",
+    )
+    corpus: (
+        Annotated[
+            Annotated[str, Tag("<folder>")] | Annotated[dict[str, PositiveFloat], Tag("<weights>")],
+            Discriminator(
+                _folder_or_weights,
+                custom_error_type="corpus",
+                custom_error_message="expected a folder, a URL, or an object of weights by folder or URL",
+            ),
+        ]
+        | None
+    ) = Field(
+        None,
+        validate_default=True,
         description="folder or URL of a corpus written by tokenizer/shard.py; or an object of several, each with its"
-        " weight: how often its documents are dealt per epoch (2 is twice, 0.5 every second epoch)"
+        " weight: how often its documents are dealt per epoch (2 is twice, 0.5 every second epoch); null: see `task`",
     )
     mode: Mode = Field(
         "documents",
@@ -71,10 +86,19 @@ class DataConfig(Section):
     )
     cache_gib: PositiveFloat = Field(CACHE_GIB, description="GiB that the shards of one split may take in the cache")
 
+    @field_validator("corpus")
+    @classmethod
+    def _one_of_corpus_and_task(cls, corpus: Any, info: ValidationInfo) -> Any:
+        if "task" in info.data and corpus is None and info.data["task"] is None:
+            raise ValueError("missing; folder or URL of a corpus, if there is no data.task")
+        if corpus is not None and info.data.get("task") is not None:
+            raise ValueError(f"found {corpus!r} beside data.task, expected one of them")
+        return corpus
+
     @property
     def corpora(self) -> dict[str, float]:
-        """Weights by folder or URL."""
-        return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus
+        """Weights by folder or URL; none of a task."""
+        return {self.corpus: 1.0} if isinstance(self.corpus, str) else self.corpus or {}
 
 
 def open_split(split: str | Path, *, cache: str | Path = CACHE_FOLDER, cache_gib: float = CACHE_GIB) -> Corpus:
@@ -137,6 +161,8 @@ def corpora_from_here(data: DataConfig, places: Places | None = None) -> dict[st
 
 def open_data(data: DataConfig, places: Places | None = None) -> tuple[TokenDataset, TokenDataset]:
     """The training and the validation dataset of a run, in its `places`. Raises UserError naming the field or file."""
+    if data.task is not None:
+        return task_documents(data.task, data.segment_length, data.seed)
     train, valid = open_mixture(corpora_from_here(data, places), cache=data.cache, cache_gib=data.cache_gib)
     return as_read(train, data.mode, data.lanes), as_read(valid, data.mode, data.lanes)
 
@@ -170,6 +196,22 @@ def lane_schedule(
         store=dataset.folder / "schedules",
         order_key=f"{dataset.fingerprint} {min_tokens} {shuffle_shards}",
     )
+
+
+def task_documents(task: TaskConfig, segment_length: int, seed: int) -> tuple[TaskDocuments, TaskDocuments]:
+    """The training documents of a task, by their seed, and the held-out ones, which are always the same."""
+    train = TaskDocuments(task, segment_length=segment_length, seed=seed, held_out=False)
+    return train, TaskDocuments(task, segment_length=segment_length, seed=0, held_out=True)
+
+
+def training_reader(
+    data: DataConfig, dataset: TokenDataset, *, lanes: range, device: torch.device
+) -> WindowReader | TaskReader:
+    """The reader of the global lanes `lanes` of a run's training dataset."""
+    if isinstance(dataset, TaskDocuments):
+        assert data.task is not None
+        return TaskReader(dataset, lanes=lanes, all_lanes=data.lanes, carry=data.task.carry, device=device)
+    return WindowReader(dataset, training_schedule(data, dataset), lanes=lanes, prefetch=data.prefetch, device=device)
 
 
 def training_schedule(data: DataConfig, dataset: TokenDataset) -> LaneSchedule:
