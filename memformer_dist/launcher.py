@@ -91,11 +91,21 @@ def detect(environment: Environment) -> Launch:
 
 
 def detected() -> Launch:
-    """That of this process; a single one where the launcher's variables do not fit together, so that somebody reports it."""
+    """That of this process. Where the launcher's variables do not fit together, what can be read of them, under NOTHING."""
     try:
         return detect(os.environ)
     except LaunchError:
-        return ALONE
+        rank, size = (
+            int(value) if is_number(value := os.environ.get(name, ""), LEAST[name]) else LEAST[name]
+            for name in STANDARD[:2]
+        )
+        return ALONE._replace(rank=rank, size=size)
+
+
+def several_ranks_can_meet() -> bool:
+    """Whether this is one of several ranks, and the launcher's variables fit together."""
+    launch = detected()
+    return launch.by != NOTHING and not launch.is_alone
 
 
 def launch_problems(environment: Environment) -> Iterator[str]:

@@ -51,7 +51,7 @@ def message_of(done: subprocess.CompletedProcess, run_dir: Path) -> str:
 def test_the_configuration_is_not_there(tmp_path):
     message = message_of(train(tmp_path / "gone.json", tmp_path / "run"), tmp_path / "run")
     assert message.startswith(f"--config: found no file {tmp_path / 'gone.json'}, expected a file or one of the")
-    assert " configurations base, big, books_cpu, " in message
+    assert " configurations armt, base, big, books_cpu, " in message
 
 
 def test_the_configuration_is_not_json(tmp_path):

@@ -94,13 +94,13 @@ def run() -> None:
 def _train(options: argparse.Namespace) -> None:
     # Imported once signals are heard: torch takes seconds. DeepSpeed also wants to know the device first.
     from memformer_dist.data.open_data import open_data
-    from memformer_dist.launcher import detected
+    from memformer_dist.launcher import detected, several_ranks_can_meet
     from memformer_dist.world import World
 
     def load() -> "RunConfig":
         return load_config(options, detected().size)
 
-    if detected().is_alone:
+    if not several_ranks_can_meet():
         load()  # a mistake is reported before any device is touched
     world = World.start()
     config = world.on_all_or_raise(load)  # what one rank finds must reach the others: they would wait for it
