@@ -266,8 +266,10 @@ def test_the_installation_ends_with_its_script(start, tmp_path, how, number):
     python.chmod(0o755)
     started = start(how, "env", f"PYTHON={python}", "bash", tmp_path / "launch" / "quickstart.sh")
     started.wait_for("ready")
+    wait_until(
+        lambda: any(process.name() == "sleep" for process in started.below()), what="sleep"
+    )  # forked, not run yet
     below = started.below()
-    assert any(process.name() == "sleep" for process in below)
     started.signal(number)
     assert started.code() == 128 + number, started.said()
     wait_until(lambda: not any(map(lives, below)), what="it is left behind")
