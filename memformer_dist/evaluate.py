@@ -20,8 +20,8 @@ long documents are cut over the lanes (data/pieces.py).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,42 +97,24 @@ def plan(
     return whole if pieces is None else Plan(pieces, dealt(pieces, pieces.order))
 
 
-def evaluate(
-    forward: Callable,
-    cell: RecurrentCell,
-    dataset: TokenDataset,
-    world: World,
-    *,
-    lanes: int,
-    segment_length: int,
-    segments: int | None = None,
-    warmup_segments: int | None = None,
-    **options: Any,
-) -> dict[str, Losses] | None:
-    """Losses by mode over every document once, or over the first `segments` of every lane. See `plan`, `evaluations`."""
-    reads = plan(dataset, world.size, lanes=lanes, segment_length=segment_length, warmup_segments=warmup_segments)
-    found = evaluations(forward, cell, reads, world, limits=[segments], **options)
-    return None if found is None else found[0]
-
-
 @torch.no_grad()
-def evaluations(
+def evaluate(
     forward: Callable,
     cell: RecurrentCell,
     reads: Plan,
     world: World,
     *,
-    limits: Sequence[int | None] = (None,),
+    segments: int | None = None,
     lanes_per_group: int | None = None,
     texts: TokenTexts | None = None,
     show: Callable[[range], Iterable[int]] = lambda ticks: ticks,
     stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Losses]] | None:
-    """Losses by mode after each of several numbers of segments, all of them from one reading. A collective call.
+) -> dict[str, Losses] | None:
+    """Losses by mode over every document once, or over the first segments of every lane. A collective call.
 
     Args:
         forward: forward("advance" | "readout", segment, tensors), in evaluation mode: the cell itself or its engine.
-        limits: how many segments of every lane count, warm-up included; None: every document once.
+        segments: stop after so many segments of every lane, warm-up included.
         lanes_per_group: lanes of a rank that go through the model at once, each of them once per mode; None: all.
         texts: counts the text that labels stand for.
         show: given the segments to come, yields them: logs.tracked, for example.
@@ -140,21 +122,17 @@ def evaluations(
 
     Raises CorpusError, on every rank, if a document is damaged.
     """
-    stops = [reads.segments(limit) for limit in limits]
-    lanes, ticks = reads.schedule.lanes, max(stops)
-    reader = WindowReader(reads.dataset, reads.schedule, lanes=world.lanes_of_rank(lanes), stop=ticks)
+    lanes, ticks = world.lanes_of_rank(reads.schedule.lanes), reads.segments(segments)
+    reader = WindowReader(reads.dataset, reads.schedule, lanes=lanes, stop=ticks)
     _raise_on_all(world, _prepare_all(reader, ticks))
     evaluation = Evaluation(forward, cell, world, len(reader.lanes), lanes_per_group, texts)
-    found: dict[int, dict[str, Losses]] = {}
     for tick in show(range(ticks)):
         if tick % CHUNK_TICKS == 0:  # a shard may have left the cache since, and may be out of reach now
             _raise_on_all(world, reader.prepare(tick, CHUNK_TICKS))
         evaluation.read(*reads.read(reader, tick))
         if stop():
             return None
-        if tick + 1 in stops:
-            found[tick + 1] = evaluation.losses()
-    return [found[number] for number in stops]
+    return evaluation.losses()
 
 
 class Evaluation:
@@ -227,7 +205,7 @@ class Evaluation:
                 held[live] = new[: len(live)]
 
     def losses(self) -> dict[str, Losses]:
-        """Of what was read so far, over all ranks, by mode."""
+        """Over all ranks, by mode."""
         sums = {mode: self._over_ranks(losses) for mode, losses in self.sums.items()}
         text, text_beside = (self._text_over_ranks(x) for x in (self.text, self.text_beside_shuffled))
         found = {mode: Losses.of(values)._replace(text=text) for mode, values in sums.items()}

@@ -391,12 +391,12 @@ class Trainer:
         if self.evaluated is not None and self.evaluated[0] == (self.position.step, segments):
             return self._log_losses(family, self.evaluated[1])  # the one at the end has read all documents already
         module.eval()
-        found = evaluate.evaluations(
+        losses = evaluate.evaluate(
             self.engine,
             module,
             self.evaluation_plan,
             self.world,
-            limits=[segments],
+            segments=segments,
             lanes_per_group=self.config.lanes_per_group(self.world.size),
             texts=self.texts,
             show=lambda ticks: tracked(
@@ -409,10 +409,10 @@ class Trainer:
             stop=lambda: self.stop.agreed() is not None,
         )
         module.train()
-        if found is None:
+        if losses is None:
             return None
-        self.evaluated = (self.position.step, segments), found[0]
-        return self._log_losses(family, found[0])
+        self.evaluated = (self.position.step, segments), losses
+        return self._log_losses(family, losses)
 
     def _log_losses(self, family: str, losses: dict[str, Losses]) -> dict[str, Losses]:
         self.monitor.log(self.position, metrics.evaluation_scalars(family, losses))

@@ -11,7 +11,7 @@ import torch
 from memformer_dist.commands.evaluate import table
 from memformer_dist.data.corpus import Corpus
 from memformer_dist.data.lanes import LaneSchedule
-from memformer_dist.evaluate import MODES, evaluate, evaluation_lanes, plan, summary
+from memformer_dist.evaluate import MODES, evaluation_lanes, plan, summary
 from memformer_dist.metrics import AGES, LossByAge, Losses, evaluation_scalars
 from memformer_dist.segment import IGNORE, Segment
 from tests.helpers import ROOT
@@ -26,6 +26,7 @@ from tests.helpers.evaluation import (
     by_age,
     cut,
     document_by_document,
+    evaluate_documents,
     mean,
     new_cell,
     random_documents,
@@ -42,7 +43,7 @@ def corpus(tmp_path) -> Corpus:
 
 
 def run(cell, corpus, world, *, lanes=4, **options):
-    return evaluate(cell, cell, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
+    return evaluate_documents(cell, cell, corpus, world, lanes=lanes, **options)
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def test_nothing_is_left_behind(corpus, world):
         recorded.append(torch.is_grad_enabled() or (part == "readout" and result.requires_grad))
         return result
 
-    found = evaluate(forward, cell, corpus, world, lanes=4, segment_length=LENGTH)
+    found = evaluate_documents(forward, cell, corpus, world, lanes=4, segment_length=LENGTH)
     assert recorded and not any(recorded) and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in cell.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in cell.named_parameters())
@@ -428,7 +429,7 @@ def test_a_run_whose_evaluations_are_limited_and_cut(config, corpus_dir, tmp_pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     curve, (end,) = ([record for record in records if name in record] for name in ("eval/loss", "final/loss"))
-    assert len(curve) == 3 and curve[-1] is records[-1] and curve[-1]["step"] == end["step"] == summary["steps"]
+    assert len(curve) == 3 and records[-2:] == [curve[-1], end] and curve[-1]["step"] == end["step"] == summary["steps"]
     assert end["final/loss"] == summary["eval_loss"]
     assert end["final/bits_per_byte"] == summary["eval_bits_per_byte"]
     names = (

@@ -13,7 +13,7 @@ from memformer_dist.data.lanes import LaneSchedule
 from memformer_dist.data.pieces import Pieces, cut, lay_out
 from memformer_dist.data.stream import Stream
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.evaluate import MODES, evaluate, evaluations, lanes_of_other_documents, plan
+from memformer_dist.evaluate import MODES, lanes_of_other_documents, plan
 from memformer_dist.segment import IGNORE
 from tests.helpers import evaluation
 from tests.helpers.corpora import random_split, write_split
@@ -25,6 +25,7 @@ from tests.helpers.evaluation import (
     assert_equal,
     by_age,
     document_by_document,
+    evaluate_documents,
     mean,
     new_cell,
     random_documents,
@@ -173,8 +174,8 @@ def long_documents(tmp_path):
     return Corpus.open(write_split(tmp_path / "valid", documents, vocabulary=TOKENIZER)), documents
 
 
-def run(cell, corpus, world, *, lanes=4, **options):
-    return evaluate(cell, cell, corpus, world, lanes=lanes, segment_length=LENGTH, **options)
+def run(cell, corpus, world, *, lanes=4, forward=None, **options):
+    return evaluate_documents(forward or cell, cell, corpus, world, lanes=lanes, **options)
 
 
 def test_a_cell_that_forgets_within_the_warmup_loses_nothing(world, long_documents):
@@ -215,7 +216,7 @@ def test_a_memformer_comes_closer_with_the_warmup(world, long_documents, layout)
                         carried[place] = float(result[row].sum())
             return result
 
-        found = evaluate(forward, cell, corpus, world, lanes=4, segment_length=LENGTH, warmup_segments=warmup)
+        found = evaluate_documents(forward, cell, corpus, world, lanes=4, segment_length=LENGTH, warmup_segments=warmup)
         assert len(carried) == len(expected["carried"])
         errors.append(sum(abs(carried[row.document, row.age] - row.nll) for row in expected["carried"]))
         assert found["carried"].by_age.keys() == by_age(expected["carried"]).keys()
@@ -348,22 +349,19 @@ def test_two_and_three_ranks_give_the_same(world, long_documents):
         run_ranks(ranks, same_on_ranks, corpus.path, expected)
 
 
-# ---- several limits, one reading -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("warmup", [None, 1])
-def test_losses_at_several_limits_are_those_of_several_evaluations(world, long_documents, warmup):
-    """Bit by bit; each segment is read once."""
+def test_what_is_read_is_known_beforehand(world, long_documents, warmup):
+    """How many segments and tokens, of all documents and of a part: what the start of a run says."""
     corpus, cell = long_documents[0], new_cell("toy")
-    reads, calls = plan(corpus, 1, lanes=4, segment_length=LENGTH, warmup_segments=warmup), []
+    reads = plan(corpus, 1, lanes=4, segment_length=LENGTH, warmup_segments=warmup)
+    for limit in (None, 5, 9, 10**6):
+        tokens = []
 
-    def forward(part, *arguments):
-        calls.append(part)
-        return cell(part, *arguments)
+        def forward(part, segment, tensors):
+            if part == "advance":
+                tokens.append(int(segment.length.sum()) // len(MODES))
+            return cell(part, segment, tensors)
 
-    found = evaluations(forward, cell, reads, world, limits=[None, 5, 9, 10**6])
-    for limit, losses in zip((None, 5, 9, 10**6), found, strict=True):
-        assert losses == run(cell, corpus, world, segments=limit, warmup_segments=warmup)
-    assert found[1] != found[2] != found[0] == found[3]
-    assert calls.count("advance") == reads.segments() < 21 and reads.segments(5) == 5
+        assert run(cell, corpus, world, segments=limit, warmup_segments=warmup, forward=forward) is not None
+        assert len(tokens) == reads.segments(limit) <= (limit or 20) and sum(tokens) == reads.tokens(limit)
     assert reads.tokens() == sum(LONG) + (0 if warmup is None else LENGTH * (len(reads.dataset.lengths) - len(LONG)))

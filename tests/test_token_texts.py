@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.data.corpus import Corpus
-from memformer_dist.evaluate import evaluate, summary
+from memformer_dist.evaluate import summary
 from memformer_dist.metrics import evaluation_scalars
 from memformer_dist.prepare.build import shard
 from memformer_dist.prepare.tokenizer import train_tokenizer
@@ -19,6 +19,7 @@ from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.token_texts import TokenTexts, token_texts
 from memformer_dist.tokenizer import open_tokenizer
 from tests.helpers import tokenizers as made
+from tests.helpers.evaluation import evaluate_documents
 from tests.helpers.ranks import run_ranks
 
 TEXTS = (
@@ -197,7 +198,7 @@ def bits_per_byte_rank(world, path, expected_bytes, tokenizer) -> None:
     valid = Corpus.open(path / "valid")
     cell, texts = small_cell(valid.vocabulary), token_texts(tokenizer)
     for options in ({"lanes": 4}, {"lanes": 9}, {"lanes": 3, "warmup_segments": 1}):
-        found = evaluate(cell, cell, valid, world, segment_length=16, texts=texts, **options)
+        found = evaluate_documents(cell, cell, valid, world, segment_length=16, texts=texts, **options)
         carried = found["carried"]
         assert carried.text.bytes == expected_bytes
         nats = carried.loss * carried.labels
@@ -229,7 +230,9 @@ def test_of_a_part_of_the_documents(world, corpus, tokenizer):
     _, plain, chats = corpus
     model, valid = SentencePieceProcessor(model_file=str(tokenizer)), Corpus.open(corpus[0] / "valid")
     cell, texts = small_cell(valid.vocabulary), token_texts(tokenizer)
-    found = evaluate(cell, cell, valid, world, lanes=20, segment_length=16, segments=2, texts=texts)["carried"]
+    found = evaluate_documents(cell, cell, valid, world, lanes=20, segment_length=16, segments=2, texts=texts)[
+        "carried"
+    ]
     expected = labels = 0
     for document in [*plain, *chats]:
         parts = document.get("parts", [{"text": document.get("text"), "loss": True}])
@@ -250,6 +253,6 @@ def _bytes(model: SentencePieceProcessor, token: int) -> bytes:
 def test_without_a_tokenizer_there_are_none(world, corpus):
     valid = Corpus.open(corpus[0] / "valid")
     cell = small_cell(valid.vocabulary)
-    found = evaluate(cell, cell, valid, world, lanes=4, segment_length=16)
+    found = evaluate_documents(cell, cell, valid, world, lanes=4, segment_length=16)
     assert found["carried"].bits_per_byte is None and summary(found)["eval_bits_per_byte"] is None
     assert summary(found)["eval_bytes"] is None and "eval/bits_per_byte" not in evaluation_scalars("eval", found)

@@ -27,7 +27,7 @@ from memformer_dist.commands.options import Options, integer, nonempty_path, non
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.open_data import as_read, corpora_from_here, open_data, open_mixture
 from memformer_dist.errors import UserError, run_program
-from memformer_dist.evaluate import MODES, evaluate, summary
+from memformer_dist.evaluate import MODES, evaluate, plan, summary
 from memformer_dist.files import write_text
 from memformer_dist.metrics import AGES, Losses, gap
 from memformer_dist.places import Places, recorded
@@ -90,15 +90,19 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = world.on_all_or_raise(lambda: open_documents(saved, options.corpus, options.split, lanes))
     require_agreement(options, saved, dataset, world)
     cell = saved.cell(world.device)
+    reads = plan(
+        dataset,
+        world.size,
+        lanes=lanes,
+        segment_length=data.segment_length,
+        warmup_segments=options.warmup_segments,
+    )
     losses = evaluate(
         cell,
         cell,
-        dataset,
+        reads,
         world,
-        lanes=lanes,
-        segment_length=data.segment_length,
         segments=options.max_segments,
-        warmup_segments=options.warmup_segments,
         texts=None if data.task else token_texts(dataset.tokenizer()),
         show=lambda ticks: logs.tracked(ticks, "evaluate", "segments per lane", enabled=world.is_main),
     )

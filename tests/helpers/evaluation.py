@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from memformer_dist.evaluate import evaluate, plan
 from memformer_dist.metrics import AGES, Losses
 from memformer_dist.segment import IGNORE, Segment
 from memformer_dist.vocabulary import Vocabulary
@@ -98,3 +99,9 @@ def by_age(rows: list[Row]) -> dict[str, float]:
 def assert_equal(found: Losses, rows: list[Row]) -> None:
     assert found.loss == pytest.approx(mean(rows), rel=EXACT)
     assert found.by_age == pytest.approx(by_age(rows), rel=EXACT)
+
+
+def evaluate_documents(forward, cell, dataset, world, *, lanes, segment_length=LENGTH, warmup_segments=None, **options):
+    """An evaluation of a dataset, planned and made."""
+    reads = plan(dataset, world.size, lanes=lanes, segment_length=segment_length, warmup_segments=warmup_segments)
+    return evaluate(forward, cell, reads, world, **options)
