@@ -179,7 +179,8 @@ class Evaluation:
         self.text = self.text_beside_shuffled = UNKNOWN_TEXT if texts is None else NO_TEXT
         self.last_tokens = torch.full((lanes,), -1)
         self.held = np.full(lanes * world.size, -1)  # the documents in which the lanes of all ranks wrote their memory
-        self.states = {mode: cell.empty_state(lanes, device=world.device) for mode in self.modes}
+        # Copies, because these are written to: leaves of an empty state may be expanded, or one tensor twice.
+        self.states = {mode: _copied(cell.empty_state(lanes, device=world.device)) for mode in self.modes}
 
     def read(self, segment: Segment, reading: np.ndarray) -> None:
         """The next segment of every lane, in every mode. `reading`, int64 [B]: the documents of ALL lanes, -1 for none."""
@@ -243,6 +244,10 @@ class Evaluation:
     def _text_over_ranks(self, count: TextCount) -> TextCount:
         total = TextCount(*self.world.all_reduce_sum(list(count)))
         return UNKNOWN_TEXT if math.isnan(total.words) else total  # on one rank, on all
+
+
+def _copied(state: Tensors) -> Tensors:
+    return state._make(x.clone(memory_format=torch.contiguous_format) for x in state)
 
 
 def _in_mode(segment: Segment, mode: str) -> Segment:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memformer_dist.advice import Sizes, Source, advice
+from memformer_dist.cells.check import parameter_problems
 from memformer_dist.checkpoint import Checkpoint, Damaged, build_cell
 from memformer_dist.config import RunConfig
 from memformer_dist.data.dataset import TokenDataset
@@ -141,8 +142,8 @@ def introduce_evaluations(config: RunConfig, plan: Plan) -> None:
     log.info(said)
 
 
-def expect_room(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Raises UserError if the weights, which every rank draws on the CPU, do not fit into this machine's memory."""
+def expect_trainable(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError if weights break rule 8 of cells, or do not fit into memory: every rank draws them all on the CPU."""
     try:
         with torch.device("meta"):
             cell = build_cell(config, vocabulary)
@@ -150,6 +151,8 @@ def expect_room(config: RunConfig, vocabulary: Vocabulary) -> None:
         if "overflow" not in str(error):
             raise
         raise UserError(f"model: its sizes are too large: {str(error).splitlines()[0]}") from None
+    if problems := list(parameter_problems(cell)):
+        raise UserError("\n".join(f"model: {problem}" for problem in problems))
     numbers = sum(parameter.numel() for parameter in cell.parameters())
     needed = sum(parameter.nbytes for parameter in cell.parameters())
     free = free_bytes(torch.device("cpu"))

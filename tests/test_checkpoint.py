@@ -26,6 +26,7 @@ from memformer_dist.progress import Position
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from tests.helpers import ROOT
+from tests.helpers.engines import make_engine, make_optimizer
 from tests.helpers.files import flip, truncate
 from tests.helpers.forks import start_fork
 from tests.helpers.ranks import run_ranks
@@ -557,3 +558,47 @@ def test_nothing_is_pickled(tmp_path, world):
         assert not unpicklers(path.read_text()), path
     for line in ("import pickle", "from torch import load", "torch.save(x, y)", "np.load(x, allow_pickle=True)"):
         assert unpicklers(line), line
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+class RandomFeatures(ToyCell):
+    """With a random projection that is no parameter, and with what can be computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("projection", torch.randn(3, 3))
+        self.register_buffer("counts", torch.randint(99, (2,)))
+        self.register_buffer("table", torch.randn(2), persistent=False)
+
+
+def buffers_rank(world, folder) -> None:
+    for stage in range(4):
+        torch.manual_seed(stage)
+        cell = RandomFeatures()
+        settings = {"zero_optimization": {"stage": stage}}
+        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+        expected = {name: buffer.clone() for name, buffer in cell.named_buffers()}
+        run_dir, lanes = folder / str(stage), world.lanes_of_rank(LANES)
+        path = saving.save(run_dir, engine, world, contents=contents(1), lanes=lanes, state=lane_state(lanes, 1))
+        fresh, saved = RandomFeatures(), Checkpoint(path)
+        other = {name: buffer.clone() for name, buffer in fresh.named_buffers()}
+        saved.load_weights(fresh)
+        for name, buffer in fresh.named_buffers():
+            assert torch.equal(buffer, (other if name == "table" else expected)[name]), (stage, name)
+            assert buffer.dtype == expected[name].dtype
+        assert saved.trained == {name for name, _ in fresh.named_parameters()}
+        with pytest.raises(UserError, match="its parameters are not this model's: counts, projection on one side"):
+            saved.load_weights(ToyCell())
+
+
+@pytest.mark.slow
+def test_persistent_buffers_are_part_of_a_checkpoint(tmp_path, world):
+    """A random projection was drawn anew by evaluation and generation, and the model was another one."""
+    run_ranks(2, buffers_rank, tmp_path)
+    cell = RandomFeatures()
+    before = cell.projection.clone()
+    save(tmp_path / "old", world, 1, cell=ToyCell())
+    Checkpoint(tmp_path / "old/checkpoints/step-00000001").load_weights(cell)
+    assert torch.equal(cell.projection, before), "a checkpoint of an earlier version has none"

@@ -261,6 +261,40 @@ def test_a_memory_of_another_name(corpus, world):
     run_ranks(2, exchanged_by_name_rank, corpus.path)
 
 
+class TwiceState(NamedTuple):
+    memory: torch.Tensor
+    seen: torch.Tensor
+    other: torch.Tensor
+
+
+class TwiceCell(ToyCell):
+    """As an LSTM: two leaves, of which each is a part of the memory; `shared`: an empty state holds one tensor twice."""
+
+    memory_leaves = ("memory", "other")
+    shared = True
+
+    def empty_state(self, lanes, device=None):
+        state = super().empty_state(lanes, device)
+        zeros = state.memory[:1].expand(lanes, -1) if self.shared else state.memory
+        return TwiceState(zeros, state.seen, zeros if self.shared else zeros.clone())
+
+    def advance(self, segment, state):
+        features, after = super().advance(segment, ToyState(state.memory + state.other.roll(1, 1), state.seen))
+        return features, TwiceState(after.memory, after.seen, after.memory.square())
+
+
+def test_leaves_of_an_empty_state_may_share_their_memory(corpus, world):
+    """`zeros, zeros` is how an LSTM's state begins: it was written to as if it were two, and figures were wrong in silence."""
+    figures = []
+    for shared in (False, True):
+        torch.manual_seed(5)
+        cell = TwiceCell().double().eval()
+        cell.shared = shared
+        figures.append(run(cell, corpus, world))
+    assert figures[0] == figures[1]
+    assert figures[0]["carried"].loss != figures[0]["no_state"].loss
+
+
 def test_a_cell_without_memory(corpus, world):
     """Nothing to reset and nothing to exchange: its losses are those of `carried`; only no_state takes something away."""
     cell = new_cell("toy")
