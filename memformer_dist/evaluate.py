@@ -324,19 +324,24 @@ def _prepare_all(reader: WindowReader, ticks: int) -> str | None:
 
 
 def summary(losses: dict[str, Losses]) -> dict:
-    """The figures of an evaluation under the names that summary.json uses; None for what was not measured."""
+    """The figures of an evaluation under the names that summary.json uses; None for what was not measured, or is no number."""
     carried = losses["carried"]
-    figures: dict = {"eval_loss": carried.loss}
+    figures: dict = {"eval_loss": _finite(carried.loss)}
     for mode in MODES[1:]:
-        figures[f"eval_loss_{mode}"] = None if losses[mode].is_missing else losses[mode].loss
-    figures["gap"] = gap(losses, "no_memory")
-    figures["gap_shuffled"] = gap(losses, "shuffled")
-    figures["eval_bits_per_byte"] = carried.bits_per_byte
+        figures[f"eval_loss_{mode}"] = _finite(losses[mode].loss)
+    figures["gap"] = _finite(gap(losses, "no_memory"))
+    figures["gap_shuffled"] = _finite(gap(losses, "shuffled"))
+    figures["eval_bits_per_byte"] = _finite(carried.bits_per_byte)
     for mode in MODES[1:]:
-        figures[f"eval_bits_per_byte_{mode}"] = losses[mode].bits_per_byte
+        figures[f"eval_bits_per_byte_{mode}"] = _finite(losses[mode].bits_per_byte)
     figures["eval_tokens"] = int(carried.labels)
     figures["eval_bytes"] = None if carried.bits_per_byte is None else int(carried.text.bytes)
     figures["eval_loss_by_segment_age"] = {
-        mode: {age: found.by_age.get(age) for age in carried.by_age} for mode, found in losses.items()
+        mode: {age: _finite(found.by_age.get(age)) for age in carried.by_age} for mode, found in losses.items()
     }
     return figures
+
+
+def _finite(figure: float | None) -> float | None:
+    """JSON has no nan, which is what a model that has diverged comes to."""
+    return figure if figure is not None and math.isfinite(figure) else None

@@ -18,6 +18,7 @@ from memformer_dist.advice import Sizes, Source, advice
 from memformer_dist.cells.check import parameter_problems
 from memformer_dist.checkpoint import Checkpoint, Damaged, build_cell
 from memformer_dist.config import RunConfig
+from memformer_dist.curriculum import WindowByMetric
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels
 from memformer_dist.data.lanes import LaneSchedule
@@ -171,7 +172,8 @@ class Labels(NamedTuple):
 def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -> Labels:
     """What loss masks leave of the training split and of the validation split.
 
-    Raises UserError if they leave nothing of the training split: it would be read for ever.
+    Raises UserError if they leave nothing of the training split, which would be read for ever, or nothing of a validation
+    split whose figures the run depends on.
     """
     train, valid = corpora
     names = list(config.data.corpora)
@@ -179,7 +181,14 @@ def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -
     try:
         _, of_valid = expect_labels(valid, valid.sources(), names)
         facts += [f"{fact} (validation split)" for fact in of_valid]
-    except UserError:
+    except UserError as error:
+        window = config.mrbp.window
+        depends = [
+            *(["training.early_stopping_patience"] if config.training.early_stopping_patience is not None else []),
+            *(["mrbp.window.metric"] if isinstance(window, WindowByMetric) and window.metric != "loss/train" else []),
+        ]
+        if depends:
+            raise UserError(f"{', '.join(depends)}: found without a figure of the validation split\n{error}") from None
         facts.append(
             "data.corpus: no label of the validation split counts in the loss: evaluations will have no figures"
         )

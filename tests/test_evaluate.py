@@ -362,6 +362,22 @@ def figures_in(table: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
+def test_figures_that_are_no_numbers_are_null(tmp_path, world):
+    """Without labels, and of a model that has diverged: NaN is no JSON."""
+    documents = random_documents()[0]
+    masks = [np.zeros(len(document), int) for document in documents]
+    masked = Corpus.open(write_split(tmp_path / "masked", documents, masks, vocabulary=TOKENIZER))
+    whole = Corpus.open(write_split(tmp_path / "whole", documents, vocabulary=TOKENIZER))
+    diverged = new_cell("toy")
+    diverged.head.weight.data.fill_(math.nan)
+    for cell, corpus in ((new_cell("toy"), masked), (diverged, whole)):
+        losses = run(cell, corpus, world)
+        figures = summary(losses)
+        json.dumps(figures, allow_nan=False)
+        assert figures["eval_loss"] is None and figures["gap"] is None
+    assert "n/a: no label of these documents counts in the loss" in table(run(new_cell("toy"), masked, world))
+
+
 def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     """On one process and on two, and with other lanes: the figures of summary.json, which the engine computed."""
     expected = json.loads((trained_run / "summary.json").read_text())
