@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 from memformer_dist import checkpoint, files, saving
@@ -602,3 +603,48 @@ def test_persistent_buffers_are_part_of_a_checkpoint(tmp_path, world):
     save(tmp_path / "old", world, 1, cell=ToyCell())
     Checkpoint(tmp_path / "old/checkpoints/step-00000001").load_weights(cell)
     assert torch.equal(cell.projection, before), "a checkpoint of an earlier version has none"
+
+
+# ---- what cannot be written ------------------------------------------------------------------------------------------
+
+
+def full_disk_rank(world, folder) -> None:
+    """No room, for each of the files in turn, on rank 0 or, for its lanes, on rank 1: both end with the same message."""
+    save(folder, world, 1)
+    for rank, file in (
+        (0, "weights"),
+        (0, "moments"),
+        (0, "checkpoint.json"),
+        (0, "manifest.json"),
+        (1, "lanes-00004"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            write_file, write_bytes = saving.save_file, Path.write_bytes
+
+            def full(path) -> None:
+                if world.rank == rank and file in str(path):
+                    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+            def full_of_bytes(path, content) -> None:
+                if world.rank == rank and file in str(path):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_bytes(path, content)
+
+            patch.setattr(saving, "save_file", lambda tensors, path: (full(path), write_file(tensors, path)))
+            patch.setattr(Path, "write_bytes", full_of_bytes)
+            with pytest.raises(UserError) as caught:
+                save(folder, world, 2)
+        assert re.fullmatch(
+            rf"rank {rank} on \S+: \S+/partial-00000002: the checkpoint cannot be saved: No space left on device",
+            str(caught.value),
+        ), caught.value
+        dist.barrier()
+        assert names(folder) == ["step-00000001"], file
+    save(folder, world, 2)
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    assert_of_step(checkpoint.newest(folder, world), 2)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(tmp_path):
+    """One rank's traceback left the others waiting; the disk has its room again, and what was there stays."""
+    run_ranks(2, full_disk_rank, tmp_path)
