@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000200/
         checkpoint.json                position, vocabulary and resolved configuration
-        weights-00000.safetensors      parameter name -> fp32 tensor; further files when these grow over 2 GiB
+        weights-00000.safetensors      fp32 parameters and persistent buffers by name; further files beyond 2 GiB
         moments-00000.safetensors      "exp_avg.NAME" and "exp_avg_sq.NAME": Adam's moments, whole tensors
         lanes-00000-00008.safetensors  the cell's state of global lanes 0 ... 7, written by the rank that had them
         manifest.json                  bytes and sha256 of every file above, written last
@@ -27,7 +27,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
+from memformer_dist.cells.base import RecurrentCell, persistent_buffers
 from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
@@ -163,20 +163,23 @@ class Checkpoint:
         return [self.path / name for name in sorted(self.records) if name.startswith(prefix)]
 
     def load_weights(self, cell: nn.Module) -> None:
-        """Copy the weights into a cell. Raises UserError if names or shapes are not the cell's."""
+        """Copy weights and persistent buffers into a cell. Raises UserError if names or shapes are not the cell's."""
         weights = TensorFiles(self.files("weights-"))
-        parameters = dict(cell.named_parameters())
-        if missing := parameters.keys() ^ weights.keys():
+        own: dict[str, Tensor] = dict(cell.named_parameters())
+        buffers = persistent_buffers(cell)
+        missing = own.keys() - weights.keys() | weights.keys() - own.keys() - buffers.keys()
+        if missing:
             raise UserError(
                 f"{self.path}: its parameters are not this model's: {', '.join(sorted(missing)[:5])} on one side only"
             )
-        for name, parameter in parameters.items():
+        own |= {name: buffer for name, buffer in buffers.items() if name in weights.file_of}  # new in version 0.2.0
+        for name, tensor in own.items():
             value = weights[name]
-            if value.shape != parameter.shape:
+            if value.shape != tensor.shape:
                 raise UserError(
-                    f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(parameter.shape)}"
+                    f"{self.path}: {name} has shape {tuple(value.shape)}, this model's has {tuple(tensor.shape)}"
                 )
-            parameter.data.copy_(value)
+            tensor.data.copy_(value)
 
     def cell(self, device: torch.device) -> RecurrentCell:
         """The trained cell, in evaluation mode."""

@@ -157,7 +157,8 @@ class Evaluation:
         self.text = self.text_beside_shuffled = UNKNOWN_TEXT if texts is None else NO_TEXT
         self.last_tokens = torch.full((lanes,), -1)
         self.held = np.full(lanes * world.size, -1)  # the documents in which the lanes of all ranks wrote their memory
-        self.states = {mode: cell.empty_state(lanes, device=world.device) for mode in self.modes}
+        # Copies, because these are written to: leaves of an empty state may be expanded, or one tensor twice.
+        self.states = {mode: _copied(cell.empty_state(lanes, device=world.device)) for mode in self.modes}
 
     def read(self, segment: Segment, reading: np.ndarray) -> None:
         """The next segment of every lane, in every mode. `reading`, int64 [B]: the documents of ALL lanes, -1 for none."""
@@ -221,6 +222,10 @@ class Evaluation:
     def _text_over_ranks(self, count: TextCount) -> TextCount:
         total = TextCount(*self.world.all_reduce_sum(list(count)))
         return UNKNOWN_TEXT if math.isnan(total.words) else total  # on one rank, on all
+
+
+def _copied(state: Tensors) -> Tensors:
+    return state._make(x.clone(memory_format=torch.contiguous_format) for x in state)
 
 
 def _in_mode(segment: Segment, mode: str) -> Segment:
@@ -297,19 +302,24 @@ def _prepare_all(reader: WindowReader, ticks: int) -> str | None:
 
 
 def summary(losses: dict[str, Losses]) -> dict:
-    """The figures of an evaluation under the names that summary.json uses; None for what was not measured."""
+    """The figures of an evaluation under the names that summary.json uses; None for what was not measured, or is no number."""
     carried = losses["carried"]
-    figures: dict = {"eval_loss": carried.loss}
+    figures: dict = {"eval_loss": _finite(carried.loss)}
     for mode in MODES[1:]:
-        figures[f"eval_loss_{mode}"] = None if losses[mode].is_missing else losses[mode].loss
-    figures["gap"] = gap(losses, "no_memory")
-    figures["gap_shuffled"] = gap(losses, "shuffled")
-    figures["eval_bits_per_byte"] = carried.bits_per_byte
+        figures[f"eval_loss_{mode}"] = _finite(losses[mode].loss)
+    figures["gap"] = _finite(gap(losses, "no_memory"))
+    figures["gap_shuffled"] = _finite(gap(losses, "shuffled"))
+    figures["eval_bits_per_byte"] = _finite(carried.bits_per_byte)
     for mode in MODES[1:]:
-        figures[f"eval_bits_per_byte_{mode}"] = losses[mode].bits_per_byte
+        figures[f"eval_bits_per_byte_{mode}"] = _finite(losses[mode].bits_per_byte)
     figures["eval_tokens"] = int(carried.labels)
     figures["eval_bytes"] = None if carried.bits_per_byte is None else int(carried.text.bytes)
     figures["eval_loss_by_segment_age"] = {
-        mode: {age: found.by_age.get(age) for age in carried.by_age} for mode, found in losses.items()
+        mode: {age: _finite(found.by_age.get(age)) for age in carried.by_age} for mode, found in losses.items()
     }
     return figures
+
+
+def _finite(figure: float | None) -> float | None:
+    """JSON has no nan, which is what a model that has diverged comes to."""
+    return figure if figure is not None and math.isfinite(figure) else None

@@ -7,11 +7,12 @@ whose held-out loss was the lowest of the evaluations so far. checkpoint.py says
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,21 +39,18 @@ def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents,
 
     Args:
         lanes, state: this rank's global lanes, and their states in that order.
+
+    Raises UserError, on all ranks, if one cannot write: the checkpoints before stay.
     """
     folder = run_dir / "checkpoints"
     final = folder / name_of(contents.position.step)
     partial = folder / f"partial-{contents.position.step:08d}"
-    if world.is_main:
+
+    def begin() -> None:
         make_way(partial)
         partial.mkdir(parents=True)
-    dist.barrier()
-    _write_tensors(
-        {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()},
-        partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors",
-    )
-    _save_tensors(partial, engine, world)
-    dist.barrier()
-    if world.is_main:
+
+    def finish() -> None:
         # Not by files.write_text: the whole folder is flushed and renamed at once.
         (partial / "checkpoint.json").write_bytes(contents.model_dump_json(indent=2).encode())
         records = {path.name: FileRecord.of(path) for path in sorted(partial.iterdir())}
@@ -64,26 +62,70 @@ def save(run_dir: Path, engine: HasTensors, world: World, *, contents: Contents,
         partial.rename(final)
         flush(folder)
         _remove_old(folder, contents.config.checkpoint)
-    dist.barrier()
+
+    own_lanes = {field: tensor.cpu().contiguous() for field, tensor in state._asdict().items()}
+    own_file = partial / f"lanes-{lanes.start:05d}-{lanes.stop:05d}.safetensors"
+    _on_all(world, partial, begin if world.is_main else None)
+    _on_all(world, partial, lambda: _write_tensors(own_lanes, own_file))
+    failure = _save_tensors(partial, engine, world)
+
+    def report() -> None:
+        if failure is not None:
+            raise failure
+
+    _on_all(world, partial, report)
+    _on_all(world, partial, finish if world.is_main else None)
     return final
 
 
-def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
-    """Write weights and moments in files of bounded size. Every rank takes part in gathering them, rank 0 writes."""
+def _on_all(world: World, partial: Path, function: Callable[[], None] | None) -> None:
+    """Run a part of a save. If it fails on one rank, all of them raise UserError, and the disk has its room again."""
+
+    def run() -> None:
+        try:
+            if function is not None:
+                function()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{partial}: the checkpoint cannot be saved: {_why(error)}") from None
+
+    try:
+        world.on_all_or_raise(run)
+    except UserError:
+        if world.is_main:
+            with suppress(OSError):
+                remove_folder(partial)
+        raise
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).rpartition("I/O error: ")[2].partition(" (os error ")[0]  # of safetensors
+
+
+def _save_tensors(folder: Path, engine: HasTensors, world: World) -> Exception | None:
+    """Write weights and moments in files of bounded size. Every rank takes part in gathering them, rank 0 writes.
+
+    Returns why it cannot: the others must not wait for it meanwhile.
+    """
+    failure: Exception | None = None
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     held = count = 0
 
     def write() -> None:
-        nonlocal held, count
-        _write_tensors(weights, folder / f"weights-{count:05d}.safetensors")
-        _write_tensors(moments, folder / f"moments-{count:05d}.safetensors")
+        nonlocal held, count, failure
+        try:
+            _write_tensors(weights, folder / f"weights-{count:05d}.safetensors")
+            _write_tensors(moments, folder / f"moments-{count:05d}.safetensors")
+        except (OSError, SafetensorError) as error:
+            failure = error
         weights.clear()
         moments.clear()
         held, count = 0, count + 1
 
     for name, weight, both in engine.tensors():
-        if not world.is_main:
+        if not world.is_main or failure is not None:
             continue
         weights[name] = weight.detach().cpu().contiguous()
         moments |= {f"{key}.{name}": moment.cpu().contiguous() for key, moment in both.items()}
@@ -92,6 +134,7 @@ def _save_tensors(folder: Path, engine: HasTensors, world: World) -> None:
             write()
     if weights:
         write()
+    return failure
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from memformer_dist.advice import Sizes, Source, advice
+from memformer_dist.cells.check import parameter_problems
 from memformer_dist.checkpoint import Checkpoint, Damaged, build_cell
 from memformer_dist.config import RunConfig
+from memformer_dist.curriculum import WindowByMetric
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.data.labels import expect_labels
 from memformer_dist.data.lanes import LaneSchedule
@@ -141,8 +143,8 @@ def introduce_evaluations(config: RunConfig, plan: Plan) -> None:
     log.info(said)
 
 
-def expect_room(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Raises UserError if the weights, which every rank draws on the CPU, do not fit into this machine's memory."""
+def expect_trainable(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError if weights break rule 8 of cells, or do not fit into memory: every rank draws them all on the CPU."""
     try:
         with torch.device("meta"):
             cell = build_cell(config, vocabulary)
@@ -150,6 +152,8 @@ def expect_room(config: RunConfig, vocabulary: Vocabulary) -> None:
         if "overflow" not in str(error):
             raise
         raise UserError(f"model: its sizes are too large: {str(error).splitlines()[0]}") from None
+    if problems := list(parameter_problems(cell)):
+        raise UserError("\n".join(f"model: {problem}" for problem in problems))
     numbers = sum(parameter.numel() for parameter in cell.parameters())
     needed = sum(parameter.nbytes for parameter in cell.parameters())
     free = free_bytes(torch.device("cpu"))
@@ -168,7 +172,8 @@ class Labels(NamedTuple):
 def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -> Labels:
     """What loss masks leave of the training split and of the validation split.
 
-    Raises UserError if they leave nothing of the training split: it would be read for ever.
+    Raises UserError if they leave nothing of the training split, which would be read for ever, or nothing of a validation
+    split whose figures the run depends on.
     """
     train, valid = corpora
     names = list(config.data.corpora)
@@ -176,7 +181,14 @@ def find_labels(config: RunConfig, corpora: tuple[TokenDataset, TokenDataset]) -
     try:
         _, of_valid = expect_labels(valid, valid.sources(), names)
         facts += [f"{fact} (validation split)" for fact in of_valid]
-    except UserError:
+    except UserError as error:
+        window = config.mrbp.window
+        depends = [
+            *(["training.early_stopping_patience"] if config.training.early_stopping_patience is not None else []),
+            *(["mrbp.window.metric"] if isinstance(window, WindowByMetric) and window.metric != "loss/train" else []),
+        ]
+        if depends:
+            raise UserError(f"{', '.join(depends)}: found without a figure of the validation split\n{error}") from None
         facts.append(
             "data.corpus: no label of the validation split counts in the loss: evaluations will have no figures"
         )

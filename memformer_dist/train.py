@@ -112,7 +112,7 @@ class Trainer:
         self.evaluated: tuple[tuple[int, int | None], dict[str, Losses]] | None = None  # the latest: step, segments
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
-        world.on_all_or_raise(lambda: start.expect_room(config, self.train_corpus.vocabulary))
+        world.on_all_or_raise(lambda: start.expect_trainable(config, self.train_corpus.vocabulary))
         initial = None if resumed else checkpoint.initial(config, run_dir, self.train_corpus.vocabulary, world)
         cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed or initial)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())

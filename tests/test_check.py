@@ -127,6 +127,60 @@ class WritesInPlace(ToyCell):
         return super().advance(segment, state)
 
 
+class WritesToTheText(ToyCell):
+    def advance(self, segment, state):
+        segment.tokens.clamp_(max=5)
+        return super().advance(segment, state)
+
+
+class BatchNormalised(ToyCell):
+    """In evaluation mode lanes do not meet, and the running statistics stay as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalise = nn.BatchNorm1d(self.width)
+
+    def advance(self, segment, state):
+        features, state = super().advance(segment, state)
+        return features, state._replace(memory=self.normalise(state.memory))
+
+
+class CountsForwards(ToyCell):
+    """A counter that changes nothing yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def readout(self, segment, features):
+        self.calls += 1
+        return super().readout(segment, features)
+
+
+class LooksAheadInTraining(ToyCell):
+    def logits(self, segment, features):
+        ahead = self.embedding(segment.tokens).mean((1, 2))[:, None, None] if self.training else 0
+        return super().logits(segment, features) + ahead
+
+
+class ComplexWeight(ToyCell):
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(self.width, dtype=torch.complex64))
+
+
+class Lazy(ToyCell):
+    def __init__(self):
+        super().__init__()
+        self.later = nn.LazyLinear(self.width)
+
+
+def with_embedding(embedding):
+    cell = ToyCell()
+    cell.embedding = embedding
+    return cell
+
+
 class RandomInEvaluation(ToyCell):
     def logits(self, segment, features):
         return super().logits(segment, features) + 0.1 * torch.rand(1)
@@ -185,6 +239,19 @@ class LanesLast(ToyCell):
             WritesInPlace,
             "gradient: could not be checked: ValueError: advance has written in place to its input state (seen)",
         ),
+        (
+            WritesToTheText,
+            "gradient: could not be checked: ValueError: advance has written in place to its input segment (tokens)",
+        ),
+        (BatchNormalised, "rule 1: lanes see one another in training mode"),
+        (BatchNormalised, "rule 1: a forward updates the buffer normalise.running_mean"),
+        (CountsForwards, "rule 1: a forward updates the buffer calls"),
+        (LooksAheadInTraining, "logits: a token sees later ones in training mode"),
+        (ComplexWeight, "rule 8: turn is torch.complex64, expected two real ones"),
+        (Lazy, "rule 8: later.weight has no size yet"),
+        (lambda: ToyCell().half(), "rule 8: embedding.weight is torch.float16, expected torch.float32"),
+        (lambda: with_embedding(nn.Embedding(VOCABULARY, 7, sparse=True)), "rule 8: embedding makes sparse gradients"),
+        (lambda: with_embedding(nn.Embedding(0, 7)), "rule 8: embedding.weight has no elements"),
         (RandomInEvaluation, "rule 5: two evaluations of the same text differ"),
         (ReadsAnothersWeight, "rule 6: a parameter is read outside the forward"),
         (HalfState, "rule 1: memory is torch.float32 in a float64 model"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 from memformer_dist import checkpoint, files, saving
@@ -26,6 +27,7 @@ from memformer_dist.progress import Position
 from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
 from tests.helpers import ROOT
+from tests.helpers.engines import make_engine, make_optimizer
 from tests.helpers.files import flip, truncate
 from tests.helpers.forks import start_fork
 from tests.helpers.ranks import run_ranks
@@ -557,3 +559,92 @@ def test_nothing_is_pickled(tmp_path, world):
         assert not unpicklers(path.read_text()), path
     for line in ("import pickle", "from torch import load", "torch.save(x, y)", "np.load(x, allow_pickle=True)"):
         assert unpicklers(line), line
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+class RandomFeatures(ToyCell):
+    """With a random projection that is no parameter, and with what can be computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("projection", torch.randn(3, 3))
+        self.register_buffer("counts", torch.randint(99, (2,)))
+        self.register_buffer("table", torch.randn(2), persistent=False)
+
+
+def buffers_rank(world, folder) -> None:
+    for stage in range(4):
+        torch.manual_seed(stage)
+        cell = RandomFeatures()
+        settings = {"zero_optimization": {"stage": stage}}
+        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
+        expected = {name: buffer.clone() for name, buffer in cell.named_buffers()}
+        run_dir, lanes = folder / str(stage), world.lanes_of_rank(LANES)
+        path = saving.save(run_dir, engine, world, contents=contents(1), lanes=lanes, state=lane_state(lanes, 1))
+        fresh, saved = RandomFeatures(), Checkpoint(path)
+        other = {name: buffer.clone() for name, buffer in fresh.named_buffers()}
+        saved.load_weights(fresh)
+        for name, buffer in fresh.named_buffers():
+            assert torch.equal(buffer, (other if name == "table" else expected)[name]), (stage, name)
+            assert buffer.dtype == expected[name].dtype
+        assert saved.trained == {name for name, _ in fresh.named_parameters()}
+        with pytest.raises(UserError, match="its parameters are not this model's: counts, projection on one side"):
+            saved.load_weights(ToyCell())
+
+
+@pytest.mark.slow
+def test_persistent_buffers_are_part_of_a_checkpoint(tmp_path, world):
+    """A random projection was drawn anew by evaluation and generation, and the model was another one."""
+    run_ranks(2, buffers_rank, tmp_path)
+    cell = RandomFeatures()
+    before = cell.projection.clone()
+    save(tmp_path / "old", world, 1, cell=ToyCell())
+    Checkpoint(tmp_path / "old/checkpoints/step-00000001").load_weights(cell)
+    assert torch.equal(cell.projection, before), "a checkpoint of an earlier version has none"
+
+
+# ---- what cannot be written ------------------------------------------------------------------------------------------
+
+
+def full_disk_rank(world, folder) -> None:
+    """No room, for each of the files in turn, on rank 0 or, for its lanes, on rank 1: both end with the same message."""
+    save(folder, world, 1)
+    for rank, file in (
+        (0, "weights"),
+        (0, "moments"),
+        (0, "checkpoint.json"),
+        (0, "manifest.json"),
+        (1, "lanes-00004"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            write_file, write_bytes = saving.save_file, Path.write_bytes
+
+            def full(path) -> None:
+                if world.rank == rank and file in str(path):
+                    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+            def full_of_bytes(path, content) -> None:
+                if world.rank == rank and file in str(path):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_bytes(path, content)
+
+            patch.setattr(saving, "save_file", lambda tensors, path: (full(path), write_file(tensors, path)))
+            patch.setattr(Path, "write_bytes", full_of_bytes)
+            with pytest.raises(UserError) as caught:
+                save(folder, world, 2)
+        assert re.fullmatch(
+            rf"rank {rank} on \S+: \S+/partial-00000002: the checkpoint cannot be saved: No space left on device",
+            str(caught.value),
+        ), caught.value
+        dist.barrier()
+        assert names(folder) == ["step-00000001"], file
+    save(folder, world, 2)
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    assert_of_step(checkpoint.newest(folder, world), 2)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(tmp_path):
+    """One rank's traceback left the others waiting; the disk has its room again, and what was there stays."""
+    run_ranks(2, full_disk_rank, tmp_path)

@@ -262,6 +262,40 @@ def test_a_memory_of_another_name(corpus, world):
     run_ranks(2, exchanged_by_name_rank, corpus.path)
 
 
+class TwiceState(NamedTuple):
+    memory: torch.Tensor
+    seen: torch.Tensor
+    other: torch.Tensor
+
+
+class TwiceCell(ToyCell):
+    """As an LSTM: two leaves, of which each is a part of the memory; `shared`: an empty state holds one tensor twice."""
+
+    memory_leaves = ("memory", "other")
+    shared = True
+
+    def empty_state(self, lanes, device=None):
+        state = super().empty_state(lanes, device)
+        zeros = state.memory[:1].expand(lanes, -1) if self.shared else state.memory
+        return TwiceState(zeros, state.seen, zeros if self.shared else zeros.clone())
+
+    def advance(self, segment, state):
+        features, after = super().advance(segment, ToyState(state.memory + state.other.roll(1, 1), state.seen))
+        return features, TwiceState(after.memory, after.seen, after.memory.square())
+
+
+def test_leaves_of_an_empty_state_may_share_their_memory(corpus, world):
+    """`zeros, zeros` is how an LSTM's state begins: it was written to as if it were two, and figures were wrong in silence."""
+    figures = []
+    for shared in (False, True):
+        torch.manual_seed(5)
+        cell = TwiceCell().double().eval()
+        cell.shared = shared
+        figures.append(run(cell, corpus, world))
+    assert figures[0] == figures[1]
+    assert figures[0]["carried"].loss != figures[0]["no_state"].loss
+
+
 def test_a_cell_without_memory(corpus, world):
     """Nothing to reset and nothing to exchange: its losses are those of `carried`; only no_state takes something away."""
     cell = new_cell("toy")
@@ -329,6 +363,22 @@ def figures_in(table: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
+def test_figures_that_are_no_numbers_are_null(tmp_path, world):
+    """Without labels, and of a model that has diverged: NaN is no JSON."""
+    documents = random_documents()[0]
+    masks = [np.zeros(len(document), int) for document in documents]
+    masked = Corpus.open(write_split(tmp_path / "masked", documents, masks, vocabulary=TOKENIZER))
+    whole = Corpus.open(write_split(tmp_path / "whole", documents, vocabulary=TOKENIZER))
+    diverged = new_cell("toy")
+    diverged.head.weight.data.fill_(math.nan)
+    for cell, corpus in ((new_cell("toy"), masked), (diverged, whole)):
+        losses = run(cell, corpus, world)
+        figures = summary(losses)
+        json.dumps(figures, allow_nan=False)
+        assert figures["eval_loss"] is None and figures["gap"] is None
+    assert "n/a: no label of these documents counts in the loss" in table(run(new_cell("toy"), masked, world))
+
+
 def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     """On one process and on two, and with other lanes: the figures of summary.json, which the engine computed."""
     expected = json.loads((trained_run / "summary.json").read_text())

@@ -16,6 +16,7 @@ from memformer_dist.data.mixture import Mixture
 from memformer_dist.data.open_data import open_corpora, training_schedule
 from memformer_dist.data.sampler import EpochSampler, WeightedDocuments
 from memformer_dist.errors import UserError
+from memformer_dist.start import find_labels
 from tests.helpers.corpora import write_split
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import STEP_TOKENS, records, run_rank, settings
@@ -151,6 +152,27 @@ def labels_rank(world, raw, unlabelled, folder):
         patch.setattr("memformer_dist.start.expect_labels", lambda *arguments: (1.0, []))
         with pytest.raises(UserError, match="found no label that counts in the loss in .* epochs"):
             run_rank(world, unlabelled, folder / "remote")
+
+
+def test_what_depends_on_a_validation_split_without_labels(corpora, config):
+    """Early stopping once took figures that were no numbers for a lack of improvement."""
+    config["data"]["corpus"] = str(corpora("masked", [20] * 9, [0] * 4))
+    splits = open_corpora(config["data"]["corpus"])
+
+    def found(**training):
+        return find_labels(RunConfig.check(config | {"training": config["training"] | training}), splits)
+
+    assert found() == (
+        1.0,
+        ["data.corpus: no label of the validation split counts in the loss: evaluations will have no figures"],
+    )
+    with pytest.raises(
+        UserError, match="^training.early_stopping_patience: found without a figure of the validation split\n"
+    ):
+        found(evaluate_every_tokens=100, early_stopping_patience=2)
+    config["mrbp"]["window"] = {"first": 1, "last": 2, "metric": "eval/gap", "threshold": 0.1}
+    with pytest.raises(UserError, match="^mrbp.window.metric: found without a figure"):
+        found(evaluate_every_tokens=100)
 
 
 @pytest.mark.slow

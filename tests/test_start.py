@@ -146,6 +146,6 @@ def test_parameters_that_are_frozen_now_or_were(tmp_path, caplog):
 )
 def test_a_model_that_is_larger_than_the_memory(config, model, expected):
     config["model"] |= model
-    start.expect_room(RunConfig.check(config | {"model": {"width": 16, "heads": 2}}), VOCABULARY)
+    start.expect_trainable(RunConfig.check(config | {"model": {"width": 16, "heads": 2}}), VOCABULARY)
     with pytest.raises(UserError, match=f"^model: {expected}"):
-        start.expect_room(RunConfig.check(config), VOCABULARY)
+        start.expect_trainable(RunConfig.check(config), VOCABULARY)

@@ -29,6 +29,9 @@ states of the two differ (mrbp.drift_limit).
     depend on data. No `.item()` and nothing else that waits for the device.
 7.  A loss beside that of the labels (load balancing, say) is a leaf [B] of the features, each lane's own, which readout adds to
     nll as `penalty - penalty.detach()`: the values stay those of the labels, the gradient has it, on any number of ranks.
+8.  Parameters are real, in float32, dense and of known size: complex weights are made of two real ones in the forward
+    (torch.complex, torch.polar), and the trainer sees to lower precision. What is constant and no parameter, such as a random
+    projection, is a persistent buffer: checkpoints hold those too.
 
 Where the state carries no gradient (a cache of activations, no memory at all) the cell says `carries_gradient = False`: its
 segments are then run first to last, once, without replay.
@@ -131,6 +134,12 @@ class OpenSegment(NamedTuple):
     def segment(self) -> Segment:
         no, zeros = torch.zeros_like(self.reset), torch.zeros_like(self.length)
         return Segment(self.tokens, torch.full_like(self.tokens, IGNORE), self.length, self.reset, no, zeros, zeros)
+
+
+def persistent_buffers(cell: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a cell besides its parameters, by name."""
+    kept = cell.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in cell.named_buffers() if name in kept}
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ says are equal. A cell that passes has the gradient of full back-propagation thr
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def check_cell(cell: RecurrentCell[Any, Any], *, seed: int = 0) -> list[str]:
             are checked as the cell has them in training mode.
         seed: of the text that it is tried on.
     """
+    if problems := [f"rule 8: {problem}" for problem in parameter_problems(cell)]:
+        return problems
     with torch.random.fork_rng([]):
         text = _Text(cell, seed)
         try:
@@ -45,6 +48,7 @@ def check_cell(cell: RecurrentCell[Any, Any], *, seed: int = 0) -> list[str]:
             _evaluation,
             _causality,
             _lanes,
+            _buffers,
             _padding,
             _reset,
             _memory_leaves,
@@ -93,14 +97,32 @@ class _Text:
         return state
 
     @torch.no_grad()
-    def losses(self, window: list[Segment], state: Any) -> tuple[Tensor, Any]:
-        """In evaluation mode -> nll [N, B, S], the state behind the window."""
-        self.cell.eval()
+    def losses(self, window: list[Segment], state: Any, *, training: bool = False) -> tuple[Tensor, Any]:
+        """-> nll [N, B, S], the state behind the window. In training mode with the same random draws each time."""
+        self.cell.train(training)
         nlls = []
-        for segment in window:
+        for t, segment in enumerate(window):
+            if training:
+                reseed(torch.device("cpu"), t)
             features, state = self.cell("advance", segment, state)
             nlls.append(self.cell("readout", segment, features))
         return torch.stack(nlls), state
+
+
+def parameter_problems(cell: nn.Module) -> Iterator[str]:
+    """What is wrong with the parameters of a cell, as they are before it is trained (rule 8)."""
+    for name, parameter in cell.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            yield f"{name} has no size yet, as in a lazy module; expected one that is built with its sizes"
+        elif parameter.is_complex():
+            yield f"{name} is {parameter.dtype}, expected two real ones of which the forward makes it (torch.complex)"
+        elif parameter.dtype != torch.float32:
+            yield f"{name} is {parameter.dtype}, expected torch.float32; training.precision is about lower ones"
+        elif not parameter.numel():
+            yield f"{name} has no elements, expected some, or no parameter"
+    for name, module in cell.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            yield f"{name} makes sparse gradients, which ZeRO does not take; expected sparse=False"
 
 
 def _state(text: _Text, state: Any) -> Iterator[str]:
@@ -182,19 +204,21 @@ def _causality(text: _Text) -> Iterator[str]:
     state, segment = text.mid_document(), text.segment()
 
     @torch.no_grad()
-    def logits(tokens: Tensor) -> Tensor:
+    def logits(tokens: Tensor, training: bool) -> Tensor:
+        text.cell.train(training)
+        reseed(torch.device("cpu"), 0)
         changed = segment._replace(tokens=tokens)
         features, _ = text.cell("advance", changed, state)
         return text.cell.logits(changed, features)
 
-    expected = logits(segment.tokens)
-    for position in sorted({1, text.size // 2, text.size - 1} - {0, text.size}):
+    for training, position in product((False, True), sorted({1, text.size // 2, text.size - 1} - {0, text.size})):
         other = segment.tokens.clone()
         other[:, position:] = (other[:, position:] + 1) % text.cell.vocab_size
-        if (leak := _difference(logits(other)[:, :position], expected[:, :position])) > TOLERANCE:
+        found, expected = (logits(tokens, training)[:, :position] for tokens in (other, segment.tokens))
+        if (leak := _difference(found, expected)) > TOLERANCE:
             yield (
-                f"logits: a token sees later ones: changing tokens from position {position} on moves logits before it by"
-                f" {leak:.1e}"
+                f"logits: a token sees later ones{_mode(training)}: changing tokens from position {position} on moves logits"
+                f" before it by {leak:.1e}"
             )
             return
 
@@ -205,9 +229,25 @@ def _lanes(text: _Text) -> Iterator[str]:
         segment._replace(tokens=torch.cat([segment.tokens[:1].flip(1), segment.tokens[1:]])) for segment in window
     ]
     mixed = concatenate([select_rows(states[1], slice(0, 1)), select_rows(states[0], slice(1, None))])
-    one, other = text.losses(window, states[0])[0], text.losses(others, mixed)[0]
-    if (leak := _difference(one[:, 1:], other[:, 1:])) > TOLERANCE:
-        yield f"rule 1: lanes see one another: other text on lane 0 moves losses of the others by {leak:.1e}"
+    for training in (False, True):
+        one = text.losses(window, states[0], training=training)[0]
+        other = text.losses(others, mixed, training=training)[0]
+        if (leak := _difference(one[:, 1:], other[:, 1:])) > TOLERANCE:
+            yield (
+                f"rule 1: lanes see one another{_mode(training)}: other text on lane 0 moves losses of the others by"
+                f" {leak:.1e}"
+            )
+            return
+
+
+def _buffers(text: _Text) -> Iterator[str]:
+    """Such as running statistics, which training itself need not read."""
+    state = text.mid_document()
+    before = {name: buffer.clone() for name, buffer in text.cell.named_buffers()}
+    text.losses(text.window(), state, training=True)
+    for name, buffer in text.cell.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            yield f"rule 1: a forward updates the buffer {name}; nothing but the state goes from one call to the next"
 
 
 def _padding(text: _Text) -> Iterator[str]:
@@ -294,6 +334,10 @@ def hide_parameters(cell: nn.Module) -> None:
             module.register_forward_pre_hook(show)
             module.register_forward_hook(hide)
             hide(module)
+
+
+def _mode(training: bool) -> str:
+    return " in training mode" if training else ""
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

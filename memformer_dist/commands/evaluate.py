@@ -231,7 +231,9 @@ def table(losses: dict[str, Losses], *, words: bool = False) -> str:
     if carried.bits_per_byte is not None:
         text = f"{carried.labels:,.0f} labels stand for {carried.text.bytes:,.0f} bytes of text"
         lines += ["", text + (f", {carried.text.words:,.0f} words" if words else "")]
-    if shuffled.is_missing:
+    if carried.is_missing:
+        lines += ["", f"{MISSING}: no label of these documents counts in the loss"]
+    elif shuffled.is_missing:
         lines += ["", f"{MISSING}: no two documents were read side by side"]
     elif shuffled.carried is not None:
         where = "where two or more documents are read side by side"

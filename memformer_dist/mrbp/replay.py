@@ -104,9 +104,10 @@ def memory_replay(
 
     @torch.no_grad()
     def next_state(t: int, state: Tensors) -> Tensors:
-        segment, versions = window[t], _versions(state)
+        segment = window[t]
+        versions = _versions(state, segment)
         output = executor.rollout(t, segment, state)
-        _expect_unchanged(state, versions)
+        _expect_unchanged(state, segment, versions)
         return _detached(output)
 
     store = DeviceStates() if states is None else states
@@ -128,9 +129,9 @@ def memory_replay(
         advanced: list[_Advanced] = []  # of this group, last to first
         for t in reversed(group):  # line 9: recompute from the replay buffer, with a graph
             inputs, segment = as_leaves(buffer.pop()), window[t]
-            versions = _versions(inputs)
+            versions = _versions(inputs, segment)
             features, output = executor.advance(t, segment, inputs)
-            _expect_unchanged(inputs, versions)
+            _expect_unchanged(inputs, segment, versions)
             advanced.append(_Advanced(t, segment, inputs, features, output))
             if t == last:
                 final = _detached(output)
@@ -171,9 +172,9 @@ def in_order(
         advanced: list[_Advanced] = []
         for t in range(start, min(start + readout_group, last + 1)):
             segment, inputs = window[t], _detached(state)
-            versions = _versions(inputs)
+            versions = _versions(inputs, segment)
             features, output = executor.advance(t, segment, inputs)
-            _expect_unchanged(inputs, versions)
+            _expect_unchanged(inputs, segment, versions)
             advanced.append(_Advanced(t, segment, inputs, features, output))
             state = _detached(output)
         passing = [a.t for a in advanced if _any_flows(a.features)]
@@ -245,17 +246,18 @@ def inner_product(*pairs: tuple[Tensors, Gradients]) -> Tensor | None:
     return sum(totals) if totals else None
 
 
-def _versions(state: Tensors) -> list[int]:
-    return [x._version for x in state]
+def _versions(state: Tensors, segment: Tensors) -> list[int]:
+    return [x._version for x in (*state, *segment)]
 
 
-def _expect_unchanged(state: Tensors, versions: list[int]) -> None:
-    """Raises ValueError where a leaf was written to since: the state is stored for the replay."""
-    changed = [name for name, x, version in zip(state._fields, state, versions) if x._version != version]
-    if changed:
-        raise ValueError(
-            f"advance has written in place to its input state ({', '.join(changed)}); it must make new tensors"
-        )
+def _expect_unchanged(state: Tensors, segment: Tensors, versions: list[int]) -> None:
+    """Raises ValueError where one was written to since: the state is stored for the replay, the segment is read again."""
+    for what, tensors, then in (("state", state, versions), ("segment", segment, versions[len(state) :])):
+        changed = [name for name, x, version in zip(tensors._fields, tensors, then) if x._version != version]
+        if changed:
+            raise ValueError(
+                f"advance has written in place to its input {what} ({', '.join(changed)}); it must make new tensors"
+            )
 
 
 def _detached(tensors: Some) -> Some:

@@ -15,6 +15,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from memformer_dist.cells.base import persistent_buffers
 from memformer_dist.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's two, under torch's names
@@ -33,7 +34,10 @@ class Moments:
         self._stage: int = deepspeed.zero_optimization_stage()
 
     def tensors(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, fp32 weight, its moments by MOMENTS) of every parameter, whole, one at a time; frozen ones have no moments."""
+        """(name, fp32 weight, its moments by MOMENTS) of every parameter, whole, one at a time; frozen ones have no moments.
+
+        Persistent buffers follow, as they are.
+        """
         if any("exp_avg" not in self._optimizer().state.get(tensor, {}) for tensor in self._optimised_tensors()):
             self._create(0)  # no step has been applied yet
         self._link()
@@ -48,6 +52,8 @@ class Moments:
                 weight, state = parameter.detach(), self._optimizer().state[parameter]
                 moments = {key: state[key] for key in MOMENTS}
             yield name, weight, moments
+        for name, buffer in persistent_buffers(self._module).items():
+            yield name, buffer, {}
 
     def load(self, steps: int, moment: Callable[[str, str], Tensor | None]) -> None:
         """Set Adam's state: `steps` taken, moment(name, key) the whole tensor of a parameter; None leaves it at zero."""
