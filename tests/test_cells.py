@@ -419,6 +419,27 @@ def test_extend_in_any_pieces_equals_advance_and_readout(name, cuts, length, res
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
+@every_cell
+@torch.no_grad()
+def test_generation_under_autocast(name):
+    """States stay float32 and predictions what they are, within bf16's precision, which they have no more than."""
+    cell = new_cell(name, dtype=torch.float32)
+    segment, state = whole_segment(), mid_document(cell)
+
+    def generated() -> tuple[Tensor, Tensors]:
+        cache, pieces = cell.open(state, segment.reset), []
+        for tokens in segment.tokens.split((2, SIZE - 2), dim=1):
+            logits, cache = cell.extend(tokens, cache)
+            pieces.append(logits.float().log_softmax(-1))
+        return torch.cat(pieces, dim=1), cell.close(cache)
+
+    expected, _ = generated()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, after = generated()
+    assert {x.real.dtype for x in after if differentiable(x)} <= {torch.float32}
+    assert 1e-5 < (found - expected).abs().mean() < 0.1
+
+
 # ---- ZeRO-3 and speed ----------------------------------------------------------------------------------------------------
 
 

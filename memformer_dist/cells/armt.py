@@ -22,8 +22,9 @@ By (3) and (4) a new value replaces what its key held, as far as b says; by (5) 
 segment's write tokens find the memory as it was before them; they see all of the segment and one another, but no padding.
 
 Keys of norm 1 are those of the authors' program. With DPFP as printed their size goes with the square of the weights, and where
-these are small eps drowns it. Where the paper leaves something open (the mask of the write tokens, W_v small as all that leads
-into the residual stream, no biases) the defaults are ours.
+these are small eps drowns it. With few features, a `memory_width` below 16, q z may all but vanish, and gradients grow. Where
+the paper leaves something open (the mask of the write tokens, W_v small as all that leads into the residual stream, no biases)
+the defaults are ours.
 """
 
 from collections.abc import Sequence

@@ -349,8 +349,8 @@ class Layer(nn.Module):
         """The same for n more positions int64 [B, n] of a causal layer; `past` (of this layer) is written in place."""
         queries, keys, values = self.self_attention.project(self.self_norm(hidden), rotation)
         lanes = torch.arange(len(positions), device=positions.device)[:, None]
-        past.keys[lanes, positions] = keys
-        past.values[lanes, positions] = values
+        past.keys[lanes, positions] = keys.to(past.keys.dtype)  # autocast makes others than the cache has
+        past.values[lanes, positions] = values.to(past.values.dtype)
         hidden = hidden + self.self_attention.output(attend(queries, past.keys, past.values, mask=mask))
         if self.has_source:
             normed = self.cross_norm(hidden)

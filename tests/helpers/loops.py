@@ -1,4 +1,4 @@
-"""Transformer layers as printed, one lane, one head and one position at a time: what a cell's own reference is built of.
+"""Transformer layers as printed, one lane, one head and one query at a time: what a cell's own reference is built of.
 
 A reference knows nothing of the cell but the names of its parameters. It can be made to break a rule by name (`mistake`); a
 comparison that does not notice is none.
@@ -46,12 +46,10 @@ class Loops:
             return x
         rows = []
         for position, row in zip(positions, x, strict=True):
-            turned = []
-            for pair in range(self.head_size // 2):
-                angle = position / 10000 ** (2 * pair / self.head_size)
-                a, b = row[2 * pair], row[2 * pair + 1]
-                turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-            rows.append(torch.stack(turned))
+            angles = [position / 10000 ** (2 * pair / self.head_size) for pair in range(self.head_size // 2)]
+            cosines, sines = (x.new_tensor([turn(angle) for angle in angles]) for turn in (math.cos, math.sin))
+            a, b = row[0::2], row[1::2]
+            rows.append(torch.stack([a * cosines - b * sines, a * sines + b * cosines], dim=1).flatten())
         return torch.stack(rows)
 
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
@@ -59,8 +57,8 @@ class Loops:
         rows = []
         for i, query in enumerate(queries):
             allowed = [j for j in range(len(keys)) if seen(i, j)]
-            weights = torch.stack([torch.exp(query @ keys[j] / math.sqrt(self.head_size)) for j in allowed])
-            rows.append(sum(w * values[j] for w, j in zip(weights / weights.sum(), allowed, strict=True)))
+            weights = torch.exp(keys[allowed] @ query / math.sqrt(self.head_size))
+            rows.append(weights / weights.sum() @ values[allowed])
         return torch.stack(rows)
 
     def self_attention(self, name: str, x: Tensor, positions: list[int], seen: Seen) -> Tensor:

@@ -78,12 +78,12 @@ class ArmtReference(Loops):
     def features(self, x: Tensor) -> Tensor:
         u = torch.cat([torch.where(x > 0, x, 0), torch.where(x < 0, -x, 0)])
         shifts = (1, 1, 1) if self.mistake == "one roll alone" else (1, 2, 3)
-        products = torch.stack([u[i] * u[i - shift] for shift in shifts for i in range(len(u))])
+        products = torch.cat([u * torch.stack([u[i - shift] for i in range(len(u))]) for shift in shifts])
         return products if self.mistake == "keys of any norm" else products / torch.sqrt((products**2).sum() + 1e-30)
 
     def found(self, key: Tensor, associations: Tensor, keys: Tensor) -> Tensor:
-        numbers = sum(weight * row for weight, row in zip(key, associations, strict=True))
-        return numbers if self.mistake == "no normaliser" else numbers / (key @ keys + 1e-5)
+        value = key @ associations
+        return value if self.mistake == "no normaliser" else value / (key @ keys + 1e-5)
 
     def read(self, name: str, x: Tensor, associations: Tensor, keys: Tensor) -> Tensor:
         return torch.stack(
