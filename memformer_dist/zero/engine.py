@@ -239,7 +239,9 @@ class Engine:
             gradient = 4 * (bucket + (numbers // sharers if self.zero_stage == 2 else 0))
         keeps = self.gathering is not None and self.gathering.keep != "none"
         gathered = sum(count * size for count, size, _ in sizes) if keeps else 0
-        on_device = self.mrbp.state_store == "device" or self.world.device.type == "cpu"
-        kept = most_states(window, self.mrbp.state_stride)
-        stored = kept * sum(x.nbytes for x in state) if on_device else 0
-        return moments + gradient + gathered + stored
+        stride = self.mrbp.state_stride
+        if self.mrbp.state_store == "device" or self.world.device.type == "cpu":
+            states = most_states(window, stride)
+        else:
+            states = stride if stride > 1 else 0  # the block at hand
+        return moments + gradient + gathered + states * sum(x.nbytes for x in state)
