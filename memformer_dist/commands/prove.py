@@ -9,7 +9,7 @@
 A task is a configuration in configs/ (needle.json, copy.json, ...), which launch/train.py --config takes as well; another
 cell takes the place of its model. Every run has a folder of its own in --runs: the same command resumes what was stopped
 and trains nothing twice. Then the model reads held-out documents, as long as those that it was trained on and longer ones.
-memformer_dist/tasks/ explains the tasks.
+docs/proof.md explains the tasks and the table.
 
 One process on one core; processor time is given beside the clock's, which counts whatever else the machine does. Stopped
 by Ctrl-C or SIGTERM, a run is saved, and the exit code is 75.

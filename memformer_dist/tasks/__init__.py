@@ -1,4 +1,4 @@
-"""The tasks there are. `data.task.name` in a configuration names one of them; each module says what it asks."""
+"""The tasks there are. `data.task.name` in a configuration names one of them; docs/proof.md says what each one asks."""
 
 from typing import Annotated, Any
 
