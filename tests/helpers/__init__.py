@@ -7,6 +7,7 @@ runs.py       whole training runs and what they leave on disk
 ranks.py      functions run on several ranks, as forks of one warm server
 scripts.py    programs run as a user starts them, from that server or cold
 corpora.py    texts, tokenizers and corpora
+fields.py     a field of a configuration changed, and what is found wrong
 files.py      folders compared, files damaged
 http.py       a file server that fails on request
 waiting.py    waiting for a condition
