@@ -289,8 +289,15 @@ def _memory(config: RunConfig, sizes: Sizes) -> Iterator[str]:
         )
     if mrbp.keep_gathered != "all" and config.zero_stage < 3:
         yield f"mrbp.keep_gathered: found {mrbp.keep_gathered!r}, which has no effect at ZeRO {config.zero_stage}"
-    if mrbp.state_store == "host" and not (mrbp.replay and sizes.replays):
-        yield "mrbp.state_store: found 'host', which has no effect: nothing is replayed, so no states are kept"
+    for field in ("state_store", "state_stride"):
+        value = getattr(mrbp, field)
+        if value != type(mrbp).model_fields[field].default and not (mrbp.replay and sizes.replays):
+            yield f"mrbp.{field}: found {value!r}, which has no effect: nothing is replayed, so no states are kept"
+    if mrbp.replay and sizes.replays and mrbp.state_stride >= largest > 1:
+        yield (
+            f"mrbp.state_stride: found {mrbp.state_stride}, a window has {largest} segments at most: all of its states are"
+            " kept, on the device"
+        )
     if not mrbp.replay and not sizes.replays:
         yield "mrbp.replay: found false, which has no effect: the state of this cell carries no gradient"
     for option in options_without_effect(config.deepspeed):

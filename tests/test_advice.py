@@ -161,6 +161,8 @@ CASES = [
         {"mrbp__state_store": "host", "mrbp__replay": False},
         "mrbp.state_store: found 'host', which has no effect: nothing",
     ),
+    ({"mrbp__state_stride": 2, "mrbp__replay": False}, "mrbp.state_stride: found 2, which has no effect: nothing"),
+    ({"mrbp__state_stride": 4}, "mrbp.state_stride: found 4, a window has 4 segments at most: all of its states"),
     (
         {"deepspeed__zero_optimization": {"stage": 1, "stage3_max_live_parameters": 5}},
         "deepspeed.zero_optimization.stage3_max_live_parameters: has no effect at ZeRO 1",
