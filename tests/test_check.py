@@ -13,6 +13,7 @@ from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.segment import IGNORE
 from tests.helpers.toy import SIZE, VOCABULARY, OscillatorCell, PenalisedCell, ToyCell, ToyState
@@ -41,6 +42,8 @@ def build(config):
         lambda: build(LaMemoConfig(**SMALL, layers=2, memory_length=8)),
         lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
         lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
+        lambda: build(TitansConfig(**SMALL, layers=2, depth=2, chunk=4)),
+        lambda: build(TitansConfig(**SMALL, layers=2, layout="lmm", chunk=4)),
     ],
 )
 def test_good_cells_pass(make):

@@ -12,6 +12,7 @@ from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 
 DEFAULT_CELL = "memformer"  # configurations of before there was a second
@@ -30,6 +31,7 @@ ModelConfig = Annotated[
     | Annotated[TransformerXLConfig, Tag("transformer_xl")]
     | Annotated[LaMemoConfig, Tag("lamemo")]
     | Annotated[GatedDeltaConfig, Tag("gated_delta")]
-    | Annotated[MoMConfig, Tag("mom")],
+    | Annotated[MoMConfig, Tag("mom")]
+    | Annotated[TitansConfig, Tag("titans")],
     Discriminator(_named_cell),
 ]

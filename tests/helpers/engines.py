@@ -16,6 +16,7 @@ from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
@@ -36,6 +37,7 @@ CONFIGS = {
     "lamemo": LaMemoConfig(**SMALL, memory_length=8),
     "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
     "mom": MoMConfig(**SMALL, memories=3, balance=0.1, chunk=4),
+    "titans": TitansConfig(**SMALL, depth=2, expansion=2, chunk=4),
 }
 
 
