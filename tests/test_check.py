@@ -7,6 +7,7 @@ from torch import nn
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.check import check_cell
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
@@ -43,6 +44,7 @@ def build(config):
         lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
         lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
         lambda: build(TitansConfig(**SMALL, layers=2, depth=2, chunk=4)),
+        lambda: build(HadamardConfig(**SMALL, layers=2)),
         lambda: build(TitansConfig(**SMALL, layers=2, layout="lmm", chunk=4)),
     ],
 )

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Tag
 
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
@@ -32,6 +33,7 @@ ModelConfig = Annotated[
     | Annotated[LaMemoConfig, Tag("lamemo")]
     | Annotated[GatedDeltaConfig, Tag("gated_delta")]
     | Annotated[MoMConfig, Tag("mom")]
-    | Annotated[TitansConfig, Tag("titans")],
+    | Annotated[TitansConfig, Tag("titans")]
+    | Annotated[HadamardConfig, Tag("hadamard")],
     Discriminator(_named_cell),
 ]

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.gated_delta import Block, GatedRead, QueriesKeysValues
 from memformer_dist.cells.layers import (
+    LayersCell,
     LayersConfig,
     Linear,
     SelfAttention,
@@ -52,6 +52,7 @@ from memformer_dist.cells.layers import (
     rotary,
     within,
 )
+from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment
 
 KEPT = 6.0  # alpha's offset: at first a token takes 1 / 400 of the memory away
@@ -248,7 +249,7 @@ class GatedAttention(SelfAttention):
         return self.output((self.norm(mixed.view_as(read).to(read.dtype)) * F.silu(self.read_norm(read))).flatten(2))
 
 
-class Titans(RecurrentCell[TitansState, TitansFeatures]):
+class Titans(LayersCell[TitansState, TitansFeatures]):
     memory_leaves = ("memory", "momentum", "tail")  # deeper tails hold what was read from the memory
 
     def __init__(self, config: TitansConfig, *, vocab_size: int, segment_length: int):
@@ -276,14 +277,15 @@ class Titans(RecurrentCell[TitansState, TitansFeatures]):
         memory = self.start(state.memory, fresh)
         momentum, tail = (torch.where(fresh[:, None, None, None], 0, x) for x in (state.momentum, state.tail))
         hidden = self.dropout(self.embedding(segment.tokens))
+        again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory, its momentum, its tail
         for number, mixer in enumerate(self.mixers):
             if number > 0:
-                hidden = self.blocks[number - 1](hidden, layers[-1][0])
-            layers.append(mixer(hidden, memory[:, number], momentum[:, number], tail[:, number], segment.length))
+                hidden = recomputed(self.blocks[number - 1], hidden, layers[-1][0], when=again)
+            states = (leaf[:, number] for leaf in (memory, momentum, tail))
+            layers.append(recomputed(mixer, hidden, *states, segment.length, when=again))
         reads, *after = zip(*layers)
         return TitansFeatures(hidden, reads[-1]), TitansState(*(torch.stack(x, 1) for x in after))
 
-    def logits(self, segment: Segment, features: TitansFeatures) -> Tensor:
-        hidden = self.norm(self.blocks[-1](*features))
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+    def hidden(self, segment: Segment, features: TitansFeatures) -> Tensor:
+        return self.norm(recomputed(self.blocks[-1], *features, when=self.config.checkpoint_layers))
