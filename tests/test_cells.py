@@ -14,12 +14,14 @@ from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.check import hide_parameters
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.replay import Replayed, in_order, memory_replay
@@ -70,6 +72,9 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "lamemo": configured(LaMemoConfig(**SMALL, layers=3, memory_length=8)),
     "gated_delta": configured(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
     "mom": configured(MoMConfig(**SMALL, layers=2, memories=3, balance=0.3, chunk=4)),
+    "hadamard": configured(HadamardConfig(**SMALL, layers=2, calibrations=5)),
+    "titans": configured(TitansConfig(**SMALL, layers=2, persistent=2, chunk=4)),
+    "titans, lmm of depth 2": configured(TitansConfig(**SMALL, layout="lmm", layers=2, depth=2, expansion=2, chunk=4)),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 

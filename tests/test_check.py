@@ -7,12 +7,14 @@ from torch import nn
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.check import check_cell
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.segment import IGNORE
 from tests.helpers.toy import SIZE, VOCABULARY, OscillatorCell, PenalisedCell, ToyCell, ToyState
@@ -41,6 +43,9 @@ def build(config):
         lambda: build(LaMemoConfig(**SMALL, layers=2, memory_length=8)),
         lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
         lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
+        lambda: build(TitansConfig(**SMALL, layers=2, depth=2, chunk=4)),
+        lambda: build(HadamardConfig(**SMALL, layers=2)),
+        lambda: build(TitansConfig(**SMALL, layers=2, layout="lmm", chunk=4)),
     ],
 )
 def test_good_cells_pass(make):

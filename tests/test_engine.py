@@ -56,6 +56,8 @@ ENGINE_CELLS = [
     pytest.param("lamemo", ((1, 2),), marks=pytest.mark.slow),
     pytest.param("gated_delta", ((2, 2),), marks=pytest.mark.slow),
     pytest.param("mom", ((1, 2),), marks=pytest.mark.slow),
+    pytest.param("titans", ((2, 1),), marks=pytest.mark.slow),
+    pytest.param("hadamard", ((2, 2),), marks=pytest.mark.slow),
 ]
 # Steps of 0.2 overshoot there: the loss rises, and the order of additions alone then moves parameters by 1e-5.
 SGD_RATES = {"gated_delta": 0.05, "mom": 0.05}

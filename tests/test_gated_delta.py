@@ -73,11 +73,11 @@ def read_document(cell, *, mistake=None):
     """-> the reference of tests/helpers/recurrences.py: the whole model, one token after the other."""
     heads, size = cell.config.heads, cell.config.head_size
 
-    def reference(tokens):
-        hidden = cell.embedding(tokens)
+    def reference(segments):
+        hidden = cell.embedding(torch.cat(segments))
         for mixer, block in zip(cell.mixers, cell.blocks, strict=True):
             normed = mixer.norm(hidden)
-            projected = F.silu(convolved(mixer.query_key_value(normed), mixer.convolution.weight))
+            projected = F.silu(convolved(mixer.inputs.projection(normed), mixer.inputs.convolution.weight))
             rate, beta = mixer.gates.projection(normed).chunk(2, 1)
             log_decay = -mixer.gates.log_rate.exp() * F.softplus(rate + mixer.gates.bias)
             reads = []
@@ -92,9 +92,9 @@ def read_document(cell, *, mistake=None):
                     q, k, v, log_decay[:, head], beta[:, head].sigmoid(), memory, mistake=mistake
                 )
                 scale = (read.square().mean(1, keepdim=True) + 1e-5).rsqrt()
-                reads.append(read * scale * block.read_norm.weight)
-            gated = torch.cat(reads, 1) * F.silu(block.gate(block.norm(hidden)))
-            hidden = hidden + block.output(gated)
+                reads.append(read * scale * block.mix.read_norm.weight)
+            gated = torch.cat(reads, 1) * F.silu(block.mix.gate(block.norm(hidden)))
+            hidden = hidden + block.mix.output(gated)
             hidden = hidden + block.feed_forward(block.feed_forward_norm(hidden))
         return F.linear(cell.norm(hidden), cell.embedding.weight)
 
@@ -112,6 +112,8 @@ def test_the_convolution_sees_the_segment_before():
     """The control of the comparison: without its tail, the tokens after a border are others."""
     cell = build(CONFIG)
     for mixer in cell.mixers:
-        forward = mixer.convolution.forward
-        mixer.convolution.forward = lambda x, tail, length, forward=forward: forward(x, torch.zeros_like(tail), length)
+        forward = mixer.inputs.convolution.forward
+        mixer.inputs.convolution.forward = lambda x, tail, length, forward=forward: forward(
+            x, torch.zeros_like(tail), length
+        )
     assert min(differences(cell, read_document(cell))) > 1e-3

@@ -31,8 +31,8 @@ def read_document(cell, *, mistake=None):
     heads, size, shared = cell.config.heads, cell.config.head_size, cell.config.memories
     projections = cell.config.memories + 1
 
-    def reference(tokens):
-        hidden = cell.embedding(tokens)
+    def reference(segments):
+        hidden = cell.embedding(torch.cat(segments))
         for mixer, block in zip(cell.mixers, cell.blocks, strict=True):
             mixed = convolved(mixer.norm(hidden), mixer.convolution.weight)
             weights, _ = routed(mixer, mixed)
@@ -42,11 +42,11 @@ def read_document(cell, *, mistake=None):
             rate, beta = mixer.gates.projection(mixed).chunk(2, 1)
             log_decay = (-mixer.gates.log_rate.exp() * F.softplus(rate + mixer.gates.bias)).view(-1, projections, heads)
             beta = beta.sigmoid().view(-1, projections, heads)
-            read = torch.zeros(len(tokens), heads, size, dtype=hidden.dtype)
+            read = torch.zeros(len(hidden), heads, size, dtype=hidden.dtype)
             for memory in range(projections):
                 own = [t for t, open_to in enumerate(weights) if memory == shared or memory in open_to]
                 if mistake == "every memory is written by all":
-                    own = list(range(len(tokens)))
+                    own = list(range(len(hidden)))
                 if not own or (memory == shared and mistake == "nothing is shared"):
                     continue
                 for head in range(heads):
@@ -64,8 +64,8 @@ def read_document(cell, *, mistake=None):
                         chosen[t, head] = 1.0
                         read = read + chosen * weight * row
             scale = (read.square().mean(2, keepdim=True) + 1e-5).rsqrt()
-            gated = (read * scale * block.read_norm.weight).flatten(1) * F.silu(block.gate(block.norm(hidden)))
-            hidden = hidden + block.output(gated)
+            gated = (read * scale * block.mix.read_norm.weight).flatten(1) * F.silu(block.mix.gate(block.norm(hidden)))
+            hidden = hidden + block.mix.output(gated)
             hidden = hidden + block.feed_forward(block.feed_forward_norm(hidden))
         return F.linear(cell.norm(hidden), cell.embedding.weight)
 

@@ -6,12 +6,14 @@ from pydantic import Discriminator, Tag
 
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.memformer import MemformerConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 
 DEFAULT_CELL = "memformer"  # configurations of before there was a second
@@ -30,6 +32,8 @@ ModelConfig = Annotated[
     | Annotated[TransformerXLConfig, Tag("transformer_xl")]
     | Annotated[LaMemoConfig, Tag("lamemo")]
     | Annotated[GatedDeltaConfig, Tag("gated_delta")]
-    | Annotated[MoMConfig, Tag("mom")],
+    | Annotated[MoMConfig, Tag("mom")]
+    | Annotated[TitansConfig, Tag("titans")]
+    | Annotated[HadamardConfig, Tag("hadamard")],
     Discriminator(_named_cell),
 ]

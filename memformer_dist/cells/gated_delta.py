@@ -23,8 +23,8 @@ A padded token has log a = b = 0 and changes nothing. `advance` ends where the l
 becomes of that read is readout.
 """
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,46 +128,70 @@ class DeltaGates(nn.Module):
         return -self.log_rate.exp() * F.softplus(rate + self.bias), beta.sigmoid()
 
 
+class QueriesKeysValues(nn.Module):
+    """Projection, short convolution, SiLU; queries and keys then of length 1."""
+
+    def __init__(self, config: BlocksConfig, convolution: int):
+        super().__init__()
+        self.heads = config.heads
+        self.projection = Linear(config.width, 3 * config.width, std=config.init_std)
+        self.convolution = ShortConvolution(convolution, 3 * config.width)
+
+    def forward(self, normed: Tensor, tail: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B, S, D], the convolution's tail -> queries, keys, values [B, S, H, K], the next tail."""
+        mixed, tail = self.convolution(self.projection(normed), tail, length)
+        queries_keys, values = F.silu(mixed).unflatten(-1, (3, self.heads, -1)).split((2, 1), 2)
+        queries, keys = unit(queries_keys).unbind(2)
+        return queries, keys, values.squeeze(2), tail
+
+
 class DeltaMixer(nn.Module):
     """A layer's memory: written by every token, and read by it."""
 
     def __init__(self, config: GatedDeltaConfig):
         super().__init__()
-        width, std = config.width, config.init_std
-        self.heads, self.chunk = config.heads, config.chunk
-        self.norm = nn.LayerNorm(width)
-        self.query_key_value = Linear(width, 3 * width, std=std)
-        self.convolution = ShortConvolution(config.convolution, 3 * width)
-        self.gates = DeltaGates(width, config.heads, std)
+        self.chunk = config.chunk
+        self.norm = nn.LayerNorm(config.width)
+        self.inputs = QueriesKeysValues(config, config.convolution)
+        self.gates = DeltaGates(config.width, config.heads, config.init_std)
 
     def forward(self, hidden: Tensor, memory: Tensor, tail: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D], the layer's memory and tail -> what each token reads [B, S, H, K], memory, tail."""
         normed = self.norm(hidden)
-        mixed, tail = self.convolution(self.query_key_value(normed), tail, length)
-        queries_keys, values = F.silu(mixed).unflatten(-1, (3, self.heads, -1)).split((2, 1), 2)
-        queries, keys = unit(queries_keys).unbind(2)
+        queries, keys, values, tail = self.inputs(normed, tail, length)
         real = within(length, hidden.shape[1])[..., None]
         log_decay, beta = (gate * real for gate in self.gates(normed))
-        read, memory = gated_delta_rule(queries, keys, values.squeeze(2), log_decay, beta, memory, self.chunk)
+        read, memory = gated_delta_rule(queries, keys, values, log_decay, beta, memory, self.chunk)
         return read.to(hidden.dtype), memory, tail
 
 
-class Block(nn.Module):
-    """What becomes of a read: normalised per head, gated, projected into the stream; then a feed-forward block."""
+class GatedRead(nn.Module):
+    """What a memory gave, normalised per head, times a gate, projected."""
 
-    def __init__(self, config: BlocksConfig, layers: int):
+    def __init__(self, config: BlocksConfig, output_std: float):
         super().__init__()
-        width, std = config.width, config.init_std
-        output_std = std / (2 * layers) ** 0.5
-        self.norm, self.read_norm = nn.LayerNorm(width), nn.RMSNorm(config.head_size, eps=1e-5)
-        self.gate, self.output = Linear(width, width, std=std), Linear(width, width, std=output_std)
-        self.feed_forward_norm, self.feed_forward = nn.LayerNorm(width), FeedForward(config, output_std)
+        self.read_norm = nn.RMSNorm(config.head_size, eps=1e-5)
+        self.gate = Linear(config.width, config.width, std=config.init_std)
+        self.output = Linear(config.width, config.width, std=output_std)
+
+    def forward(self, normed: Tensor, read: Tensor) -> Tensor:
+        """[B, S, D], [B, S, H, K] -> [B, S, D]"""
+        return self.output(self.read_norm(read).flatten(2) * F.silu(self.gate(normed)))
+
+
+class Block(nn.Module):
+    """What becomes of a read: `mix` brings it into the stream; then a feed-forward block."""
+
+    def __init__(self, config: BlocksConfig, layers: int, mix: Callable[[Any, float], nn.Module] = GatedRead):
+        super().__init__()
+        output_std = config.init_std / (2 * layers) ** 0.5
+        self.norm, self.mix = nn.LayerNorm(config.width), mix(config, output_std)
+        self.feed_forward_norm, self.feed_forward = nn.LayerNorm(config.width), FeedForward(config, output_std)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
         """[B, S, D], [B, S, H, K] -> [B, S, D]"""
-        gated = self.read_norm(read).flatten(2) * F.silu(self.gate(self.norm(hidden)))
-        hidden = hidden + self.dropout(self.output(gated))
+        hidden = hidden + self.dropout(self.mix(self.norm(hidden), read))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
 

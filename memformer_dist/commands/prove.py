@@ -46,6 +46,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "hmt": {"model": {"cell": "hmt", "layers": 2, "slots": 32, "sensory_tokens": 4}},
     "gated_delta": {"model": {"cell": "gated_delta", "layers": 2, "chunk": 16}},
     "mom": {"model": {"cell": "mom", "layers": 1, "chunk": 16}},
+    "hadamard": {"model": {"cell": "hadamard", "layers": 2}},
+    "titans": {"model": {"cell": "titans", "layers": 2, "chunk": 16}},
     "transformer_xl": {"model": {"cell": "transformer_xl", "layers": 2, "memory_length": 32}},
     "lamemo": {"model": {"cell": "lamemo", "layers": 2, "memory_length": 32}},
     "plain": {"model": {"cell": "plain", "layers": 2}},

@@ -11,11 +11,13 @@ from torch import Tensor
 from memformer_dist.cells.armt import ArmtConfig
 from memformer_dist.cells.base import RecurrentCell
 from memformer_dist.cells.gated_delta import GatedDeltaConfig
+from memformer_dist.cells.hadamard import HadamardConfig
 from memformer_dist.cells.hmt import HmtConfig
 from memformer_dist.cells.lamemo import LaMemoConfig
 from memformer_dist.cells.mom import MoMConfig
 from memformer_dist.cells.plain import PlainConfig
 from memformer_dist.cells.rmt import RmtConfig
+from memformer_dist.cells.titans import TitansConfig
 from memformer_dist.cells.transformer_xl import TransformerXLConfig
 from memformer_dist.mrbp.executor import TorchExecutor
 from memformer_dist.mrbp.settings import MrbpConfig
@@ -36,6 +38,8 @@ CONFIGS = {
     "lamemo": LaMemoConfig(**SMALL, memory_length=8),
     "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
     "mom": MoMConfig(**SMALL, memories=3, balance=0.1, chunk=4),
+    "hadamard": HadamardConfig(**SMALL, calibrations=1),  # of which a draw is the same on any number of ranks
+    "titans": TitansConfig(**SMALL, depth=2, expansion=2, chunk=4),
 }
 
 

@@ -1,7 +1,7 @@
 """A cell that works through segments and chunks, against the same equations written token by token.
 
-The reference is a function of the tokens of one document, a list without segments, lanes or padding: so segments that are
-short in mid-document, lanes that run dry and documents that start in mid-window are all compared with the same plain loop.
+The reference is a function of the tokens of one document, without lanes or padding: so segments that are short in
+mid-document, lanes that run dry and documents that start in mid-window are all compared with the same plain loop.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ SIZE = 6  # tokens per segment: with chunks of 4, an incomplete last one
 LENGTHS = [[6, 6, 6], [6, 2, 6], [4, 6, 0], [1, 6, 5]]
 RESETS = [[1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
-# The tokens of a document int64 [T] -> logits [T, vocabulary]
-Reference = Callable[[Tensor], Tensor]
+# The tokens of a document, int64 [n] of each segment -> logits [T, vocabulary]
+Reference = Callable[[list[Tensor]], Tensor]
 
 
 def build(config: CellConfig, seed: int = 5) -> RecurrentCell:
@@ -43,15 +43,16 @@ def ragged_window() -> list[Segment]:
     return window
 
 
-def documents(window: list[Segment], values: list[Tensor]) -> list[Tensor]:
-    """What stands at the tokens of each document, [T, ...], taken from one tensor [B, S, ...] per segment."""
+def documents(window: list[Segment], values: list[Tensor]) -> list[list[Tensor]]:
+    """What stands at the tokens of each document, [n, ...] of each segment, taken from one tensor [B, S, ...] per segment."""
     found: list[list[Tensor]] = []
     for lane in range(len(window[0].length)):
         for segment, value in zip(window, values, strict=True):
             if segment.reset[lane]:
                 found.append([])
-            found[-1].append(value[lane, : segment.length[lane]])
-    return [torch.cat(parts) for parts in found]
+            if segment.length[lane] > 0:
+                found[-1].append(value[lane, : segment.length[lane]])
+    return found
 
 
 def by_segments(cell: RecurrentCell, window: list[Segment]) -> list[Tensor]:
@@ -60,7 +61,7 @@ def by_segments(cell: RecurrentCell, window: list[Segment]) -> list[Tensor]:
     for segment in window:
         features, state = cell("advance", segment, state)
         logits.append(cell.logits(segment, features))
-    return documents(window, logits)
+    return [torch.cat(parts) for parts in documents(window, logits)]
 
 
 def differences(
@@ -73,7 +74,7 @@ def differences(
     parameters = parameters or list(cell.parameters())
     window = ragged_window()
     tokens = documents(window, [segment.tokens for segment in window])
-    assert [len(document) for document in tokens] == [17, 8, 12, 12, 5]
+    assert [[len(part) for part in document] for document in tokens] == [[6, 6, 4, 1], [6, 2], [6, 6], [6, 6], [5]]
     found, expected = by_segments(cell, window), [reference(document) for document in tokens]
     weights = [torch.randn_like(x) for x in expected]
     gradients = [
