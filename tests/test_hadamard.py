@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from memformer_dist.cells.hadamard import HadamardConfig
-from tests.helpers.recurrences import build, differences, ragged_window
+from tests.helpers.recurrences import assert_follows, build, differences, ragged_window, turned
 
 CONFIG = HadamardConfig(width=8, heads=2, feed_forward=12, layers=2, dropout=0.0, init_std=0.3, calibrations=3)
 
@@ -13,12 +13,6 @@ CONFIG = HadamardConfig(width=8, heads=2, feed_forward=12, layers=2, dropout=0.0
 def read_document(cell, *, mistake=None):
     """-> the reference of tests/helpers/recurrences.py, in evaluation mode: segment t has row t of the table."""
     heads, size = cell.config.heads, cell.config.head_size
-
-    def turned(x):
-        """Rotary positions of [n, K], by sines and cosines."""
-        angles = torch.arange(len(x))[:, None] * 10000.0 ** -(torch.arange(0, size, 2, dtype=x.dtype) / size)
-        a, b = x[:, 0::2], x[:, 1::2]
-        return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], 2).flatten(1)
 
     def attended(attention, inputs):
         queries, keys, values = attention.query_key_value(inputs).view(-1, 3, heads, size).unbind(1)
@@ -76,9 +70,7 @@ def read_document(cell, *, mistake=None):
 
 
 def test_segments_equal_the_equations():
-    cell = build(CONFIG)
-    logits, gradient = differences(cell, read_document(cell))
-    assert logits <= 1e-12 and gradient <= 1e-12
+    assert_follows(build(CONFIG), read_document)
 
 
 @pytest.mark.parametrize(

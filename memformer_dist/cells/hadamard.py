@@ -142,14 +142,13 @@ class Hadamard(LayersCell[HadamardState, HadamardFeatures]):
         segments = torch.where(segment.reset, 0, state.segments)
         hidden = self.dropout(self.embedding(segment.tokens))
         again = self.config.checkpoint_layers
-        memories: list[Tensor] = []
-        read = None
+        layers: list[tuple[Tensor, ...]] = []  # what comes in behind the attention, what it read, its memory
         for number, mixer in enumerate(self.mixers):
             if number > 0:
-                hidden = recomputed(self.blocks[number - 1], hidden, read, when=again)
-            hidden, read, after = recomputed(mixer, hidden, memory[:, number], segments, segment.length, when=again)
-            memories.append(after)
-        return HadamardFeatures(hidden, read), HadamardState(torch.stack(memories, 1), segments + 1)
+                hidden = recomputed(self.blocks[number - 1], *layers[-1][:2], when=again)
+            layers.append(recomputed(mixer, hidden, memory[:, number], segments, segment.length, when=again))
+        hidden, read, _ = layers[-1]
+        return HadamardFeatures(hidden, read), HadamardState(torch.stack([x[2] for x in layers], 1), segments + 1)
 
     def hidden(self, segment: Segment, features: HadamardFeatures) -> Tensor:
         return self.norm(recomputed(self.blocks[-1], *features, when=self.config.checkpoint_layers))

@@ -93,6 +93,14 @@ def differences(
     )
 
 
+def assert_follows(
+    cell: RecurrentCell,
+    read_document: Callable[[RecurrentCell], Reference],
+    parameters: list[nn.Parameter] | None = None,
+) -> None:
+    assert max(differences(cell, read_document(cell), parameters)) <= 1e-12
+
+
 # ---- pieces of references ------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +113,13 @@ def convolved(inputs: Tensor, weight: Tensor) -> Tensor:
             for i in range(len(inputs))
         ]
     )
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotary positions 0, 1, ... of [n, K], by sines and cosines."""
+    angles = torch.arange(len(x))[:, None] * 10000.0 ** -(torch.arange(0, x.shape[1], 2, dtype=x.dtype) / x.shape[1])
+    a, b = x[:, 0::2], x[:, 1::2]
+    return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], 2).flatten(1)
 
 
 def delta_recurrence(queries, keys, values, log_decay, beta, memory, *, mistake=None):
