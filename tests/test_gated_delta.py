@@ -102,7 +102,8 @@ def read_document(cell, *, mistake=None):
 
 
 def test_segments_equal_one_long_document_token_by_token():
-    assert_follows(build(CONFIG), read_document)
+    cell = build(CONFIG)
+    assert_follows(cell, read_document)
     assert min(differences(cell, read_document(cell, mistake="no decay"))) > 1e-3
 
 
