@@ -247,17 +247,16 @@ def scripted_rank(world, losses: list[float] | None, parts) -> None:
             at[0] = self.position.step
             return super()._evaluate(family, segments)
 
-    def scripted(*arguments, limits, **named):
-        [segments] = limits
+    def scripted(*arguments, segments, **named):
         asked.append((at[0], segments))
         loss = losses[at[0] - 1] if losses else 9 - 0.1 * at[0]
-        return [{mode: Losses(loss, {"0": loss}) for mode in evaluate.MODES}]
+        return {mode: Losses(loss, {"0": loss}) for mode in evaluate.MODES}
 
     for raw, folder, stop_after in parts:
         asked: list[tuple] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "Trainer", Watched)
-            patch.setattr(evaluate, "evaluations", scripted)
+            patch.setattr(evaluate, "evaluate", scripted)
             if stop_after is None:
                 config = RunConfig.check(raw, world.size)
                 assert train.train(config, folder, open_data(config.data), world) is not None

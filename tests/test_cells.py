@@ -74,7 +74,9 @@ CELLS: dict[str, Callable[[float], RecurrentCell]] = {
     "mom": configured(MoMConfig(**SMALL, layers=2, memories=3, balance=0.3, chunk=4)),
     "hadamard": configured(HadamardConfig(**SMALL, layers=2, calibrations=5)),
     "titans": configured(TitansConfig(**SMALL, layers=2, persistent=2, chunk=4)),
-    "titans, lmm of depth 2": configured(TitansConfig(**SMALL, layout="lmm", layers=2, depth=2, expansion=2, chunk=4)),
+    "titans, lmm of depth 2": configured(
+        TitansConfig(**SMALL, layout="lmm", layers=2, memory_depth=2, expansion=2, chunk=4)
+    ),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
 

@@ -43,7 +43,7 @@ def build(config):
         lambda: build(LaMemoConfig(**SMALL, layers=2, memory_length=8)),
         lambda: build(GatedDeltaConfig(**SMALL, layers=2, chunk=4)),
         lambda: build(MoMConfig(**SMALL, layers=2, memories=3, chunk=4)),
-        lambda: build(TitansConfig(**SMALL, layers=2, depth=2, chunk=4)),
+        lambda: build(TitansConfig(**SMALL, layers=2, memory_depth=2, chunk=4)),
         lambda: build(HadamardConfig(**SMALL, layers=2)),
         lambda: build(TitansConfig(**SMALL, layers=2, layout="lmm", chunk=4)),
     ],

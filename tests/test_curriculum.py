@@ -197,6 +197,7 @@ WINDOWS = {name: windows for name, (_, _, windows, _) in PLANS.items()}
 def followed_run(world, raw: dict, run_dir, stops=(None,), reset_memory: bool = False) -> None:
     """A run in parts, each stopped after a given step. Notes every window that is read; may forget the curriculum."""
     from memformer_dist import train
+    from memformer_dist.data import open_data
 
     class Noting(WindowReader):
         def window(self, start_tick, segments, lanes):
@@ -206,7 +207,7 @@ def followed_run(world, raw: dict, run_dir, stops=(None,), reset_memory: bool = 
             return super().window(start_tick, segments, lanes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "WindowReader", Noting)
+        patch.setattr(open_data, "WindowReader", Noting)
         for stop in stops:
             run_rank(world, raw, run_dir, stop)
             if reset_memory:

@@ -25,7 +25,7 @@ MODELS = {
     "gated_delta": TINY | {"chunk": 8, "init_std": 0.25},
     "mom": TINY | {"memories": 3, "chunk": 8, "init_std": 0.25},
     "hadamard": TINY | {"calibrations": 8, "init_std": 0.25},
-    "titans": TINY | {"depth": 2, "expansion": 2, "chunk": 8, "init_std": 0.25},
+    "titans": TINY | {"memory_depth": 2, "expansion": 2, "chunk": 8, "init_std": 0.25},
 }
 ON_TWO_RANKS = "rmt"
 

@@ -203,6 +203,9 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
     from memformer_dist.host_memory import free_bytes
 
     assert free_bytes(torch.device("cpu")) == 1000
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_SIZE", "4")
     assert free_bytes(torch.device("cpu")) == 250
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

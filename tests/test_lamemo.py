@@ -86,7 +86,7 @@ def after(cell: LaMemo, document):
 
 def test_looking_further_ahead_leaks(monkeypatch):
     """The control of causality: a memory that looks at the segment's second token tells the first about it."""
-    cell = new_cell(5)
+    cell = new_cell(5).float()
     assert check_cell(cell) == []
     right_of = lamemo.right_of
 

@@ -172,7 +172,7 @@ def read_document(cell, *, mistake=None):
 
 @pytest.mark.parametrize("layout, depth", [("mag", 1), ("mag", 2), ("lmm", 1), ("lmm", 2)])
 def test_segments_equal_one_long_document_token_by_token(layout, depth):
-    assert_follows(build(CONFIG.model_copy(update={"layout": layout, "depth": depth})), read_document)
+    assert_follows(build(CONFIG.model_copy(update={"layout": layout, "memory_depth": depth})), read_document)
 
 
 @pytest.mark.parametrize("mistake", ["gradient at the token's own weights", "no momentum"])

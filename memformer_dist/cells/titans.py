@@ -6,8 +6,8 @@
         |                                    * --> h         |              * --> h
         +-- memory, SiLU --------------------+               +-- memory ----+
 
-Each layer and head carries the weights M of an MLP of `depth` matrices, M(k) = gelu(k W_1) W_2, and their momentum S, over the
-whole document. M starts from learned weights, S from 0. Per token, with k, v, q as in cells/gated_delta.py,
+Each layer and head carries the weights M of an MLP of `memory_depth` matrices, M(k) = gelu(k W_1) W_2, and their momentum
+S, over the whole document. M starts from learned weights, S from 0. Per token, with k, v, q as in cells/gated_delta.py,
 
     l(M; x_t) = |M(k_t) - v_t|^2                                                 equation 12
     S_t = eta_t S_{t-1} - theta_t grad l(M; x_t)                                 equation 14
@@ -68,8 +68,8 @@ class TitansConfig(LayersConfig):
     )
     layers: PositiveInt = Field(12, description="layers, each with a memory per head")
     heads: PositiveInt = Field(8, description="H, in the attention, and memories of a layer")
-    depth: PositiveInt = Field(1, description="matrices of a memory; 1 is linear")
-    expansion: PositiveInt = Field(4, description="inner width of a memory of depth 2 or more, in head sizes K")
+    memory_depth: PositiveInt = Field(1, description="matrices of a memory; 1 is linear")
+    expansion: PositiveInt = Field(4, description="inner width of a memory of two or more matrices, in head sizes K")
     persistent: PositiveInt = Field(4, description="learned keys and values of each attention (layout mag)")
     convolution: PositiveInt = Field(
         4, description="tokens that the short convolutions of queries, keys and values see"
@@ -82,7 +82,7 @@ class TitansConfig(LayersConfig):
     def shapes(self) -> list[tuple[int, int]]:
         """Of a memory's matrices."""
         size = self.head_size
-        return list(pairwise([size, *[size * self.expansion] * (self.depth - 1), size]))
+        return list(pairwise([size, *[size * self.expansion] * (self.memory_depth - 1), size]))
 
     def build(self, *, vocab_size: int, bos_id: int, segment_length: int) -> "Titans":
         return Titans(self, vocab_size=vocab_size, segment_length=segment_length)
@@ -180,7 +180,7 @@ class MemoryStart(nn.Module):
 
     def __init__(self, config: TitansConfig):
         super().__init__()
-        stds = [config.head_size**-0.5] * (config.depth - 1) + [config.init_std]
+        stds = [config.head_size**-0.5] * (config.memory_depth - 1) + [config.init_std]
         drawn = [torch.randn(config.layers, config.heads, a * b) * std for (a, b), std in zip(config.shapes, stds)]
         self.weights = nn.Parameter(torch.cat(drawn, -1))
 

@@ -42,11 +42,11 @@ SMALL = {"width": 64, "heads": 4, "feed_forward": 128, "dropout": 0.0, "init_std
 CELLS: dict[str, dict[str, Any]] = {
     "memformer": {},
     "rmt": {"model": {"cell": "rmt", "layers": 2, "slots": 4}},
-    "armt": {"model": {"cell": "armt", "layers": 1, "write_tokens": 4, "memory_width": 16}},
+    "armt": {"model": {"cell": "armt", "layers": 1, "feed_forward": 256, "write_tokens": 4, "memory_width": 16}},
     "hmt": {"model": {"cell": "hmt", "layers": 2, "slots": 32, "sensory_tokens": 4}},
     "gated_delta": {"model": {"cell": "gated_delta", "layers": 2, "chunk": 16}},
     "mom": {"model": {"cell": "mom", "layers": 1, "chunk": 16}},
-    "hadamard": {"model": {"cell": "hadamard", "layers": 2}},
+    "hadamard": {"model": {"cell": "hadamard", "layers": 1}},
     "titans": {"model": {"cell": "titans", "layers": 2, "chunk": 16}},
     "transformer_xl": {"model": {"cell": "transformer_xl", "layers": 2, "memory_length": 32}},
     "lamemo": {"model": {"cell": "lamemo", "layers": 2, "memory_length": 32}},

@@ -39,7 +39,7 @@ CONFIGS = {
     "gated_delta": GatedDeltaConfig(**SMALL, chunk=4),
     "mom": MoMConfig(**SMALL, memories=3, balance=0.1, chunk=4),
     "hadamard": HadamardConfig(**SMALL, calibrations=1),  # of which a draw is the same on any number of ranks
-    "titans": TitansConfig(**SMALL, depth=2, expansion=2, chunk=4),
+    "titans": TitansConfig(**SMALL, memory_depth=2, expansion=2, chunk=4),
 }
 
 
