@@ -2,7 +2,7 @@
 
     parser.add_argument("--output", type=path_option)        # ~ is the home folder; $NAME stays as it is
     places = Places.of_run(run_dir)
-    places.find("corpora/books", "train/corpus.json")        # "corpora/books", or "/home/me/work/corpora/books"
+    places.find("corpora/books", "train/corpus.json")        # "corpora/books", or "/home/me/project/corpora/books"
 
 A configuration keeps paths as they were written, relative ones perhaps. Every start of a run records what they meant in
 starts.jsonl, so that the run can be resumed, evaluated and shown from another folder, or by another user. A path counts

@@ -4,9 +4,9 @@
         programs.run([sys.executable, "launch/evaluate.py", ...])    # as subprocess.run; in any thread
 
 A signal to one process alone is what `docker stop`, `kill` and many batch systems send. Programs are started in a
-session of their own, so that Ctrl-C, which a terminal sends to all processes, reaches them once and by the same way.
+session of their own, so that Ctrl-C, which a terminal sends to all processes, reaches them once, handed on like any other signal.
 DeepSpeed's launcher ends at once on a signal and leaves its ranks behind: `ranks=True` says that a program is such a
-launcher. Then its ranks have the signal, once there are some that heed it, and the launcher ends with their exit code.
+launcher. Then its ranks have the signal, once some of them handle it, and the launcher ends with their exit code.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The best checkpoint: how it is told, kept and found; early stopping; the weights of another run."""
+"""The best checkpoint: how it is recognised, kept and found; early stopping; the weights of another run."""
 
 import errno
 import json

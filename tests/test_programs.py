@@ -165,7 +165,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("early", [False, True])
 def test_the_ranks_of_a_launcher_have_the_signal(start, tmp_path, how, early):
-    """The launcher handles no signal and would end at once. Ranks that are not there yet, or do not heed it yet, have it
+    """The launcher handles no signal and would end at once. Ranks that are not there yet, or do not handle it yet, have it
     as soon as they do."""
     program = ours("@", ", ranks=True").replace("'@'", f"{LAUNCHER!r}, {saves(tmp_path)!r}")
     started = start(how, sys.executable, "-c", program)

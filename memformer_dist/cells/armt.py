@@ -35,16 +35,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import (
-    Layer,
-    LayersCell,
-    LayersConfig,
-    LearnedTokens,
-    Linear,
-    Stack,
-    TokenEmbedding,
-    segment_mask,
-)
+from memformer_dist.cells.layers import Layer, LearnedTokens, Linear, Stack, segment_mask
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment
 
@@ -113,27 +106,22 @@ class Armt(LayersCell[ArmtState, ArmtFeatures]):
     memory_leaves = ("associations", "keys")
 
     def __init__(self, config: ArmtConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.write_tokens = LearnedTokens(config.write_tokens, config.width, std=config.init_std)
         self.stack = Stack(config.layers, config, causal=False, has_source=False)
         memories = nn.ModuleList(AssociativeMemory(config) for _ in range(config.layers))
         self.memories: Sequence[AssociativeMemory] = memories  # type: ignore[assignment]  # as in Stack
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> ArmtState:
-        like, config = next(self.parameters()), self.config
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = lanes, config.layers, 2 * ROLLS * config.memory_width, config.width
-        associations = torch.zeros(shape, dtype=dtype, device=device or like.device)
+        config = self.config
+        keys = 2 * ROLLS * config.memory_width
+        associations = self.zeros(lanes, config.layers, keys, config.width, device=device)
         return ArmtState(associations, torch.zeros_like(associations[..., 0]))
 
     def advance(self, segment: Segment, state: ArmtState) -> tuple[ArmtFeatures, ArmtState]:
         fresh, size = segment.reset | segment.reset_memory, self.segment_length
         before = ArmtState(*(leaf.masked_fill(fresh.view(-1, *[1] * (leaf.dim() - 1)), 0) for leaf in state))
-        hidden = self.write_tokens(self.dropout(self.embedding(segment.tokens)), after=True)
+        hidden = self.write_tokens(self.embed(segment), after=True)
         rotation = self.stack.rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
         mask = segment_mask(segment.length, size, after=self.config.write_tokens)
         after = []

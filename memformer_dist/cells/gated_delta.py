@@ -31,16 +31,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import (
-    BlocksConfig,
-    FeedForward,
-    LayersCell,
-    Linear,
-    ShortConvolution,
-    TokenEmbedding,
-    full_precision,
-    within,
-)
+from memformer_dist.cells.layers import FeedForward, Linear, ShortConvolution, full_precision, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import BlocksConfig
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment, Tensors
 
@@ -199,25 +192,20 @@ class GatedDelta(LayersCell[GatedDeltaState, GatedDeltaFeatures]):
     memory_leaves = ("memory", "tail")  # deeper tails hold what was read from the memory
 
     def __init__(self, config: GatedDeltaConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.mixers = nn.ModuleList(DeltaMixer(config) for _ in range(config.layers))
         self.blocks = nn.ModuleList(Block(config, config.layers) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> GatedDeltaState:
-        like, config = next(self.parameters()), self.config
-        dtype, device = torch.promote_types(like.dtype, torch.float32), device or like.device
-        size = config.head_size
-        memory = torch.zeros(lanes, config.layers, config.heads, size, size, dtype=dtype, device=device)
-        return GatedDeltaState(memory, memory.new_zeros(lanes, config.layers, config.convolution - 1, 3 * config.width))
+        config, size = self.config, self.config.head_size
+        memory = self.zeros(lanes, config.layers, config.heads, size, size, device=device)
+        tail = self.zeros(lanes, config.layers, config.convolution - 1, 3 * config.width, device=device)
+        return GatedDeltaState(memory, tail)
 
     def advance(self, segment: Segment, state: GatedDeltaState) -> tuple[GatedDeltaFeatures, GatedDeltaState]:
         memory, tail = start(state, segment.reset | segment.reset_memory)
-        hidden = self.dropout(self.embedding(segment.tokens))
+        hidden = self.embed(segment)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory and its tail
         for number, mixer in enumerate(self.mixers):

@@ -26,16 +26,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from memformer_dist.cells.gated_delta import Block
-from memformer_dist.cells.layers import (
-    LayersCell,
-    LayersConfig,
-    Linear,
-    SelfAttention,
-    TokenEmbedding,
-    full_precision,
-    rotary,
-    within,
-)
+from memformer_dist.cells.layers import Linear, SelfAttention, full_precision, rotary, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment
 
@@ -120,27 +113,21 @@ class Hadamard(LayersCell[HadamardState, HadamardFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: HadamardConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.mixers = nn.ModuleList(HadamardMixer(config) for _ in range(config.layers))
         self.blocks = nn.ModuleList(Block(config, config.layers) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> HadamardState:
-        like, config = next(self.parameters()), self.config
-        dtype, device = torch.promote_types(like.dtype, torch.float32), device or like.device
-        shape = lanes, config.layers, config.heads, config.head_size, config.head_size
-        memory = torch.zeros(shape, dtype=dtype, device=device)
-        return HadamardState(memory, torch.zeros(lanes, dtype=torch.int64, device=device))
+        config = self.config
+        memory = self.zeros(lanes, config.layers, config.heads, config.head_size, config.head_size, device=device)
+        return HadamardState(memory, self.counts(lanes, device=device))
 
     def advance(self, segment: Segment, state: HadamardState) -> tuple[HadamardFeatures, HadamardState]:
         fresh = segment.reset | segment.reset_memory
         memory = torch.where(fresh[:, None, None, None, None], 0, state.memory)
         segments = torch.where(segment.reset, 0, state.segments)
-        hidden = self.dropout(self.embedding(segment.tokens))
+        hidden = self.embed(segment)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what comes in behind the attention, what it read, its memory
         for number, mixer in enumerate(self.mixers):

@@ -31,16 +31,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import (
-    LayersCell,
-    LayersConfig,
-    LearnedTokens,
-    Linear,
-    Stack,
-    TokenEmbedding,
-    segment_mask,
-    within,
-)
+from memformer_dist.cells.layers import LearnedTokens, Linear, Stack, segment_mask, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.segment import Segment
 
 
@@ -93,21 +86,15 @@ class Hmt(LayersCell[HmtState, HmtFeatures]):
     memory_leaves = ("memory", "written")
 
     def __init__(self, config: HmtConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.summary = LearnedTokens(1, config.width, std=config.init_std)
         self.recall = Recall(config)
         self.layers = Stack(config.layers, config, causal=False, has_source=False)  # masked by _mask
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> HmtState:
-        like, config = next(self.parameters()), self.config
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        memory = torch.zeros(lanes, config.slots, config.width, dtype=dtype, device=device or like.device)
-        context = torch.zeros(lanes, config.sensory_tokens, dtype=torch.int64, device=memory.device)
-        return HmtState(memory, torch.zeros_like(context[:, 0]), context, torch.zeros_like(context[:, 0]))
+        memory = self.zeros(lanes, self.config.slots, self.config.width, device=device)
+        context = self.counts(lanes, self.config.sensory_tokens, device=device)
+        return HmtState(memory, self.counts(lanes, device=device), context, self.counts(lanes, device=device))
 
     def advance(self, segment: Segment, state: HmtState) -> tuple[HmtFeatures, HmtState]:
         fresh, size, sensory = segment.reset | segment.reset_memory, self.segment_length, self.config.sensory_tokens

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import LayersCell, Linear, TokenEmbedding
+from memformer_dist.cells.layers_cell import LayersCell
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.cells.transformer_xl import (
     HeadBias,
@@ -102,37 +102,27 @@ class LaMemo(LayersCell[LaMemoState, LaMemoFeatures]):
     carries_gradient = False
 
     def __init__(self, config: LaMemoConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         output_std = config.init_std / (2 * config.layers) ** 0.5
         made = [LaMemoLayer(config, output_std) for _ in range(config.layers - 1)]
         self.layers: Sequence[LaMemoLayer] = nn.ModuleList(made)  # type: ignore[assignment]  # a list of these layers
         self.last_layer = TransformerXLLayer(config, output_std)
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> LaMemoState:
-        like, config = next(self.parameters()), self.config
-        device, dtype = device or like.device, torch.promote_types(like.dtype, torch.float32)
-
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(lanes, *shape, dtype=dtype, device=device)
-
-        rows, layers = config.memory_length, config.layers - 1
+        config, rows, layers = self.config, self.config.memory_length, self.config.layers - 1
         return LaMemoState(
-            embedded=zeros(rows, config.width),
-            mixed=zeros(layers, rows, config.width),
-            log_mass=zeros(layers, rows, config.heads),
-            filled=zeros(dtype=torch.int64),
-            latest=zeros(dtype=torch.int64),
+            embedded=self.zeros(lanes, rows, config.width, device=device),
+            mixed=self.zeros(lanes, layers, rows, config.width, device=device),
+            log_mass=self.zeros(lanes, layers, rows, config.heads, device=device),
+            filled=self.counts(lanes, device=device),
+            latest=self.counts(lanes, device=device),
         )
 
     def advance(self, segment: Segment, state: LaMemoState) -> tuple[LaMemoFeatures, LaMemoState]:
         embedded, mixed, log_mass, filled, latest = emptied(state, segment.reset | segment.reset_memory)
         memory_length, length, again = self.config.memory_length, segment.length, self.config.checkpoint_layers
-        own = self.dropout(self.embedding(segment.tokens))
+        own = self.embed(segment)
         hidden = inputs = torch.cat([embedded.to(own.dtype), own], dim=1)
         room = hidden.shape[1]
         waves = sinusoids(room, hidden)

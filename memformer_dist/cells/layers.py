@@ -1,4 +1,4 @@
-"""What cells are built of: embedding, rotary positions, attention, feed-forward, stacks of such layers, and their settings.
+"""What cells are built of: embedding, rotary positions, attention, feed-forward, stacks of such layers.
 
 Layers are pre-LN with two or three residual branches, h + f(LN(h)): self-attention, cross-attention to a `source` (memory
 slots, or the output of an encoder) where the stack has one, feed-forward. A decoder is a `causal` Stack, an encoder one that
@@ -13,18 +13,14 @@ positions. It has no dropout.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from memformer_dist.cells.base import CellConfig, Features, RecurrentCell, State
-from memformer_dist.cells.recomputation import losses_in_chunks, recomputed
-from memformer_dist.errors import Problems
-from memformer_dist.segment import Segment
+from memformer_dist.cells.layers_config import BlocksConfig, LayersConfig
+from memformer_dist.cells.recomputation import recomputed
 
 ROTARY_BASE = 10000.0
 
@@ -144,87 +140,6 @@ def attend(
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return mixed.transpose(1, 2).flatten(2)
-
-
-class BlocksConfig(CellConfig):
-    """What cells of residual blocks have in common, with attention or without."""
-
-    width: PositiveInt = Field(512, description="D, of the hidden states")
-    heads: PositiveInt = Field(8, description="H, in every attention")
-    feed_forward: PositiveInt = Field(2048, description="inner width of the feed-forward blocks")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="rate of dropout on embeddings, attention weights and residual branches"
-    )
-    final_norm: bool = Field(True, description="a LayerNorm after the last layer of a stack")
-    tie_embeddings: bool = Field(True, description="use the embedding as the head's weights")
-    init_std: PositiveFloat = Field(
-        0.02, description="standard deviation of initial weights; those into the residual stream / sqrt(2 layers)"
-    )
-    checkpoint_layers: bool = Field(
-        False,
-        description="keep the inputs of every layer alone and compute what is inside it again in the backward; in the"
-        " layers that lead to the next state this is a third forward, besides rollout and replay",
-    )
-    loss_chunk: PositiveInt | None = Field(
-        None,
-        description="positions whose logits exist at a time: head and loss are computed in chunks, and again in the"
-        " backward, so that vocabulary x positions are never held; null: all of them",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if problems := self.problems():
-            raise Problems(problems)
-        return self
-
-    def problems(self) -> list[str]:
-        """What is wrong with values that must fit together, a sentence each."""
-        if self.width % self.heads:
-            return [f"width: found {self.width}, expected a multiple of heads ({self.heads})"]
-        return []
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-
-class LayersConfig(BlocksConfig):
-    """What cells have in common whose layers attend within the segment."""
-
-    positions: Literal["rotary", "none"] = Field(
-        "rotary", description="position embedding of self-attention; cross-attention has none"
-    )
-    attention_bias: bool = Field(False, description="biases in the projections of all attentions")
-
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if not problems and self.positions == "rotary" and self.head_size % 2:
-            return [f"width / heads: found {self.head_size}, expected an even number (rotary positions turn pairs)"]
-        return problems
-
-
-class LayersCell(RecurrentCell[State, Features]):
-    """A cell whose head is one matrix: it defines `hidden` instead of `logits`. Has `config`, `embedding` and `head`."""
-
-    config: Any  # of BlocksConfig, each cell its own kind
-    embedding: TokenEmbedding
-    head: Linear | None  # None: the embedding's weights
-
-    def hidden(self, segment: Segment, features: Features) -> Tensor:
-        """[B, S, D], what the head reads."""
-        raise NotImplementedError
-
-    def logits(self, segment: Segment, features: Features) -> Tensor:
-        return self.to_logits(self.hidden(segment, features))
-
-    def readout(self, segment: Segment, features: Features) -> Tensor:
-        if self.config.loss_chunk is None:
-            return super().readout(segment, features)
-        hidden = self.hidden(segment, features)
-        return losses_in_chunks(self.to_logits, hidden, segment.labels, self.config.loss_chunk)
-
-    def to_logits(self, hidden: Tensor) -> Tensor:
-        return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
 
 
 class SelfAttention(nn.Module):

@@ -31,16 +31,9 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import (
-    KeysValues,
-    LayersCell,
-    LayersConfig,
-    Linear,
-    Stack,
-    TokenEmbedding,
-    key_mask,
-    within,
-)
+from memformer_dist.cells.layers import KeysValues, Linear, Stack, key_mask, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.segment import Segment
 
 
@@ -173,11 +166,8 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: MemformerConfig, *, vocab_size: int, bos_id: int, segment_length: int):
-        super().__init__()
-        self.config, self.bos_id = config, bos_id
-        self.vocab_size, self.segment_length = vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
+        self.bos_id = bos_id
         self.normalise = BiasedMemoryNormalisation(config.slots, config.width, config.bmn_init_norm)
         self.memory_norm = nn.LayerNorm(config.width) if config.memory_norm else nn.Identity()
         self.encoder = None
@@ -185,19 +175,15 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
             self.encoder = Stack(config.encoder_layers, config, causal=False)
         self.writer = SlotWriter(config)
         self.decoder = Stack(config.decoder_layers, config, causal=True)
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     # ------------------------------------------------------------------------------------------------ the recurrence
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> MemformerState | DecoderState:
-        like = next(self.parameters())
-        device = device or like.device
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        memory = torch.zeros(lanes, self.config.slots, self.config.width, dtype=dtype, device=device)
+        memory = self.zeros(lanes, self.config.slots, self.config.width, device=device)
         if self.encoder is None:
             return DecoderState(memory)
-        context = torch.zeros(lanes, self.segment_length, dtype=torch.int64, device=device)
-        return MemformerState(memory, context, torch.zeros(lanes, dtype=torch.int64, device=device))
+        context = self.counts(lanes, self.segment_length, device=device)
+        return MemformerState(memory, context, self.counts(lanes, device=device))
 
     def advance(self, segment: Segment, state):
         memory = self._start(state, segment.reset | segment.reset_memory)

@@ -10,9 +10,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from memformer_dist.cells.layers import LayersCell, LayersConfig, Linear, Stack, TokenEmbedding
+from memformer_dist.cells.layers import Stack
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.segment import Segment
 
 
@@ -38,20 +40,15 @@ class Plain(LayersCell[PlainState, PlainFeatures]):
     carries_gradient = False
 
     def __init__(self, config: PlainConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.layers = Stack(config.layers, config, causal=True, has_source=False)
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> PlainState:
-        device = device or next(self.parameters()).device
-        return PlainState(torch.zeros(lanes, dtype=torch.int64, device=device))
+        return PlainState(self.counts(lanes, device=device))
 
     def advance(self, segment: Segment, state: PlainState) -> tuple[PlainFeatures, PlainState]:
         segments = torch.where(segment.reset, 0, state.segments)
         return PlainFeatures(segments), PlainState(segments + 1)
 
     def hidden(self, segment: Segment, features: PlainFeatures) -> Tensor:
-        return self.layers(self.dropout(self.embedding(segment.tokens)))
+        return self.layers(self.embed(segment))

@@ -25,19 +25,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from memformer_dist.cells.layers import (
-    KeysValues,
-    LayersCell,
-    LayersConfig,
-    LearnedStart,
-    Linear,
-    Stack,
-    TokenEmbedding,
-    segment_mask,
-    within,
-)
+from memformer_dist.cells.layers import KeysValues, LearnedStart, Stack, segment_mask, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.segment import Segment
 
 
@@ -77,23 +69,16 @@ class Rmt(LayersCell[RmtState, RmtFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: RmtConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.start = LearnedStart(config.slots, config.width, std=1.0)  # the size of what a norm makes
         self.layers = Stack(config.layers, config, causal=False, has_source=False)
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> RmtState:
-        like = next(self.parameters())
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = lanes, self.config.slots, self.config.width
-        return RmtState(torch.zeros(shape, dtype=dtype, device=device or like.device))
+        return RmtState(self.zeros(lanes, self.config.slots, self.config.width, device=device))
 
     def advance(self, segment: Segment, state: RmtState) -> tuple[RmtFeatures, RmtState]:
         memory = self.start(state.memory, segment.reset | segment.reset_memory)
-        tokens = self.dropout(self.embedding(segment.tokens))
+        tokens = self.embed(segment)
         slots, size = self.config.slots, self.segment_length
         read = memory.to(tokens.dtype)
         mask = segment_mask(segment.length, size, before=slots, after=slots)

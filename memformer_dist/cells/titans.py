@@ -41,17 +41,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from memformer_dist.cells.gated_delta import Block, GatedRead, QueriesKeysValues
-from memformer_dist.cells.layers import (
-    LayersCell,
-    LayersConfig,
-    Linear,
-    SelfAttention,
-    TokenEmbedding,
-    attend,
-    full_precision,
-    rotary,
-    within,
-)
+from memformer_dist.cells.layers import Linear, SelfAttention, attend, full_precision, rotary, within
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment
 
@@ -253,30 +245,25 @@ class Titans(LayersCell[TitansState, TitansFeatures]):
     memory_leaves = ("memory", "momentum", "tail")  # deeper tails hold what was read from the memory
 
     def __init__(self, config: TitansConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.start = MemoryStart(config)
         self.mixers = nn.ModuleList(TitansMixer(config) for _ in range(config.layers))
         mix = GatedAttention if config.layout == "mag" else GatedRead
         self.blocks = nn.ModuleList(Block(config, config.layers, mix) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> TitansState:
-        like, config = next(self.parameters()), self.config
-        dtype, device = torch.promote_types(like.dtype, torch.float32), device or like.device
+        config = self.config
         count = sum(a * b for a, b in config.shapes)
-        memory = torch.zeros(lanes, config.layers, config.heads, count, dtype=dtype, device=device)
-        tail = memory.new_zeros(lanes, config.layers, config.convolution - 1, 3 * config.width)
+        memory = self.zeros(lanes, config.layers, config.heads, count, device=device)
+        tail = self.zeros(lanes, config.layers, config.convolution - 1, 3 * config.width, device=device)
         return TitansState(memory, torch.zeros_like(memory), tail)
 
     def advance(self, segment: Segment, state: TitansState) -> tuple[TitansFeatures, TitansState]:
         fresh = segment.reset | segment.reset_memory
         memory = self.start(state.memory, fresh)
         momentum, tail = (torch.where(fresh[:, None, None, None], 0, x) for x in (state.momentum, state.tail))
-        hidden = self.dropout(self.embedding(segment.tokens))
+        hidden = self.embed(segment)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory, its momentum, its tail
         for number, mixer in enumerate(self.mixers):

@@ -26,7 +26,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import ROTARY_BASE, FeedForward, LayersCell, LayersConfig, Linear, TokenEmbedding
+from memformer_dist.cells.layers import ROTARY_BASE, FeedForward, Linear
+from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
 from memformer_dist.segment import Segment, Tensors
 
@@ -171,27 +173,21 @@ class TransformerXL(LayersCell[TransformerXLState, TransformerXLFeatures]):
     carries_gradient = False
 
     def __init__(self, config: TransformerXLConfig, *, vocab_size: int, segment_length: int):
-        super().__init__()
-        self.config, self.vocab_size, self.segment_length = config, vocab_size, segment_length
+        super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
         self.room = config.memory_length + segment_length  # T, positions that a segment's queries may see
-        self.embedding = TokenEmbedding(vocab_size, config.width, std=config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
         output_std = config.init_std / (2 * config.layers) ** 0.5
         made = [TransformerXLLayer(config, output_std) for _ in range(config.layers)]
         self.layers: Sequence[TransformerXLLayer] = nn.ModuleList(made)  # type: ignore[assignment]  # a list of these layers
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
-        self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
 
     def empty_state(self, lanes: int, device: torch.device | None = None) -> TransformerXLState:
-        like, config = next(self.parameters()), self.config
-        device = device or like.device
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        memory = torch.zeros(lanes, config.layers, config.memory_length, config.width, dtype=dtype, device=device)
-        return TransformerXLState(memory, torch.zeros(lanes, dtype=torch.int64, device=device))
+        config = self.config
+        memory = self.zeros(lanes, config.layers, config.memory_length, config.width, device=device)
+        return TransformerXLState(memory, self.counts(lanes, device=device))
 
     def advance(self, segment: Segment, state: TransformerXLState) -> tuple[TransformerXLFeatures, TransformerXLState]:
         memory, filled = emptied(state, segment.reset | segment.reset_memory)
-        hidden = self.dropout(self.embedding(segment.tokens))
+        hidden = self.embed(segment)
         sight = self._sight(self._rows(torch.zeros_like(filled[:1]), self.segment_length), filled)
         waves = sinusoids(self.room, hidden)
         inputs = []

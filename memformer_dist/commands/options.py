@@ -47,6 +47,26 @@ class Options(argparse.ArgumentParser):
             more["type"] = self.collecting(name, more["type"])
         return super().add_argument(*names, **more)
 
+    def add_input(self) -> None:
+        """The options of the programs that read documents: --input, --exclude, --text-field."""
+        self.add_argument(
+            "--input", type=nonempty_path_or_url, nargs="+", required=True, help="folders, globs, files and URLs"
+        )
+        self.add_argument(
+            "--exclude",
+            type=nonempty_text,
+            nargs="+",
+            default=[],
+            metavar="PATTERN",
+            help="names of files and folders to skip within folders",
+        )
+        self.add_argument(
+            "--text-field",
+            type=nonempty_text,
+            metavar="NAME",
+            help="field or column that holds the text (default: text, parts or messages)",
+        )
+
     def parse_known_args(self, *arguments: Any, **more: Any) -> Any:
         """Raises UserError with all that is wrong with values; argparse itself ends the program where words are missing."""
         self._problems.clear()

@@ -78,21 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     add(
         "--eos", type=nonempty_text, metavar="TOKEN", help="the token EOS as the vocabulary has it (default: found out)"
     )
-    add("--input", type=nonempty_path_or_url, nargs="+", required=True, help="folders, globs, files and URLs")
-    add(
-        "--exclude",
-        type=nonempty_text,
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="names of files and folders to skip within folders",
-    )
-    add(
-        "--text-field",
-        type=nonempty_text,
-        metavar="NAME",
-        help="field or column that holds the text (default: text, parts or messages)",
-    )
+    parser.add_input()
     add(
         "--valid-input",
         type=nonempty_path_or_url,

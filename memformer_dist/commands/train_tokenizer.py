@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, nonempty_text
+from memformer_dist.commands.options import Options, integer, nonempty_path
 from memformer_dist.errors import UserError, run_program
 from memformer_dist.files import expect_writable, write_bytes
 from memformer_dist.prepare.documents import Document, File, Place, Unreadable, shown_places
@@ -54,21 +54,7 @@ def read_lines(files: Sequence[File], options: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = Options(__doc__)
     add = parser.add_argument
-    add("--input", type=nonempty_path_or_url, nargs="+", required=True, help="folders, globs, files and URLs")
-    add(
-        "--exclude",
-        type=nonempty_text,
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="names of files and folders to skip within folders",
-    )
-    add(
-        "--text-field",
-        type=nonempty_text,
-        metavar="NAME",
-        help="field or column that holds the text (default: text, parts or messages)",
-    )
+    parser.add_input()
     add("--output", "--model-prefix", type=nonempty_path, required=True, metavar="PREFIX", help="writes PREFIX.model")
     add("--vocab-size", type=integer(least=1, most=10**7), default=8192, help="number of tokens (default: 8192)")
     add("--cap-vocabulary", action="store_true", help="use fewer tokens where the text does not support so many")
