@@ -58,11 +58,11 @@ def quarantined(corpus: Path) -> list[dict]:
     "name, raw, expected",
     [
         ("a.json", LINES, ["one", "two\n"]),
-        ("a.json.gz", gzip.compress(LINES), ["one", "two\n"]),
+        ("a.json.gz", gzip.compress(LINES, mtime=0), ["one", "two\n"]),
         ("a.ndjson", LINES, ["one", "two\n"]),
         ("a.JSONLINES.zst", zstd.compress(LINES), ["one", "two\n"]),
         ("part-00000", LINES, ["one", "two\n"]),
-        ("part-00000.gz", gzip.compress(LINES), ["one", "two\n"]),
+        ("part-00000.gz", gzip.compress(LINES, mtime=0), ["one", "two\n"]),
         ("dump.bak", LINES, ["one", "two\n"]),
         ("a.json", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\\n"}', ["one", "two\n"]),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES, ["one", "two\n"]),
@@ -90,14 +90,14 @@ def test_a_file_is_what_it_holds(tmp_path, name, raw, expected):
     "name, raw, reason",
     [
         ("a.csv", b"id,text\n1,one\n", "not text but a table (.csv), expected JSON lines or Parquet"),
-        ("a.tsv.gz", gzip.compress(b"id\ttext\n"), "a table (.tsv)"),
+        ("a.tsv.gz", gzip.compress(b"id\ttext\n", mtime=0), "a table (.tsv)"),
         ("a.bin", bytes(range(256)), "a binary file"),
         ("a.dat", b"A\0B\0" * 50, "a binary file"),
         ("a.pdf", b"%PDF-1.7\nplain", "a PDF"),
-        ("a.gz", gzip.compress(gzip.compress(b"twice")), "compressed by gzip"),
+        ("a.gz", gzip.compress(gzip.compress(b"twice", mtime=0), mtime=0), "compressed by gzip"),
         ("a.xz", b"\xfd7zXZ\x00rest", "compressed by xz, which is not read"),
         ("a.txt", b"\xff\xfea\0b\0", "not UTF-8: .*UTF-16"),
-        ("b.txt", gzip.compress(b"x"), "not UTF-8: .*compressed by gzip; a file with the suffix .gz"),
+        ("b.txt", gzip.compress(b"x", mtime=0), "not UTF-8: .*compressed by gzip; a file with the suffix .gz"),
     ],
 )
 def test_what_is_not_text_is_never_taken_for_text(tmp_path, name, raw, reason):
