@@ -26,6 +26,7 @@ from tests.helpers.memformer import (
     BOS,
     LAYOUTS,
     SIZE,
+    SMALL,
     TICKS,
     VOCABULARY,
     make,
@@ -381,6 +382,36 @@ def test_every_dropout_drops(dropped):
     segment, state = make_segment([5]), random_state(cell, 1)
     first, second = (cell.advance(segment, state)[0].hidden for _ in range(2))
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_silent_start_hears_no_memory_and_learns_to(layout):
+    """At first losses and writes are those of any other memory, and after a step of the output projections they are not."""
+    torch.manual_seed(0)
+    config = MemformerConfig(**SMALL, **LAYOUTS[layout], silent_start=True)
+    cell = Memformer(config, vocab_size=VOCABULARY, bos_id=BOS, segment_length=SIZE)
+    segment, states = make_segment([5, 5]), [random_state(cell, 2) for _ in range(2)]
+    states[1] = states[1]._replace(**{name: x for name, x in states[0]._asdict().items() if name != "memory"})
+
+    def losses():
+        features = [cell.advance(segment, state)[0] for state in states]
+        return [cell.readout(segment, one) for one in features]
+
+    first, second = losses()
+    assert torch.equal(first, second)
+    first.sum().backward()
+    outputs = [x for name, x in cell.named_parameters() if "cross_attention.output.weight" in name]
+    assert all(not x.any() for x in outputs)
+    # Behind the silent attention of the decoder, the encoder's has no gradient yet.
+    assert sum(bool(x.grad.any()) for x in outputs if x.grad is not None) == len(cell.decoder.layers)
+    for _ in range(2):
+        with torch.no_grad():
+            for x in outputs:
+                x -= 0.1 * (torch.zeros_like(x) if x.grad is None else x.grad)
+        cell.zero_grad()
+        losses()[0].sum().backward()
+    assert all(x.any() for x in outputs), "the encoder's follow those of the decoder"
+    assert not torch.equal(*losses())
 
 
 def test_noise_on_the_memory_has_its_norm_and_is_of_training_alone():

@@ -224,16 +224,16 @@ class KeysValues(NamedTuple):
 
 
 class Layer(nn.Module):
-    """`has_source`: with cross-attention to a source."""
+    """With cross-attention to a source where there is a `source_std`, with which its output projection is drawn."""
 
-    def __init__(self, config: LayersConfig, output_std: float, *, has_source: bool):
+    def __init__(self, config: LayersConfig, output_std: float, *, source_std: float | None):
         super().__init__()
-        self.has_source = has_source
+        self.has_source = source_std is not None
         self.self_norm = nn.LayerNorm(config.width)
         self.self_attention = SelfAttention(config, output_std)
-        if has_source:
+        if source_std is not None:
             self.cross_norm = nn.LayerNorm(config.width)
-            self.cross_attention = CrossAttention(config, output_std)
+            self.cross_attention = CrossAttention(config, source_std)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config, output_std)
         self.dropout = nn.Dropout(config.dropout)
@@ -274,13 +274,19 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers)."""
+    """Layers and the norm after the last. Projections into the residual stream start smaller by 1 / sqrt(2 layers).
 
-    def __init__(self, layers: int, config: LayersConfig, *, causal: bool, has_source: bool = True):
+    `silent_source`: those of the cross-attentions start at zero, as if there were no source.
+    """
+
+    def __init__(
+        self, layers: int, config: LayersConfig, *, causal: bool, has_source: bool = True, silent_source: bool = False
+    ):
         super().__init__()
         self.config, self.causal = config, causal
         output_std = config.init_std / (2 * layers) ** 0.5
-        made = [Layer(config, output_std, has_source=has_source) for _ in range(layers)]
+        source_std = (0.0 if silent_source else output_std) if has_source else None
+        made = [Layer(config, output_std, source_std=source_std) for _ in range(layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(made)  # type: ignore[assignment]  # a list of Layers and nothing else
         self.norm = nn.LayerNorm(config.width) if config.final_norm else nn.Identity()
 

@@ -62,6 +62,11 @@ class MemformerConfig(LayersConfig):
         True, description="false: write from the second segment of a document on (layout encoder_decoder only)"
     )
     write_projection: bool = Field(False, description="an output projection after the write attention")
+    silent_start: bool = Field(
+        False,
+        description="the output projections of all attentions to memory and encoder start at zero: a new model reads every"
+        " segment as a Transformer without memory would, and learns to listen",
+    )
     memory_noise: float = Field(
         0.0,
         ge=0,
@@ -172,9 +177,9 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
         self.memory_norm = nn.LayerNorm(config.width) if config.memory_norm else nn.Identity()
         self.encoder = None
         if config.layout == "encoder_decoder":
-            self.encoder = Stack(config.encoder_layers, config, causal=False)
+            self.encoder = Stack(config.encoder_layers, config, causal=False, silent_source=config.silent_start)
         self.writer = SlotWriter(config)
-        self.decoder = Stack(config.decoder_layers, config, causal=True)
+        self.decoder = Stack(config.decoder_layers, config, causal=True, silent_source=config.silent_start)
 
     # ------------------------------------------------------------------------------------------------ the recurrence
 
