@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from memformer_dist.config import CheckpointConfig, RunConfig, TrainingConfig
+from memformer_dist.config import RunConfig
 from memformer_dist.curriculum import WindowByMetric, WindowByStep
 from memformer_dist.data.open_data import DataConfig
 from memformer_dist.optimizer import OptimizerConfig, decay_start, learning_rate
+from memformer_dist.training_settings import CheckpointConfig, TrainingConfig
 from memformer_dist.zero.settings import options_without_effect
 
 MANY_EPOCHS = 100

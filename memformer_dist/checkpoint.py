@@ -16,7 +16,7 @@ size and are not written atomically.
 
 import json
 import logging
-from collections.abc import Iterable, KeysView
+from collections.abc import Collection, Iterable, KeysView
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +33,6 @@ from memformer_dist.curriculum import Progress
 from memformer_dist.data.dataset import TokenDataset
 from memformer_dist.errors import UserError, first_problem
 from memformer_dist.files import REMOVED, make_way, named_in_utf8, sha256_of
-from memformer_dist.mrbp.executor import reseed
-from memformer_dist.places import Places
 from memformer_dist.progress import HeldOut, Interval, Position
 from memformer_dist.segment import Tensors
 from memformer_dist.tokenizer import FILES, Tokenizer, find_tokenizer, open_tokenizer
@@ -162,10 +160,13 @@ class Checkpoint:
     def files(self, prefix: str) -> list[Path]:
         return [self.path / name for name in sorted(self.records) if name.startswith(prefix)]
 
-    def load_weights(self, cell: nn.Module) -> None:
-        """Copy weights and persistent buffers into a cell. Raises UserError if names or shapes are not the cell's."""
+    def load_weights(self, cell: nn.Module, *, new: Collection[str] = ()) -> None:
+        """Copy weights and persistent buffers into a cell, but for the parameters `new`, which the checkpoint lacks.
+
+        Raises UserError if names or shapes are not the cell's.
+        """
         weights = TensorFiles(self.files("weights-"))
-        own: dict[str, Tensor] = dict(cell.named_parameters())
+        own: dict[str, Tensor] = {name: tensor for name, tensor in cell.named_parameters() if name not in new}
         buffers = persistent_buffers(cell)
         missing = own.keys() - weights.keys() | weights.keys() - own.keys() - buffers.keys()
         if missing:
@@ -219,6 +220,11 @@ class Checkpoint:
         """None of a parameter that was frozen."""
         found = f"{key}.{name}"
         return self._moments[found] if found in self._moments.file_of else None
+
+    @property
+    def weight_names(self) -> KeysView[str]:
+        """Of the parameters and persistent buffers."""
+        return TensorFiles(self.files("weights-")).keys()
 
     @property
     def trained(self) -> set[str]:
@@ -379,42 +385,6 @@ def best_of(run_dir: Path, held_out: HeldOut) -> dict[str, Any] | None:
     if is_kept:
         log.info(f"the best checkpoint is {name}, with a held-out loss of {best.loss:.4f}: --checkpoint best")
     return best.model_dump() | {"checkpoint": name if is_kept else None}
-
-
-def initial(config: RunConfig, run_dir: Path, vocabulary: Vocabulary, world: World) -> Checkpoint | None:
-    """The checkpoint of another run, by training.init_from, whose weights a fresh run starts with. A collective call."""
-    path = config.training.init_from
-    if path is None:
-        return None
-    place = Path(Places.of_run(run_dir).found("training.init_from", path))
-    return world.on_all_or_raise(lambda: open_initial(place, vocabulary))
-
-
-def open_initial(path: Path, vocabulary: Vocabulary) -> Checkpoint:
-    """The checkpoint of training.init_from. Raises UserError if its tokenizer is another one. Not collective."""
-    try:
-        initial = open_one(path)
-    except UserError as error:
-        raise UserError(f"training.init_from: {error}") from None
-    found, expected = initial.contents.vocabulary.tokenizer_sha256, vocabulary.tokenizer_sha256
-    if found != expected:
-        raise UserError(
-            f"training.init_from: {initial.path} was trained with another tokenizer than the corpus's: found sha256"
-            f" {found[:16]}, expected {expected[:16]}"
-        )
-    return initial
-
-
-def initial_cell(config: RunConfig, vocabulary: Vocabulary, saved: Checkpoint | None) -> RecurrentCell:
-    """The cell with which a run starts: with the weights of a checkpoint, or with random ones.
-
-    Not collective; the same weights on every rank.
-    """
-    reseed(torch.device("cpu"), config.training.seed)  # weights are drawn on the CPU
-    cell = build_cell(config, vocabulary)
-    if saved is not None:
-        saved.load_weights(cell)
-    return cell
 
 
 def build_cell(config: RunConfig, vocabulary: Vocabulary) -> RecurrentCell:

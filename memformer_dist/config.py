@@ -12,16 +12,17 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from memformer_dist import suggest
 from memformer_dist.cells import DEFAULT_CELL, ModelConfig
 from memformer_dist.cells.base import CellConfig
-from memformer_dist.curriculum import IN_TRAINING, WindowByMetric, plan_model, smallest_window
+from memformer_dist.config_relations import relations
+from memformer_dist.curriculum import plan_model
 from memformer_dist.data.open_data import IN_A_CORPUS, DataConfig
 from memformer_dist.errors import UserError, first_problem, sentences
 from memformer_dist.launcher import detected
@@ -30,94 +31,11 @@ from memformer_dist.optimizer import OptimizerConfig
 from memformer_dist.places import Places, is_unicode, is_url
 from memformer_dist.section import Section
 from memformer_dist.tasks import task_model
+from memformer_dist.training_settings import CheckpointConfig, MonitorConfig, TrainingConfig
 from memformer_dist.upgrade import outdated_fields, upgrade
-from memformer_dist.zero.settings import NO_FP16, PASSED_THROUGH, deepspeed_problems, zero_stage
+from memformer_dist.zero.settings import PASSED_THROUGH, deepspeed_problems, zero_stage
 
 log = logging.getLogger(__name__)
-
-
-class TrainingConfig(Section):
-    """The section `training`."""
-
-    tokens: PositiveInt = Field(
-        description="labels to train on, over all lanes and epochs: the run ends with the step that reaches them"
-    )
-    seed: int = Field(0, ge=0, description="seed of the initial weights and of dropout")
-    precision: Literal["fp32", "bf16", "bf16_parameters"] = Field(
-        "fp32",
-        description="fp32: everything in fp32; bf16: autocast over fp32 parameters, gradients in fp32; bf16_parameters:"
-        " bf16 parameters with sharded fp32 master weights and gradients, for models whose fp32 parameters do not fit"
-        ' (needs mrbp.reduce "segment")',
-    )
-    init_from: str | None = Field(
-        None,
-        description="run directory or checkpoint whose weights a fresh run starts from, and nothing else of it; null:"
-        " random weights",
-    )
-    evaluate_every_tokens: PositiveInt | None = Field(
-        None, description="tokens between evaluations during training; null: evaluate only at the end"
-    )
-    evaluate_segments: PositiveInt | None = Field(
-        None,
-        description="segments per lane that an evaluation during training reads; null: the whole validation split",
-    )
-    final_evaluate_segments: PositiveInt | None = Field(
-        None,
-        description="segments per lane that the evaluation at the end reads; null: the whole validation split",
-    )
-    evaluate_warmup_segments: int | None = Field(
-        None,
-        ge=0,
-        description="in evaluations, cut long documents over the lanes, and read so many segments before each piece"
-        " without counting their losses; null: read every document as a whole, on one lane",
-    )
-    early_stopping_patience: PositiveInt | None = Field(
-        None,
-        description="the run ends after this many evaluations in a row that have not lowered the held-out loss; null:"
-        " it trains on all of training.tokens",
-    )
-    skipped_steps_limit: PositiveInt = Field(
-        10, description="the run ends with an error after this many steps in a row whose gradient is not finite"
-    )
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _not_fp16(cls, precision: Any) -> Any:
-        if precision == "fp16":
-            raise ValueError(f"found 'fp16', expected 'fp32' or 'bf16'; {NO_FP16}")
-        return precision
-
-
-class CheckpointConfig(Section):
-    """The section `checkpoint`."""
-
-    every_tokens: PositiveInt | None = Field(
-        None,
-        description="tokens between checkpoints; null: only at the end, when the run is stopped, and as keep_best says",
-    )
-    keep: int = Field(
-        2, ge=2, description="how many of the newest checkpoints are kept; with two, one may turn out damaged"
-    )
-    before_job_ends_s: float = Field(
-        120, ge=0, description="under SLURM the run saves and stops this many seconds before the job's end"
-    )
-    keep_best: bool = Field(
-        True,
-        description="write a checkpoint at every evaluation whose held-out loss is the lowest so far, and keep it until"
-        " another one is",
-    )
-    anchor_every_tokens: PositiveInt | None = Field(
-        None, description="the first checkpoint after each multiple of this many tokens is never removed; null: none"
-    )
-
-
-class MonitorConfig(Section):
-    """The section `monitor`."""
-
-    log_every_steps: PositiveInt = Field(10, description="steps per record in metrics.jsonl and TensorBoard")
-    device_peak_tflops: PositiveFloat | None = Field(
-        None, description="peak TFLOP/s of one device, for perf/mfu; null: looked up, for the GPUs that are known"
-    )
 
 
 # What a resumed run may change: prefixes of field names. The corpus may move; checkpoint.py compares its fingerprint.
@@ -133,6 +51,7 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.cache",
     "training.tokens",
+    "training.freeze",
     "training.evaluate_every_tokens",
     "training.evaluate_segments",
     "training.final_evaluate_segments",
@@ -250,7 +169,7 @@ class RunConfig(Section):
         problems += deepspeed_problems(
             sections["deepspeed"], lambda key, keys: suggest.nearest(key, "deepspeed", known | {"deepspeed": keys})
         )
-        problems += _relations(sections, world_size)
+        problems += relations(sections, world_size)
         problems += _not_unicode("", raw)
         problems += _missing_shards(raw.get("data"), places or Places())
         if problems:
@@ -393,150 +312,7 @@ def _override(raw: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-# ---- what relates sections -----------------------------------------------------------------------------------------
-
-
-def _relations(sections: dict[str, Any], world_size: int) -> Iterator[str]:
-    """Problems between fields, or between a field and the number of ranks. A section with problems of its own is None."""
-    data, mrbp, training = (sections.get(name) for name in ("data", "mrbp", "training"))
-    stage = zero_stage(sections["deepspeed"])
-    if data is not None:
-        yield from _lanes_and_ranks(data, mrbp, world_size)
-        yield from _stream(data)
-        yield from _task(data, mrbp)
-    if training is not None:
-        yield from _warmup(training)
-    if mrbp is not None and mrbp.readout_group == "auto":
-        yield from _measured(sections.get("model"))
-    if mrbp is not None:
-        yield from _readout(data, mrbp, world_size)
-    if training is not None:
-        yield from _early_stopping(training)
-    if mrbp is not None and training is not None:
-        yield from _window(mrbp, training)
-        yield from _sharded_gradients(mrbp, training, stage)
-        yield from _reduction_in_bf16(training, sections["deepspeed"], stage)
-
-
-def _lanes_and_ranks(data: DataConfig, mrbp: MrbpConfig | None, world_size: int) -> Iterator[str]:
-    share, rest = divmod(data.lanes, world_size)
-    if rest:
-        multiple = max(world_size, round(data.lanes / world_size) * world_size)
-        yield f"data.lanes: found {data.lanes}, expected a multiple of the {world_size} ranks, {multiple} for example"
-    elif mrbp is not None and mrbp.lanes_per_group and share % mrbp.lanes_per_group:
-        yield (
-            f"mrbp.lanes_per_group: found {mrbp.lanes_per_group}, expected a divisor of the {share} lanes of a rank"
-            f" (data.lanes {data.lanes} on {world_size} ranks)"
-        )
-
-
-def _stream(data: DataConfig) -> Iterator[str]:
-    if data.mode != "stream":
-        return
-    for field, value, expected in (
-        ("corpus", {name: weight for name, weight in data.corpora.items() if weight != 1}, "weights of 1"),
-        ("min_tokens", data.min_tokens if data.min_tokens > 1 else None, "1"),
-        ("shuffle_shards", data.shuffle_shards, "null"),
-    ):
-        if value:
-            yield (
-                f"data.{field}: found {value} with data.mode 'stream', which joins all documents in their order; expected"
-                f" {expected}, or mode 'documents'"
-            )
-
-
-def _warmup(training: TrainingConfig) -> Iterator[str]:
-    warmup = training.evaluate_warmup_segments
-    for field in "evaluate_segments", "final_evaluate_segments":
-        limit = getattr(training, field)
-        if warmup is not None and limit is not None and limit <= warmup:
-            yield (
-                f"training.{field}: found {limit}, expected more than training.evaluate_warmup_segments ({warmup}), whose"
-                " losses are not counted"
-            )
-
-
-def _task(data: DataConfig, mrbp: MrbpConfig | None) -> Iterator[str]:
-    if data.task is None:
-        return
-    for field in ("mode", "min_tokens", "shuffle_shards"):
-        value, default = getattr(data, field), DataConfig.model_fields[field].default
-        if value != default:
-            yield f"data.{field}: found {value!r} with data.task, which makes its own documents; expected {default!r}"
-    try:
-        task = data.task.build(data.segment_length)
-    except UserError as error:
-        yield str(error)
-        return
-    if problem := task.problem(data.task.held_out_segments):
-        yield f"data.task.held_out_segments: {problem}"
-    if mrbp is not None and (problem := task.problem(smallest_window(mrbp.window))):
-        yield f"mrbp.window: a window is a document of data.task: {problem}"
-
-
-def _readout(data: DataConfig | None, mrbp: MrbpConfig, world_size: int) -> Iterator[str]:
-    if mrbp.readout_parts > 1 and mrbp.readout_group != 1:
-        yield (
-            f"mrbp.readout_parts: found {mrbp.readout_parts} with mrbp.readout_group {mrbp.readout_group!r}: one divides a"
-            " readout, the other joins several; expected one of them to be 1"
-        )
-    if data is None:
-        return
-    lanes = mrbp.lanes_per_group or data.lanes // world_size
-    if mrbp.readout_parts > max(1, lanes):
-        yield (
-            f"mrbp.readout_parts: found {mrbp.readout_parts}, expected at most the {lanes} lanes that are worked on at once"
-        )
-
-
-def _measured(model: CellConfig | None) -> Iterator[str]:
-    """What `readout_group: "auto"` cannot measure: memory that only a backward takes."""
-    for field in ("checkpoint_layers", "loss_chunk"):
-        if getattr(model, field, None):
-            yield (
-                f"mrbp.readout_group: found 'auto' with model.{field}, whose memory is taken in the backward, where it is not"
-                " measured; expected a number"
-            )
-
-
-def _window(mrbp: MrbpConfig, training: TrainingConfig) -> Iterator[str]:
-    window = mrbp.window
-    if not isinstance(window, WindowByMetric) or window.metric in IN_TRAINING:
-        return
-    if not training.evaluate_every_tokens:
-        yield (
-            f"mrbp.window.metric: found {window.metric!r}, which is measured during training only where"
-            " training.evaluate_every_tokens is set"
-        )
-
-
-def _early_stopping(training: TrainingConfig) -> Iterator[str]:
-    if training.early_stopping_patience and not training.evaluate_every_tokens:
-        yield (
-            f"training.early_stopping_patience: found {training.early_stopping_patience}, which counts evaluations during"
-            " training; expected training.evaluate_every_tokens with it"
-        )
-
-
-def _sharded_gradients(mrbp: MrbpConfig, training: TrainingConfig, stage: Any) -> Iterator[str]:
-    if mrbp.reduce == "segment" and stage in (0, 1):
-        yield (
-            f"mrbp.reduce: found 'segment' with deepspeed.zero_optimization.stage {stage}, which does not shard"
-            " gradients; expected 'window', or stage 2 or 3"
-        )
-    if training.precision == "bf16_parameters" and (mrbp.reduce != "segment" or stage in (0, 1)):
-        yield (
-            "training.precision: found 'bf16_parameters', whose fp32 gradients are sharded; expected with it"
-            " mrbp.reduce 'segment' and deepspeed.zero_optimization.stage 2 or 3"
-        )
-
-
-def _reduction_in_bf16(training: TrainingConfig, deepspeed: Any, stage: Any) -> Iterator[str]:
-    if training.precision == "bf16_parameters" and stage == 2 and deepspeed["zero_optimization"].get("reduce_scatter"):
-        yield (
-            "deepspeed.zero_optimization.reduce_scatter: found True with training.precision 'bf16_parameters' at stage 2,"
-            " where DeepSpeed would divide the gradients by the number of ranks in bf16; expected false, or stage 3"
-        )
+# ---- texts and places --------------------------------------------------------------------------------------------
 
 
 def _not_unicode(name: str, value: Any) -> Iterator[str]:

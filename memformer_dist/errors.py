@@ -23,6 +23,7 @@ STOPPED = 75  # exit code of a run that was stopped before its end: start the sa
 READER_GONE = 141  # exit code of a program whose output nobody reads any more, as that of one that dies of SIGPIPE
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # OSError.errno of a pipe without a reader, of a terminal that was closed
 LONGEST_SHOWN = 120  # characters of a value in a message
+NAMES_SHOWN = 5
 UNWRITABLE = "backslashreplace"  # what becomes of characters that an encoding lacks, and of names that are no text
 
 
@@ -54,6 +55,12 @@ class Problems(ValueError):
     def __init__(self, problems: Sequence[str]):
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    left = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {left} more" if left > 0 else "")
 
 
 def sentences(

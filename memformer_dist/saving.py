@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memformer_dist.checkpoint import FILE_RECORDS, Checkpoint, Contents, Damaged, FileRecord, name_of
-from memformer_dist.config import CheckpointConfig
 from memformer_dist.errors import UserError
 from memformer_dist.files import REMOVED, flush, make_way, named_in_utf8, remove_folder, set_aside, usual_mode
 from memformer_dist.segment import Tensors
+from memformer_dist.training_settings import CheckpointConfig
 from memformer_dist.world import World
 
 FILE_BYTES = 2 << 30  # of weights in a file, and twice that of moments: rank 0 never holds the whole model

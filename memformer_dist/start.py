@@ -5,7 +5,6 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,7 @@ from memformer_dist.data.open_data import Epoch, first_epoch
 from memformer_dist.data.pieces import Pieces
 from memformer_dist.data.task_documents import TaskReader
 from memformer_dist.data.windows import WindowReader
-from memformer_dist.errors import UserError
+from memformer_dist.errors import UserError, shortened
 from memformer_dist.evaluate import MODES, Plan
 from memformer_dist.files import read_json_lines, write_bytes, write_text
 from memformer_dist.host_memory import free_bytes
@@ -46,7 +45,6 @@ OF_THE_SCHEDULE = (
     "optimizer.final_learning_rate_ratio",
     "optimizer.warmup_tokens",
 )
-NAMES_SHOWN = 5
 PACKAGES = ("torch", "deepspeed", "webdataset", "sentencepiece", "tensorboard", "numpy", "pydantic", "safetensors")
 log = logging.getLogger(__name__)
 
@@ -256,14 +254,9 @@ def introduce_resumed(
     frozen = {name for name, parameter in cell.named_parameters() if not parameter.requires_grad}
     trained = {name for name, _ in cell.named_parameters()} - frozen
     if thawed := sorted(trained - resumed.trained):
-        log.warning(f"trained from here on, frozen until now, Adam's moments start at zero: {_shortened(thawed)}")
+        log.warning(f"trained from here on, frozen until now, Adam's moments start at zero: {shortened(thawed)}")
     if dropped := sorted(frozen & resumed.trained):
-        log.warning(f"frozen from here on, Adam's moments are dropped: {_shortened(dropped)}")
-
-
-def _shortened(names: Sequence[str]) -> str:
-    left = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {left} more" if left > 0 else "")
+        log.warning(f"frozen from here on, Adam's moments are dropped: {shortened(dropped)}")
 
 
 def _introduce_learning_rate(resumed: Checkpoint, config: RunConfig, fields: str) -> None:

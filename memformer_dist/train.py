@@ -28,6 +28,7 @@ from memformer_dist.data.open_data import training_reader
 from memformer_dist.data.windows import Counts, WindowReader
 from memformer_dist.errors import CorpusError, UserError
 from memformer_dist.files import read_json, write_text
+from memformer_dist.initial import find_initial, starting_cell
 from memformer_dist.logs import EVERY_S, ProgressReport, tracked
 from memformer_dist.metrics import LOGGED_AGES, LossByAge, Losses, count_right
 from memformer_dist.monitor import Monitor
@@ -113,8 +114,8 @@ class Trainer:
         self.began = began - self.position.wall_s  # as if the run had never been interrupted
 
         world.on_all_or_raise(lambda: start.expect_trainable(config, self.train_corpus.vocabulary))
-        initial = None if resumed else checkpoint.initial(config, run_dir, self.train_corpus.vocabulary, world)
-        cell = checkpoint.initial_cell(config, self.train_corpus.vocabulary, resumed or initial)
+        initial = None if resumed else find_initial(config, run_dir, self.train_corpus.vocabulary, world)
+        cell = starting_cell(config, self.train_corpus.vocabulary, resumed=resumed, initial=initial)
         self.parameters = sum(parameter.numel() for parameter in cell.parameters())
         self.engine = Engine(
             cell,

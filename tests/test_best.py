@@ -15,6 +15,7 @@ from memformer_dist.commands import generate
 from memformer_dist.config import RunConfig
 from memformer_dist.data.open_data import open_corpora, open_data
 from memformer_dist.errors import UserError
+from memformer_dist.initial import open_initial
 from memformer_dist.metrics import Losses
 from memformer_dist.progress import Evaluation, HeldOut, Position
 from memformer_dist.vocabulary import Vocabulary
@@ -406,4 +407,4 @@ def test_weights_that_are_not_there(tmp_path, where):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"^training.init_from: {tmp_path / where}: no checkpoint found"):
-        checkpoint.open_initial(tmp_path / where, Vocabulary(size=1, bos_id=0, eos_id=0, tokenizer_sha256=""))
+        open_initial(tmp_path / where, Vocabulary(size=1, bos_id=0, eos_id=0, tokenizer_sha256=""))

@@ -1,6 +1,6 @@
 """Whole runs of every cell but Memformer, which the other tests run: trained, resumed, evaluated, made to write a text.
 
-A new cell takes one line in MODELS: its section of the configuration, tiny, with dropout.
+A new cell takes one line in MODELS of helpers/runs.py.
 """
 
 import json
@@ -11,22 +11,9 @@ import torch
 
 from memformer_dist.config import cell_configs
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import STEP_TOKENS, interrupted_rank, last_checkpoint, records, settings, tensors
+from tests.helpers.runs import MODELS, STEP_TOKENS, interrupted_rank, last_checkpoint, records, settings, tensors
 from tests.helpers.scripts import run_script
 
-TINY = {"width": 16, "heads": 2, "feed_forward": 32, "layers": 2, "dropout": 0.2}
-MODELS = {
-    "plain": TINY,
-    "rmt": TINY | {"slots": 3, "init_std": 0.25},
-    "armt": TINY | {"write_tokens": 3, "memory_width": 8, "init_std": 0.25},
-    "hmt": TINY | {"slots": 4, "sensory_tokens": 5, "init_std": 0.25},
-    "transformer_xl": TINY | {"memory_length": 8, "init_std": 0.25},
-    "lamemo": TINY | {"layers": 2, "memory_length": 8, "init_std": 0.25},
-    "gated_delta": TINY | {"chunk": 8, "init_std": 0.25},
-    "mom": TINY | {"memories": 3, "chunk": 8, "init_std": 0.25},
-    "hadamard": TINY | {"calibrations": 8, "init_std": 0.25},
-    "titans": TINY | {"memory_depth": 2, "expansion": 2, "chunk": 8, "init_std": 0.25},
-}
 ON_TWO_RANKS = "rmt"
 
 

@@ -144,7 +144,7 @@ def read_document(cell, *, mistake=None):
             reads = []
             for head in range(heads):
                 q, k = (x[:, head] / x[:, head].norm(dim=1, keepdim=True).clamp(min=1e-3) for x in (queries, keys))
-                flat = cell.start.weights[number, head].split([a * b for a, b in shapes])
+                flat = cell.starts[number].weights[head].split([a * b for a, b in shapes])
                 weights = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
                 momenta, read = [torch.zeros_like(w) for w in weights], []
                 gates = (

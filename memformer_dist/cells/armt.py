@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import Layer, LearnedTokens, Linear, Stack, segment_mask
+from memformer_dist.cells.layers import BranchOutput, Layer, LearnedTokens, Linear, Stack, segment_mask
 from memformer_dist.cells.layers_cell import LayersCell
 from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
@@ -83,7 +83,7 @@ class AssociativeMemory(nn.Module):
         width, std = config.width, config.init_std
         self.query = Linear(width, config.memory_width, std=std)
         self.key = Linear(width, config.memory_width, std=std)
-        self.value = Linear(width, width, std=std / (2 * config.layers) ** 0.5)  # into the residual stream
+        self.value = BranchOutput(width, width, std=std / (2 * config.layers) ** 0.5)
         self.strength = Linear(width, 1, std=std)
 
     def read(self, hidden: Tensor, associations: Tensor, keys: Tensor) -> Tensor:

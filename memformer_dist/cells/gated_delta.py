@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import FeedForward, Linear, ShortConvolution, full_precision, within
+from memformer_dist.cells.layers import BranchOutput, FeedForward, Linear, ShortConvolution, full_precision, within
 from memformer_dist.cells.layers_cell import LayersCell
 from memformer_dist.cells.layers_config import BlocksConfig
 from memformer_dist.cells.recomputation import recomputed
@@ -165,7 +165,7 @@ class GatedRead(nn.Module):
         super().__init__()
         self.read_norm = nn.RMSNorm(config.head_size, eps=1e-5)
         self.gate = Linear(config.width, config.width, std=config.init_std)
-        self.output = Linear(config.width, config.width, std=output_std)
+        self.output = BranchOutput(config.width, config.width, std=output_std)
 
     def forward(self, normed: Tensor, read: Tensor) -> Tensor:
         """[B, S, D], [B, S, H, K] -> [B, S, D]"""

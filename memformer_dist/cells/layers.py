@@ -41,6 +41,10 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class BranchOutput(Linear):
+    """The last projection of a residual branch: while it is zero, the branch adds nothing to the stream."""
+
+
 class TokenEmbedding(nn.Module):
     """One matrix for both ends: tokens int64 [...] -> [..., D]; `as_head`, hidden [..., D] -> logits [..., vocab]."""
 
@@ -148,7 +152,7 @@ class SelfAttention(nn.Module):
         width, bias = config.width, config.attention_bias
         self.heads, self.dropout = config.heads, config.dropout
         self.query_key_value = Linear(width, 3 * width, std=config.init_std, bias=bias)
-        self.output = Linear(width, width, std=output_std, bias=bias)
+        self.output = BranchOutput(width, width, std=output_std, bias=bias)
 
     def project(self, hidden: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D] -> queries, keys, values, each [B, S, H, K]; queries and keys turned to their positions."""
@@ -173,7 +177,7 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = config.heads, config.dropout
         self.query = Linear(width, width, std=config.init_std, bias=bias)
         self.key_value = Linear(width, 2 * width, std=config.init_std, bias=bias)
-        self.output = Linear(width, width, std=output_std, bias=bias)
+        self.output = BranchOutput(width, width, std=output_std, bias=bias)
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[B, M, D] -> keys, values, each [B, M, H, K]."""
@@ -210,7 +214,7 @@ class FeedForward(nn.Sequential):
         super().__init__(
             Linear(config.width, config.feed_forward, std=config.init_std, bias=True),
             nn.GELU(),
-            Linear(config.feed_forward, config.width, std=output_std, bias=True),
+            BranchOutput(config.feed_forward, config.width, std=output_std, bias=True),
         )
 
 

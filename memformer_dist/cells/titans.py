@@ -168,17 +168,17 @@ def inner_gradient(keys: Tensor, values: Tensor, weights: Sequence[Tensor]) -> t
 
 
 class MemoryStart(nn.Module):
-    """The learned weights [layers, H, P] that the memories start a document with: their last matrices small."""
+    """The learned weights [H, P] that a layer's memories start a document with: their last matrices small."""
 
     def __init__(self, config: TitansConfig):
         super().__init__()
         stds = [config.head_size**-0.5] * (config.memory_depth - 1) + [config.init_std]
-        drawn = [torch.randn(config.layers, config.heads, a * b) * std for (a, b), std in zip(config.shapes, stds)]
+        drawn = [torch.randn(config.heads, a * b) * std for (a, b), std in zip(config.shapes, stds)]
         self.weights = nn.Parameter(torch.cat(drawn, -1))
 
     def forward(self, memory: Tensor, fresh: Tensor) -> Tensor:
-        """The memory, and the learned one on the lanes bool [B] that start afresh."""
-        return torch.where(fresh[:, None, None, None], self.weights.to(memory.dtype), memory)
+        """The layer's memory [B, H, P], and the learned one on the lanes bool [B] that start afresh."""
+        return torch.where(fresh[:, None, None], self.weights.to(memory.dtype), memory)
 
 
 class TitansMixer(nn.Module):
@@ -246,7 +246,7 @@ class Titans(LayersCell[TitansState, TitansFeatures]):
 
     def __init__(self, config: TitansConfig, *, vocab_size: int, segment_length: int):
         super().__init__(config, vocab_size=vocab_size, segment_length=segment_length)
-        self.start = MemoryStart(config)
+        self.starts = nn.ModuleList(MemoryStart(config) for _ in range(config.layers))
         self.mixers = nn.ModuleList(TitansMixer(config) for _ in range(config.layers))
         mix = GatedAttention if config.layout == "mag" else GatedRead
         self.blocks = nn.ModuleList(Block(config, config.layers, mix) for _ in range(config.layers))
@@ -261,7 +261,7 @@ class Titans(LayersCell[TitansState, TitansFeatures]):
 
     def advance(self, segment: Segment, state: TitansState) -> tuple[TitansFeatures, TitansState]:
         fresh = segment.reset | segment.reset_memory
-        memory = self.start(state.memory, fresh)
+        memory = torch.stack([start(x, fresh) for start, x in zip(self.starts, state.memory.unbind(1))], 1)
         momentum, tail = (torch.where(fresh[:, None, None, None], 0, x) for x in (state.momentum, state.tail))
         hidden = self.embed(segment)
         again = self.config.checkpoint_layers

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from memformer_dist.cells.layers import ROTARY_BASE, FeedForward, Linear
+from memformer_dist.cells.layers import ROTARY_BASE, BranchOutput, FeedForward, Linear
 from memformer_dist.cells.layers_cell import LayersCell
 from memformer_dist.cells.layers_config import LayersConfig
 from memformer_dist.cells.recomputation import recomputed
@@ -108,7 +108,7 @@ class RelativeAttention(nn.Module):
         self.distance = Linear(width, width, std=std)  # W_R
         self.content_bias = HeadBias(config)  # b
         self.distance_bias = HeadBias(config)  # c
-        self.output = Linear(width, width, std=output_std, bias=bias)
+        self.output = BranchOutput(width, width, std=output_std, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def queries(self, hidden: Tensor) -> Tensor:

@@ -14,6 +14,21 @@ from memformer_dist.runtime import lock_run_dir
 SEGMENT_LENGTH = 16  # tokens
 STEP_TOKENS = 8 * 3 * SEGMENT_LENGTH  # lanes x segments x tokens, padding included
 
+# The section `model` of every cell but Memformer: tiny, with dropout.
+TINY = {"width": 16, "heads": 2, "feed_forward": 32, "layers": 2, "dropout": 0.2}
+MODELS = {
+    "plain": TINY,
+    "rmt": TINY | {"slots": 3, "init_std": 0.25},
+    "armt": TINY | {"write_tokens": 3, "memory_width": 8, "init_std": 0.25},
+    "hmt": TINY | {"slots": 4, "sensory_tokens": 5, "init_std": 0.25},
+    "transformer_xl": TINY | {"memory_length": 8, "init_std": 0.25},
+    "lamemo": TINY | {"layers": 2, "memory_length": 8, "init_std": 0.25},
+    "gated_delta": TINY | {"chunk": 8, "init_std": 0.25},
+    "mom": TINY | {"memories": 3, "chunk": 8, "init_std": 0.25},
+    "hadamard": TINY | {"calibrations": 8, "init_std": 0.25},
+    "titans": TINY | {"memory_depth": 2, "expansion": 2, "chunk": 8, "init_std": 0.25},
+}
+
 
 def settings(corpus: Path, *, stage=0, dropout=0.0, tokens=20 * STEP_TOKENS, **sections) -> dict:
     """A configuration of STEP_TOKENS per step; `sections` override fields, for instance mrbp={"window": 5}."""
