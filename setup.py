@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-PROGRAMS = ("train", "evaluate", "generate", "prove", "prepare", "train-tokenizer", "corpus")
+PROGRAMS = ("train", "evaluate", "generate", "prove", "continual", "prepare", "train-tokenizer", "corpus")
 
 setup(
     name="memformer_dist",

@@ -21,6 +21,12 @@ def run_prove() -> None:
     _run("prove")
 
 
+def run_continual() -> None:
+    """A request to stop is noted from here on, as for training."""
+    signals.note_stop_requests()
+    _run("continual")
+
+
 def run_prepare() -> None:
     """Ctrl-C is a KeyboardInterrupt once everything is imported: preparation tidies up."""
     listener = signals.end_at_once()
