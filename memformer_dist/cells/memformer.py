@@ -70,8 +70,9 @@ class MemformerConfig(LayersConfig):
     memory_noise: float = Field(
         0.0,
         ge=0,
-        description="norm of the Gaussian noise that is added in training to each slot, of norm 1, before each segment: only"
-        " what is restored all the time outlasts it, and that outlasts documents far longer than those of training too",
+        description="largest norm of the Gaussian noise that is added in training to each slot, of norm 1, before each segment"
+        " (drawn per lane, from 0 on): only what is restored all the time outlasts it, and that outlasts documents far longer"
+        " than those of training too",
     )
 
     def problems(self) -> list[str]:
@@ -229,7 +230,8 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
         initial = self.normalise(torch.zeros_like(state.memory[:1]))
         memory = torch.where(fresh[:, None, None], initial, state.memory)
         if self.training and self.config.memory_noise:
-            std = self.config.memory_noise / math.sqrt(memory.shape[-1])
+            most = self.config.memory_noise / math.sqrt(memory.shape[-1])
+            std = most * torch.rand_like(memory[:, :1, :1])  # of each lane, so that little noise is trained on too
             return F.normalize(memory + std * torch.randn_like(memory), dim=-1)
         return memory
 
