@@ -46,7 +46,7 @@ setup(
         "remote": ["fsspec[http]"],
         "tokenizers": ["tokenizers>=0.21"],  # Hugging Face's, for files tokenizer.json
         "plot": ["matplotlib"],
-        "test": ["pytest", "hypothesis", "pyarrow", "fsspec[http]", "tokenizers", "mpich", "psutil"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "pyarrow", "fsspec[http]", "tokenizers", "mpich", "psutil"],
         "dev": ["ruff", "mypy", "types-tqdm", "build", "pre-commit"],
     },
 )

@@ -17,5 +17,6 @@ case "${1:-}" in
     --full) tier="" && shift ;;
 esac
 # One thread per rank: the ranks of a test share the cores. No bytecode and no cache: a checkout stays as it was.
+# Two processes, each with files of its own: most tests start programs and wait for them.
 export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
-exec python -m pytest -q -p no:cacheprovider --durations=15 -m "$tier" "$@"
+exec python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile --durations=15 -m "$tier" "$@"

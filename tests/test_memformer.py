@@ -423,7 +423,9 @@ def test_noise_on_the_memory_has_its_norm_and_is_of_training_alone():
     # What stands at right angles to a slot turns it: of the noise's D directions all but one.
     turned = (noisy * memory).sum(-1).clamp(max=1).arccos().tan().square().mean(1)  # [lanes], over the slots
     width = memory.shape[-1]
-    assert float(turned.mean()) == pytest.approx(0.3**2 / 3 * (width - 1) / width, rel=0.15), "a third: of a uniform norm"
+    assert float(turned.mean()) == pytest.approx(0.3**2 / 3 * (width - 1) / width, rel=0.15), (
+        "a third: of a uniform norm"
+    )
     assert float((turned < 0.1**2).float().mean()) == pytest.approx(0.4, abs=0.15), "some lanes have little of it"
     cell.eval()
     assert torch.equal(cell._start(state, fresh), memory)
