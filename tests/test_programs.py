@@ -278,7 +278,8 @@ def test_the_installation_ends_with_its_script(start, tmp_path, how, number):
 
 @pytest.mark.full
 def test_the_quickstart_stops_its_training(start, tmp_path):
-    """As a container's first process, where there are namespaces. Asked before DeepSpeed has started the ranks, and in the middle of the training; both times nothing is left."""
+    """As a container's first process, where there are namespaces: asked before DeepSpeed has started the ranks, and in the
+    middle of the training; both times nothing is left."""
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(documents(60)):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
