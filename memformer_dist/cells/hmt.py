@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from memformer_dist.cells.layers import LearnedTokens, Linear, Stack, segment_mask, within
 from memformer_dist.cells.layers_cell import LayersCell
-from memformer_dist.cells.layers_config import LayersConfig
+from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
 
-class HmtConfig(LayersConfig):
+class HmtConfig(RewrittenConfig):
     cell: Literal["hmt"] = Field(
         "hmt", description="Hierarchical Memory Transformer: one memory embedding per segment, recalled by attention"
     )
@@ -107,7 +107,7 @@ class Hmt(LayersCell[HmtState, HmtFeatures]):
         summary = self.layers(
             self.summary(tail, before=True, after=True), mask=self._mask(context_length, torch.zeros_like(written), 0)
         )
-        recalled = self.recall(summary[:, -1], memory, written.clamp(max=self.config.slots))
+        recalled = self.recall(summary[:, -1], self.disturbed(memory), written.clamp(max=self.config.slots))
         ends = recalled.to(tail.dtype)[:, None]
         hidden = self.layers(
             torch.cat([ends, tail, self._embed(segment.tokens), ends], dim=1),

@@ -1,5 +1,6 @@
 """What cells built of cells/layers.py have in common: the embedding, the head, and the loss, whole or in chunks."""
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,21 @@ class LayersCell(RecurrentCell[State, Features]):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether there is noise on the memory: memory_noise, in training."""
+        return self.training and self.config.memory_noise > 0
+
+    def disturbed(self, memory: Tensor) -> Tensor:
+        """The memory [B, M, D] with noise on every vector, of up to memory_noise times its norm."""
+        if not self.is_disturbed:
+            return memory
+        sizes = torch.linalg.vector_norm(memory.detach(), dim=-1, keepdim=True) / math.sqrt(memory.shape[-1])
+        shares = self.config.memory_noise * torch.rand_like(
+            memory[:, :1, :1]
+        )  # of a lane: little noise is trained on too
+        return memory + shares * sizes * torch.randn_like(memory)
 
     def zeros(self, lanes: int, *shape: int, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
         """A leaf [lanes, *shape] of an empty state: in float32 or finer unless `dtype` says otherwise, on `device` or where

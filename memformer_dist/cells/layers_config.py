@@ -64,3 +64,15 @@ class LayersConfig(BlocksConfig):
         if not problems and self.positions == "rotary" and self.head_size % 2:
             return [f"width / heads: found {self.head_size}, expected an even number (rotary positions turn pairs)"]
         return problems
+
+
+class RewrittenConfig(LayersConfig):
+    """What cells have in common whose memory lasts because they write again what they have read of it."""
+
+    memory_noise: float = Field(
+        0.0,
+        ge=0,
+        description="in training, Gaussian noise is added to each vector of the memory that a segment reads, of up to this many"
+        " times the vector's norm (drawn per lane, from 0 on): only what is restored all the time outlasts it, and that"
+        " outlasts documents far longer than those of training too",
+    )

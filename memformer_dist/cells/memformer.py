@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from memformer_dist.cells.layers import KeysValues, Linear, Stack, key_mask, within
 from memformer_dist.cells.layers_cell import LayersCell
-from memformer_dist.cells.layers_config import LayersConfig
+from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
 
-class MemformerConfig(LayersConfig):
+class MemformerConfig(RewrittenConfig):
     cell: Literal["memformer"] = Field(
         "memformer", description="Memformer: memory slots, read in every layer, written once per segment"
     )
@@ -66,13 +66,6 @@ class MemformerConfig(LayersConfig):
         False,
         description="the output projections of all attentions to memory and encoder start at zero: a new model reads every"
         " segment as a Transformer without memory would, and learns to listen",
-    )
-    memory_noise: float = Field(
-        0.0,
-        ge=0,
-        description="largest norm of the Gaussian noise that is added in training to each slot, of norm 1, before each segment"
-        " (drawn per lane, from 0 on): only what is restored all the time outlasts it, and that outlasts documents far longer"
-        " than those of training too",
     )
 
     def problems(self) -> list[str]:
@@ -229,11 +222,7 @@ class Memformer(LayersCell[Any, MemformerFeatures]):
         """The memory that the segment reads: the state's, or m(0) on the lanes bool [B] that start afresh."""
         initial = self.normalise(torch.zeros_like(state.memory[:1]))
         memory = torch.where(fresh[:, None, None], initial, state.memory)
-        if self.training and self.config.memory_noise:
-            most = self.config.memory_noise / math.sqrt(memory.shape[-1])
-            std = most * torch.rand_like(memory[:, :1, :1])  # of each lane, so that little noise is trained on too
-            return F.normalize(memory + std * torch.randn_like(memory), dim=-1)
-        return memory
+        return F.normalize(self.disturbed(memory), dim=-1) if self.is_disturbed else memory
 
     def _source(self, memory: Tensor) -> Tensor:
         """The memory as the layers read it, in the precision of the parameters (a bf16 model's state is float32)."""

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from memformer_dist.cells.layers import KeysValues, LearnedStart, Stack, segment_mask, within
 from memformer_dist.cells.layers_cell import LayersCell
-from memformer_dist.cells.layers_config import LayersConfig
+from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
 
-class RmtConfig(LayersConfig):
+class RmtConfig(RewrittenConfig):
     cell: Literal["rmt"] = Field(
         "rmt", description="Recurrent Memory Transformer: memory tokens, read before a segment, written after it"
     )
@@ -77,7 +77,7 @@ class Rmt(LayersCell[RmtState, RmtFeatures]):
         return RmtState(self.zeros(lanes, self.config.slots, self.config.width, device=device))
 
     def advance(self, segment: Segment, state: RmtState) -> tuple[RmtFeatures, RmtState]:
-        memory = self.start(state.memory, segment.reset | segment.reset_memory)
+        memory = self.disturbed(self.start(state.memory, segment.reset | segment.reset_memory))
         tokens = self.embed(segment)
         slots, size = self.config.slots, self.segment_length
         read = memory.to(tokens.dtype)
