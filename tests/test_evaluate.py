@@ -384,7 +384,17 @@ def test_the_command_line_repeats_the_end_of_training(trained_run, tmp_path):
     expected = json.loads((trained_run / "summary.json").read_text())
     by_age = expected["eval_loss_by_segment_age"]
     one = ("launch/evaluate.py", "--run-dir", trained_run, "--json", tmp_path / "one.json")
-    two = ("-m", "torch.distributed.run", "--nproc-per-node", 2, *one[:-1], tmp_path / "two.json", "--lanes", 6)
+    two = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        *one[:-1],
+        tmp_path / "two.json",
+        "--lanes",
+        6,
+    )
     for command in (one, two):
         done = run_script(*command, cold=True)
         assert done.returncode == 0, done.stderr

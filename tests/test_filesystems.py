@@ -89,7 +89,8 @@ shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_a_run_on_nfs_resumes_and_goes_on_saving(config, nfs, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_on_nfs_resumes_and_goes_on_saving(config, nfs, tmp_path, ranks):
     """At its third save a resumed run died of OSError, Directory not empty: it still had the checkpoint open from
     which it had resumed, and removed it."""
     path, run = tmp_path / "tiny.json", tmp_path / "run"
@@ -97,7 +98,8 @@ def test_a_run_on_nfs_resumes_and_goes_on_saving(config, nfs, tmp_path):
     for tokens in 500, 2500:
         config["training"]["tokens"] = tokens
         path.write_text(json.dumps(config))
-        done = run_script("launch/train.py", "--config", path, "--run-dir", run, cold=True, **nfs)
+        start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        done = run_script(*start, "launch/train.py", "--config", path, "--run-dir", run, cold=True, **nfs)
         assert done.returncode == 0, done.stderr
         assert "cannot remove" not in done.stderr
         assert len(list((run / "checkpoints").iterdir())) == 2 and not silly(run)

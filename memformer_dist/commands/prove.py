@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
     from memformer_dist.world import World
 
-# Segments of the documents that are measured, for each trained segment.
-REACH = {"needle": (1, 4, 16, 32), "copy": (1,)}
+# Segments of the documents that are measured, where they are longer than those of training.
+REACH = {"needle": (32, 128, 1024), "copy": ()}
 SMALL = {"width": 64, "heads": 4, "feed_forward": 128, "dropout": 0.0, "init_std": 0.1}
 # What takes the place of the configuration's model, of about as many parameters.
 CELLS: dict[str, dict[str, Any]] = {
@@ -222,7 +222,7 @@ def prove(case: Case, config: "RunConfig", options: argparse.Namespace, world: "
 
 def wanted(case: Case, lengths: Sequence[int] | None) -> Iterator[tuple[int, Any]]:
     """Segments and mode of every measurement."""
-    lengths = lengths or [case.segments * factor for factor in REACH[case.task]]
+    lengths = lengths or [case.segments, *(length for length in REACH[case.task] if length > case.segments)]
     yield from ((segments, "carried") for segments in lengths)
     yield lengths[0], "reset"
 
