@@ -29,7 +29,6 @@ from memformer_dist.commands.options import Options, integer, nonempty_path, non
 from memformer_dist.commands.train import find_config
 from memformer_dist.errors import STOPPED, Stopped, run_program
 from memformer_dist.files import read_json, write_text
-from memformer_dist.places import text_option
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -68,14 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=0.5,
         help="share of the tokens that is of the corpora before, where a method replays (default: 0.5)",
     )
-    add(
-        "--set",
-        type=text_option,
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field of the configuration",
-    )
+    parser.add_overrides()
     add("--runs", type=nonempty_path, default=Path("runs/continual"), help="folder for the runs")
     add("--json", type=nonempty_path, metavar="PATH", help="write the figures there as well")
     add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher

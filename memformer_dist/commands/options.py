@@ -67,6 +67,17 @@ class Options(argparse.ArgumentParser):
             help="field or column that holds the text (default: text, parts or messages)",
         )
 
+    def add_overrides(self) -> None:
+        """--set SECTION.FIELD=VALUE, any number of times."""
+        self.add_argument(
+            "--set",
+            type=text_option,
+            action="append",
+            default=[],
+            metavar="SECTION.FIELD=VALUE",
+            help="override a field of the configuration",
+        )
+
     def parse_known_args(self, *arguments: Any, **more: Any) -> Any:
         """Raises UserError with all that is wrong with values; argparse itself ends the program where words are missing."""
         self._problems.clear()

@@ -29,7 +29,6 @@ from memformer_dist import logs, signals
 from memformer_dist.commands.options import Options, integer, nonempty_path, not_writable
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import read_json, write_text
-from memformer_dist.places import text_option
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -84,14 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=integer(least=1), default=1, help="runs of each, with seeds 0, 1, ...")
     add("--lengths", type=integer(least=1), nargs="+", help="segments of the documents that are measured")
     add("--documents", type=integer(least=1), default=256, help="documents of each length")
-    add(
-        "--set",
-        type=text_option,
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field of the configuration",
-    )
+    parser.add_overrides()
     add("--runs", type=nonempty_path, default=Path("runs/proof"), help="folder for the runs")
     add("--json", type=nonempty_path, metavar="PATH", help="write the results there as well")
     return parser.parse_args(arguments)

@@ -29,7 +29,7 @@ from memformer_dist import logs, orphans, signals
 from memformer_dist.commands.options import Options, nonempty_path, nonempty_path_or_url
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
 from memformer_dist.files import expect_writable
-from memformer_dist.places import Places, text_option
+from memformer_dist.places import Places
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -57,14 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=nonempty_path, help="the run's folder (default: runs/NAME of the configuration)"
     )
-    parser.add_argument(
-        "--set",
-        type=text_option,
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field",
-    )
+    parser.add_overrides()
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher, which sets LOCAL_RANK too
     options = parser.parse_args(arguments)
     if options.resume is not None and options.run_dir is not None:
