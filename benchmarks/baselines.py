@@ -21,9 +21,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script has only its own folder there
 
 from benchmarks.mrbp import MIB, machine  # noqa: E402
+from memformer_dist import programs, signals  # noqa: E402
 from memformer_dist.checkpoint import open_one  # noqa: E402
+from memformer_dist.errors import UserError, run_program  # noqa: E402
 from memformer_dist.start import commit  # noqa: E402
 
 # Configuration, and what is changed in its model.
@@ -56,6 +58,25 @@ STEP = LANES * LENGTH * WINDOW
 SPEED_STEPS = (4, 12)
 AGED = ("16-31", "32-63", "64+")  # segments since the document's start
 MODES = {"": "carried", "_no_memory": "reset", "_shuffled": "exchanged", "_no_state": "everything reset"}
+
+
+# A program of the repository, which writes at its end how many KiB it had in memory at most.
+WITH_PEAK = """
+import os, resource, runpy, sys
+peak, *sys.argv = sys.argv[1:]
+def leave(code, leave=os._exit):
+    with open(peak, "w") as file:
+        file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    leave(code)
+os._exit = leave
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = 0
+except SystemExit as ended:
+    code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+sys.stdout.flush()
+leave(code)
+"""
 
 
 class Case(NamedTuple):
@@ -91,15 +112,13 @@ class Study:
     def run(self, *command: object) -> int:
         """A program of the repository, on one thread -> its peak of resident memory in bytes."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        log = self.folder / "log.txt"
+        log, peak = self.folder / "log.txt", self.folder / f"peak-{threading.get_ident()}"
+        arguments = [sys.executable, "-c", WITH_PEAK, str(peak.resolve()), *map(str, command)]
         with log.open("ab") as output:
-            arguments = [sys.executable, *map(str, command)]
-            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=output)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{command[0]} ended with {process.returncode}, see the end of {log}")
-        return usage.ru_maxrss * 1024
+            done = programs.run(arguments, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        if done.returncode:
+            raise UserError(f"{command[0]} ended with {done.returncode}, see the end of {log}")
+        return int(peak.read_text()) * 1024
 
     def train(self, case: Case) -> dict[str, Any]:
         """What the run cost and came to; it is made unless it is there."""
@@ -311,4 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with programs.handing_on(signals.STOPPING):
+        run_program(main)

@@ -59,8 +59,9 @@ ENGINE_CELLS = [
     pytest.param("titans", ((2, 1),), marks=pytest.mark.slow),
     pytest.param("hadamard", ((2, 2),), marks=pytest.mark.slow),
 ]
-# Steps of 0.2 overshoot there: the loss rises, and the order of additions alone then moves parameters by 1e-5.
-SGD_RATES = {"gated_delta": 0.05, "mom": 0.05}
+# Steps of 0.2 overshoot there: the loss rises, and the order of additions alone then moves parameters by 1e-5. Titans'
+# gradient is of the second order, and amplifies rounding the most.
+SGD_RATES = {"gated_delta": 0.05, "mom": 0.05, "titans": 0.01}
 
 
 @pytest.mark.parametrize("name, batchings", ENGINE_CELLS)

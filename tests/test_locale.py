@@ -97,6 +97,7 @@ def test_log_lines(monkeypatch, tmp_path):
     """A name that is not UTF-8 was a traceback in the place of the message."""
     err = Terminal("ascii", True)
     monkeypatch.setattr(sys, "stderr", Output.around(err, lambda error: None))
+    logs.stop()  # what an earlier test has left
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's, whose reports are sent as UTF-8
     logs.start(0, tmp_path / "log.txt")
     logging.getLogger("memformer_dist").info("%s %s", TEXT, NO_UTF8)

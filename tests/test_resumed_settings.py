@@ -42,6 +42,7 @@ ALLOWED = {
     *("deepspeed", "data.corpus", "data.prefetch", "data.cache", "data.cache_gib"),
     *(
         "training.tokens",
+        "training.freeze",
         "training.evaluate_every_tokens",
         "training.evaluate_segments",
         "training.final_evaluate_segments",

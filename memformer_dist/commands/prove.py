@@ -52,7 +52,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "plain": {"model": {"cell": "plain", "layers": 2}},
 }
 CONTROLS: dict[str, dict[str, Any]] = {"none": {}, "no_replay": {"mrbp": {"replay": False}}}
-QUICK = {"needle": ("data.task.held_out_segments=4", "data.task.held_out_documents=32", "training.tokens=4800")}
+QUICK = {
+    "needle": (
+        "data.task.held_out_segments=4",
+        "data.task.held_out_documents=32",
+        "training.tokens=6400",
+    )
+}
 
 
 class Case(NamedTuple):
