@@ -90,7 +90,9 @@ def _rank(
     set_filters(filters)
     try:
         assert is_warm(), "the server could not import what it should"
-        function(World.start(), *arguments)
+        world = World.start()
+        world.all_reduce_sum([1.0])  # one that is done at once must not leave while another still joins
+        function(world, *arguments)
     except BaseException:
         traceback.print_exc()
         raise
