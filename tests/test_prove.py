@@ -230,7 +230,8 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path):
 @pytest.mark.full
 def test_a_quick_proof(tmp_path):
     """A memory is learned within a minute; without gradient between segments, or without memory, nothing but chance is."""
-    done = run_script("launch/prove.py", "--quick", "--runs", tmp_path, "--json", tmp_path / "found.json", timeout=900)
+    command = ("launch/prove.py", "--quick", "--documents", 1024, "--runs", tmp_path)
+    done = run_script(*command, "--json", tmp_path / "found.json", timeout=900)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "found.json").read_text())
     assert done.stdout.rstrip("\n") == table(results)
@@ -240,7 +241,7 @@ def test_a_quick_proof(tmp_path):
     for control in (no_replay[0], plain[0], memformer[-1]):
         assert abs(control["accuracy"] - 1 / 16) < 3.3 * deviation, (
             control
-        )  # of chance, one in a thousand is further off
+        )  # chance is further off once in a thousand times
 
 
 def committed() -> list[Path]:

@@ -51,7 +51,7 @@ def random_inputs(size: int, depth: int, seed: int = 0):
 def compared(size: int, chunk: int, depth: int, length: int | None = None, **options) -> list[float]:
     """Largest differences: of the reads, of the state behind them, and of the gradients of all inputs.
 
-    `length`: tokens after which the cell is told that the rest is padding; the recurrence never sees them.
+    `length`: how many of the tokens are real. The cell is given the rest as padding, the recurrence is not given it.
     """
     length = size if length is None else length
     inputs = random_inputs(size, depth)

@@ -32,7 +32,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from memformer_dist.cells.layers import LearnedTokens, Linear, Stack, segment_mask, within
-from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_cell import RewrittenCell
 from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
@@ -82,7 +82,7 @@ class Recall(nn.Module):
         return (weights[:, None] @ candidates).squeeze(1)
 
 
-class Hmt(LayersCell[HmtState, HmtFeatures]):
+class Hmt(RewrittenCell[HmtState, HmtFeatures]):
     memory_leaves = ("memory", "written")
 
     def __init__(self, config: HmtConfig, *, vocab_size: int, segment_length: int):

@@ -45,6 +45,21 @@ class LayersCell(RecurrentCell[State, Features]):
     def to_logits(self, hidden: Tensor) -> Tensor:
         return self.embedding(hidden, as_head=True) if self.head is None else self.head(hidden)
 
+    def zeros(self, lanes: int, *shape: int, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
+        """A leaf [lanes, *shape] of an empty state: in float32 or finer unless `dtype` says otherwise, on `device` or where
+        the parameters are."""
+        like = next(self.parameters())
+        dtype = dtype or torch.promote_types(like.dtype, torch.float32)
+        return torch.zeros(lanes, *shape, dtype=dtype, device=device or like.device)
+
+    def counts(self, lanes: int, *shape: int, device: torch.device | None) -> Tensor:
+        """The same of whole numbers: counters, tokens."""
+        return self.zeros(lanes, *shape, device=device, dtype=torch.int64)
+
+
+class RewrittenCell(LayersCell[State, Features]):
+    """A cell of RewrittenConfig."""
+
     @property
     def is_disturbed(self) -> bool:
         """Whether there is noise on the memory: memory_noise, in training."""
@@ -59,14 +74,3 @@ class LayersCell(RecurrentCell[State, Features]):
             memory[:, :1, :1]
         )  # of a lane: little noise is trained on too
         return memory + shares * sizes * torch.randn_like(memory)
-
-    def zeros(self, lanes: int, *shape: int, device: torch.device | None, dtype: torch.dtype | None = None) -> Tensor:
-        """A leaf [lanes, *shape] of an empty state: in float32 or finer unless `dtype` says otherwise, on `device` or where
-        the parameters are."""
-        like = next(self.parameters())
-        dtype = dtype or torch.promote_types(like.dtype, torch.float32)
-        return torch.zeros(lanes, *shape, dtype=dtype, device=device or like.device)
-
-    def counts(self, lanes: int, *shape: int, device: torch.device | None) -> Tensor:
-        """The same of whole numbers: counters, tokens."""
-        return self.zeros(lanes, *shape, device=device, dtype=torch.int64)

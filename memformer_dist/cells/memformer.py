@@ -32,7 +32,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from memformer_dist.cells.layers import KeysValues, Linear, Stack, key_mask, within
-from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_cell import RewrittenCell
 from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
@@ -161,7 +161,7 @@ class SlotWriter(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2)).to(memory.dtype)
 
 
-class Memformer(LayersCell[Any, MemformerFeatures]):
+class Memformer(RewrittenCell[Any, MemformerFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: MemformerConfig, *, vocab_size: int, bos_id: int, segment_length: int):

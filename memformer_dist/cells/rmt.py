@@ -28,7 +28,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memformer_dist.cells.layers import KeysValues, LearnedStart, Stack, segment_mask, within
-from memformer_dist.cells.layers_cell import LayersCell
+from memformer_dist.cells.layers_cell import RewrittenCell
 from memformer_dist.cells.layers_config import RewrittenConfig
 from memformer_dist.segment import Segment
 
@@ -65,7 +65,7 @@ class RmtCache(NamedTuple):
     past: KeysValues  # of read tokens, segment and write tokens
 
 
-class Rmt(LayersCell[RmtState, RmtFeatures]):
+class Rmt(RewrittenCell[RmtState, RmtFeatures]):
     memory_leaves = ("memory",)
 
     def __init__(self, config: RmtConfig, *, vocab_size: int, segment_length: int):

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ from memformer_dist import logs, orphans, signals
 from memformer_dist.commands.options import Options, integer, nonempty_path, nonempty_path_or_url, not_writable, number
 from memformer_dist.commands.train import find_config
 from memformer_dist.errors import STOPPED, Stopped, run_program
-from memformer_dist.files import read_json, write_text
+from memformer_dist.files import expect_writable, read_json, write_text
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -90,6 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     world = World.start()
     stages = world.on_all_or_raise(lambda: list(planned(options, detected().size)))
     found: dict[Path, list[float]] = {}
+    for stage in stages:
+        world.on_all_or_raise(partial(expect_writable, stage.folder / logs.FILE, "--runs"))
     for stage in stages:
         logs.start(world.rank, stage.folder / logs.FILE)
         found[stage.folder] = train_and_measure(stage, options.corpora, world)

@@ -9,6 +9,7 @@ A type is a function from the text to the value. It raises ValueError with the r
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +86,11 @@ class Options(argparse.ArgumentParser):
         if problems := [*self._problems, *self._check(found[0])]:
             raise UserError("\n".join(problems))
         return found
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Raises OSError where it cannot be written; some releases of argparse swallow that, others do not."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def collecting(self, name: str, convert: Callable[[str], Value]) -> Callable[[str], Value | object]:
         """A type that notes what is wrong instead of raising it; `add_argument` makes one, that of a group does not."""

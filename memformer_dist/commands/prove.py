@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memformer_dist import logs, signals
 from memformer_dist.commands.options import Options, integer, nonempty_path, not_writable
 from memformer_dist.errors import STOPPED, Stopped, UserError, run_program
-from memformer_dist.files import read_json, write_text
+from memformer_dist.files import expect_writable, read_json, write_text
 
 if TYPE_CHECKING:
     from memformer_dist.config import RunConfig
@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for case in cases:
+        expect_writable(options.runs / case.folder / logs.FILE, "--runs")
     configurations = [configured(case, options) for case in cases]  # all mistakes come before any work
     world = World.start()
     results: list[dict[str, Any]] = []
@@ -199,7 +201,8 @@ def prove(case: Case, config: "RunConfig", options: argparse.Namespace, world: "
     result |= {name: kept[name] for name in ("commit", "date", "machine") if name in kept}
     measured = kept.get("measured", [])
     cell = checkpoint.cell(world.device)
-    for segments, memory in wanted(case, options.lengths):
+    lengths = options.lengths or ([case.segments] if options.quick else None)
+    for segments, memory in wanted(case, lengths):
         if any((found["segments"], found["memory"]) == (segments, memory) for found in measured):
             continue
         found = measure(
