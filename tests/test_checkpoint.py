@@ -1,6 +1,5 @@
 """Checkpoints survive kill -9 at any moment, tell damage from what was written, and load at another world size."""
 
-import ast
 import errno
 import itertools
 import json
@@ -16,95 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
 
 from memformer_dist import checkpoint, files, saving
-from memformer_dist.checkpoint import Checkpoint, Contents, Damaged, FileRecord, ReadoutGroup
-from memformer_dist.config import RunConfig
-from memformer_dist.curriculum import Progress
+from memformer_dist.checkpoint import Checkpoint, Damaged, FileRecord
 from memformer_dist.errors import UserError
-from memformer_dist.progress import Position
-from memformer_dist.vocabulary import Vocabulary
 from memformer_dist.world import World
-from tests.helpers import ROOT
-from tests.helpers.engines import make_engine, make_optimizer
+from tests.helpers.checkpoints import LANES, FakeEngine, assert_of_step, contents, lane_state, names, save
 from tests.helpers.files import flip, truncate
 from tests.helpers.forks import start_fork
 from tests.helpers.ranks import run_ranks
-from tests.helpers.toy import ToyCell, ToyState, random_window
+from tests.helpers.toy import ToyCell
 from tests.helpers.waiting import wait_until
-
-LANES, SEGMENT_LENGTH = 8, 6
-MODEL = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feed_forward": 12, "slots": 3}
-
-
-class FakeEngine:
-    """What `save` needs of an engine: every tensor of step n is n times a number of its own."""
-
-    def __init__(self, cell: nn.Module, step: int | None = None):
-        self.module, self.step = cell, step
-
-    def tensors(self):
-        for number, (name, parameter) in enumerate(self.module.named_parameters(), start=1):
-            weight = parameter if self.step is None else torch.full_like(parameter, self.step * number)
-            yield name, weight, {"exp_avg": 10 * weight.detach(), "exp_avg_sq": 100 * weight.detach()}
-
-
-def contents(step: int, *, keep: int = 2, anchor: bool = False, model: dict = MODEL) -> Contents:
-    config = RunConfig(
-        model=model,
-        data={"corpus": "nowhere", "lanes": LANES, "segment_length": SEGMENT_LENGTH},
-        mrbp={"window": {"first": 1, "last": 9, "metric": "loss/train", "threshold": 0.1, "every_steps": 5}},
-        training={"tokens": 1000},
-        checkpoint={"keep": keep},
-    )
-    vocabulary = Vocabulary(size=11, bos_id=1, eos_id=2, tokenizer_sha256="0" * 64)
-    position = Position(step=step, tick=2 * step, tokens=7 * step, updates=step, seconds=0.1 * step)
-    return Contents(
-        position=position,
-        curriculum=Progress(window=step + 1, steps=step, nll=step / 3, labels=7.0),
-        readout_group=ReadoutGroup(segments=2, lanes=4),
-        corpus="f" * 64,
-        anchor=anchor,
-        vocabulary=vocabulary,
-        config=config,
-    )
-
-
-def lane_state(lanes: range, step: int) -> ToyState:
-    """Every lane knows its number and its step."""
-    memory = torch.tensor([[1000.0 * step + lane] * 7 for lane in lanes])
-    return ToyState(memory, 1000 * step + torch.tensor(lanes))
-
-
-def save(run_dir, world, step, *, cell=None, **about):
-    lanes = world.lanes_of_rank(LANES)
-    return saving.save(
-        run_dir,
-        FakeEngine(cell, None) if cell else FakeEngine(ToyCell(), step),
-        world,
-        contents=contents(step, **about),
-        lanes=lanes,
-        state=lane_state(lanes, step),
-    )
-
-
-def assert_of_step(saved: Checkpoint, step: int) -> None:
-    """Every tensor is of that step and in its place."""
-    cell = ToyCell()
-    saved.load_weights(cell)
-    for number, (name, parameter) in enumerate(cell.named_parameters(), start=1):
-        assert torch.all(parameter == step * number), name
-        assert torch.equal(saved.moment(name, "exp_avg"), 10 * parameter), name
-        assert torch.equal(saved.moment(name, "exp_avg_sq"), 100 * parameter), name
-    state = saved.load_lanes(range(LANES), cell.empty_state(LANES))
-    assert all(map(torch.equal, state, lane_state(range(LANES), step)))
-    assert saved.contents == contents(step) and saved.path.name == f"step-{step:08d}"
-
-
-def names(run_dir) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-
 
 # ---- out and in ------------------------------------------------------------------------------------------------------
 
@@ -480,131 +401,6 @@ def test_an_interrupted_removal_is_completed(tmp_path, world, lost):
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-# ---- the cell --------------------------------------------------------------------------------------------------------
-
-
-def memformer(model: dict = MODEL):
-    torch.manual_seed(3)
-    about = contents(1, model=model)
-    return checkpoint.build_cell(about.config, about.vocabulary)
-
-
-def losses(cell) -> torch.Tensor:
-    state, rows = cell.empty_state(2), []
-    for segment in random_window(3, 2, SEGMENT_LENGTH, seed=0):
-        features, state = cell("advance", segment, state)
-        rows.append(cell("readout", segment, features))
-    return torch.cat(rows).detach()
-
-
-def test_the_cell_that_is_loaded_is_the_one_that_was_saved(tmp_path, world):
-    cell = memformer()
-    path = save(tmp_path, world, 1, cell=cell)
-    for place in (tmp_path, path):
-        saved = checkpoint.open_one(place)
-        loaded = saved.cell(torch.device("cpu"))
-        assert not loaded.training and saved.contents.config == contents(1).config
-        assert torch.equal(losses(loaded), losses(cell.eval()))
-    with torch.no_grad():
-        cell.embedding.weight[5, 0] += 0.01
-    assert not torch.equal(losses(loaded), losses(cell))
-    flip(path / "weights-00000.safetensors")
-    for place in (tmp_path, path):
-        with pytest.raises(UserError, match="damaged\n  .*weights-00000.safetensors: found"):
-            checkpoint.open_one(place)
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        ({"slots": 5}, r"normalise.bias has shape \(3, 8\), this model's has \(5, 8\)"),
-        ({"tie_embeddings": False}, "head.weight on one side only"),
-        ({"memory_norm": False}, "memory_norm.bias, memory_norm.weight on one side only"),
-    ],
-)
-def test_weights_of_another_model_are_refused(tmp_path, world, model, message):
-    path = save(tmp_path, world, 1, cell=memformer())
-    checkpoint.open_one(tmp_path).load_weights(memformer())
-    with pytest.raises(UserError, match=f"{path}: .*{message}"):
-        checkpoint.open_one(tmp_path).load_weights(memformer(MODEL | model))
-
-
-# ---- no pickle -------------------------------------------------------------------------------------------------------
-
-
-def unpicklers(source: str) -> set[str]:
-    """What in a module could run the code that a file holds."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found.add(f"{node.value.id}.{node.attr}")
-        elif isinstance(node, ast.keyword):
-            found.add(str(node.arg))
-    forbidden = (
-        r"c?pickle|dill|cloudpickle|joblib|shelve|marshal|torch\.(load|save)|\w+\.(load|save)_checkpoint|allow_pickle"
-    )
-    return {name for name in found if re.fullmatch(forbidden, name)}
-
-
-def test_nothing_is_pickled(tmp_path, world):
-    files = list(save(tmp_path, world, 1).iterdir())
-    assert {path.suffix for path in files} == {".json", ".safetensors"} and len(files) == 5
-    sources = [path for folder in ("memformer_dist", "launch", "tokenizer") for path in (ROOT / folder).rglob("*.py")]
-    assert len(sources) > 15
-    for path in sources:
-        assert not unpicklers(path.read_text()), path
-    for line in ("import pickle", "from torch import load", "torch.save(x, y)", "np.load(x, allow_pickle=True)"):
-        assert unpicklers(line), line
-
-
-# ---- buffers ---------------------------------------------------------------------------------------------------------
-
-
-class RandomFeatures(ToyCell):
-    """With a random projection that is no parameter, and with what can be computed again."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("projection", torch.randn(3, 3))
-        self.register_buffer("counts", torch.randint(99, (2,)))
-        self.register_buffer("table", torch.randn(2), persistent=False)
-
-
-def buffers_rank(world, folder) -> None:
-    for stage in range(4):
-        torch.manual_seed(stage)
-        cell = RandomFeatures()
-        settings = {"zero_optimization": {"stage": stage}}
-        engine = make_engine(cell, make_optimizer("adamw", cell, 1e-2), world, settings=settings)
-        expected = {name: buffer.clone() for name, buffer in cell.named_buffers()}
-        run_dir, lanes = folder / str(stage), world.lanes_of_rank(LANES)
-        path = saving.save(run_dir, engine, world, contents=contents(1), lanes=lanes, state=lane_state(lanes, 1))
-        fresh, saved = RandomFeatures(), Checkpoint(path)
-        other = {name: buffer.clone() for name, buffer in fresh.named_buffers()}
-        saved.load_weights(fresh)
-        for name, buffer in fresh.named_buffers():
-            assert torch.equal(buffer, (other if name == "table" else expected)[name]), (stage, name)
-            assert buffer.dtype == expected[name].dtype
-        assert saved.trained == {name for name, _ in fresh.named_parameters()}
-        with pytest.raises(UserError, match="its parameters are not this model's: counts, projection on one side"):
-            saved.load_weights(ToyCell())
-
-
-@pytest.mark.slow
-def test_persistent_buffers_are_part_of_a_checkpoint(tmp_path, world):
-    """A random projection was drawn anew by evaluation and generation, and the model was another one."""
-    run_ranks(2, buffers_rank, tmp_path)
-    cell = RandomFeatures()
-    before = cell.projection.clone()
-    save(tmp_path / "old", world, 1, cell=ToyCell())
-    Checkpoint(tmp_path / "old/checkpoints/step-00000001").load_weights(cell)
-    assert torch.equal(cell.projection, before), "a checkpoint of an earlier version has none"
-
-
 # ---- what cannot be written ------------------------------------------------------------------------------------------
 
 
@@ -640,6 +436,7 @@ def full_disk_rank(world, folder) -> None:
         ), caught.value
         dist.barrier()
         assert names(folder) == ["step-00000001"], file
+        dist.barrier()  # before a rank that was quicker begins the next save
     save(folder, world, 2)
     assert names(folder) == ["step-00000001", "step-00000002"]
     assert_of_step(checkpoint.newest(folder, world), 2)
