@@ -121,7 +121,7 @@ class Armt(LayersCell[ArmtState, ArmtFeatures]):
     def advance(self, segment: Segment, state: ArmtState) -> tuple[ArmtFeatures, ArmtState]:
         fresh, size = segment.reset | segment.reset_memory, self.segment_length
         before = ArmtState(*(leaf.masked_fill(fresh.view(-1, *[1] * (leaf.dim() - 1)), 0) for leaf in state))
-        hidden = self.write_tokens(self.embed(segment), after=True)
+        hidden = self.write_tokens(self.embed(segment.tokens), after=True)
         rotation = self.stack.rotation(torch.arange(hidden.shape[1], device=hidden.device), hidden.dtype)
         mask = segment_mask(segment.length, size, after=self.config.write_tokens)
         after = []

@@ -205,7 +205,7 @@ class GatedDelta(LayersCell[GatedDeltaState, GatedDeltaFeatures]):
 
     def advance(self, segment: Segment, state: GatedDeltaState) -> tuple[GatedDeltaFeatures, GatedDeltaState]:
         memory, tail = start(state, segment.reset | segment.reset_memory)
-        hidden = self.embed(segment)
+        hidden = self.embed(segment.tokens)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory and its tail
         for number, mixer in enumerate(self.mixers):

@@ -127,7 +127,7 @@ class Hadamard(LayersCell[HadamardState, HadamardFeatures]):
         fresh = segment.reset | segment.reset_memory
         memory = torch.where(fresh[:, None, None, None, None], 0, state.memory)
         segments = torch.where(segment.reset, 0, state.segments)
-        hidden = self.embed(segment)
+        hidden = self.embed(segment.tokens)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what comes in behind the attention, what it read, its memory
         for number, mixer in enumerate(self.mixers):

@@ -103,14 +103,14 @@ class Hmt(RewrittenCell[HmtState, HmtFeatures]):
         context = state.context.masked_fill(segment.reset[:, None], 0)
         context_length = state.context_length.masked_fill(segment.reset, 0)
 
-        tail = self._embed(context)
+        tail = self.embed(context)
         summary = self.layers(
             self.summary(tail, before=True, after=True), mask=self._mask(context_length, torch.zeros_like(written), 0)
         )
         recalled = self.recall(summary[:, -1], self.disturbed(memory), written.clamp(max=self.config.slots))
         ends = recalled.to(tail.dtype)[:, None]
         hidden = self.layers(
-            torch.cat([ends, tail, self._embed(segment.tokens), ends], dim=1),
+            torch.cat([ends, tail, self.embed(segment.tokens), ends], dim=1),
             mask=self._mask(context_length, segment.length, size),
         )
         _, of_tokens, embedding = hidden.split((1 + sensory, size, 1), dim=1)
@@ -128,9 +128,6 @@ class Hmt(RewrittenCell[HmtState, HmtFeatures]):
 
     def hidden(self, segment: Segment, features: HmtFeatures) -> Tensor:
         return features.hidden
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.embedding(tokens))
 
     def _mask(self, context_length: Tensor, length: Tensor, size: int) -> Tensor:
         """[B, 1, T, T] of one vector, the tail, a segment of `size` tokens, one vector; padding is hidden at both ends."""

@@ -122,7 +122,7 @@ class LaMemo(LayersCell[LaMemoState, LaMemoFeatures]):
     def advance(self, segment: Segment, state: LaMemoState) -> tuple[LaMemoFeatures, LaMemoState]:
         embedded, mixed, log_mass, filled, latest = emptied(state, segment.reset | segment.reset_memory)
         memory_length, length, again = self.config.memory_length, segment.length, self.config.checkpoint_layers
-        own = self.embed(segment)
+        own = self.embed(segment.tokens)
         hidden = inputs = torch.cat([embedded.to(own.dtype), own], dim=1)
         room = hidden.shape[1]
         waves = sinusoids(room, hidden)

@@ -25,9 +25,9 @@ class LayersCell(RecurrentCell[State, Features]):
         self.head = None if config.tie_embeddings else Linear(config.width, vocab_size, std=config.init_std)
         self.dropout = nn.Dropout(config.dropout)
 
-    def embed(self, segment: Segment) -> Tensor:
-        """[B, S, D], what the first layer reads."""
-        return self.dropout(self.embedding(segment.tokens))
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, D], what the first layer reads."""
+        return self.dropout(self.embedding(tokens))
 
     def hidden(self, segment: Segment, features: Features) -> Tensor:
         """[B, S, D], what the head reads."""
@@ -70,7 +70,6 @@ class RewrittenCell(LayersCell[State, Features]):
         if not self.is_disturbed:
             return memory
         sizes = torch.linalg.vector_norm(memory.detach(), dim=-1, keepdim=True) / math.sqrt(memory.shape[-1])
-        shares = self.config.memory_noise * torch.rand_like(
-            memory[:, :1, :1]
-        )  # of a lane: little noise is trained on too
+        # Drawn per lane, so that a memory with little noise, as it is after training, is trained on too.
+        shares = self.config.memory_noise * torch.rand_like(memory[:, :1, :1])
         return memory + shares * sizes * torch.randn_like(memory)

@@ -187,7 +187,7 @@ class Memformer(RewrittenCell[Any, MemformerFeatures]):
     def advance(self, segment: Segment, state):
         memory = self._start(state, segment.reset | segment.reset_memory)
         if self.encoder is None:
-            hidden = self.decoder(self._embed(segment.tokens), self._source(memory))
+            hidden = self.decoder(self.embed(segment.tokens), self._source(memory))
             features = MemformerFeatures(hidden, segment.length)
             return features, DecoderState(self._write(memory, features))
         features = self._encode(state, memory, segment.reset)
@@ -198,7 +198,7 @@ class Memformer(RewrittenCell[Any, MemformerFeatures]):
         if self.encoder is None:
             return features.hidden
         mask = key_mask(features.length, self.segment_length)
-        return self.decoder(self._embed(segment.tokens), features.hidden, source_mask=mask)
+        return self.decoder(self.embed(segment.tokens), features.hidden, source_mask=mask)
 
     @torch.no_grad()
     def diagnose(self, segment: Segment, state) -> dict[str, Tensor]:
@@ -215,9 +215,6 @@ class Memformer(RewrittenCell[Any, MemformerFeatures]):
 
     # ------------------------------------------------------------------------------------------------------- its parts
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.embedding(tokens))
-
     def _start(self, state, fresh: Tensor) -> Tensor:
         """The memory that the segment reads: the state's, or m(0) on the lanes bool [B] that start afresh."""
         initial = self.normalise(torch.zeros_like(state.memory[:1]))
@@ -233,7 +230,7 @@ class Memformer(RewrittenCell[Any, MemformerFeatures]):
         length = torch.where(reset, 1, state.context_length)  # so all but the first BOS are padding
         mask = key_mask(length, self.segment_length)
         assert self.encoder is not None
-        return MemformerFeatures(self.encoder(self._embed(context), self._source(memory), mask=mask), length)
+        return MemformerFeatures(self.encoder(self.embed(context), self._source(memory), mask=mask), length)
 
     def _write(self, memory: Tensor, features: MemformerFeatures, reset: Tensor | None = None) -> Tensor:
         """`reset` bool [B]: lanes whose first segment this is; None where that makes no difference."""

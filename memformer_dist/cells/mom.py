@@ -128,7 +128,7 @@ class MoM(LayersCell[MoMState, MoMFeatures]):
 
     def advance(self, segment: Segment, state: MoMState) -> tuple[MoMFeatures, MoMState]:
         memory, tail = start(state, segment.reset | segment.reset_memory)
-        hidden = self.embed(segment)
+        hidden = self.embed(segment.tokens)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory, its tail, its penalty
         for number, mixer in enumerate(self.mixers):

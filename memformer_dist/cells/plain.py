@@ -51,4 +51,4 @@ class Plain(LayersCell[PlainState, PlainFeatures]):
         return PlainFeatures(segments), PlainState(segments + 1)
 
     def hidden(self, segment: Segment, features: PlainFeatures) -> Tensor:
-        return self.layers(self.embed(segment))
+        return self.layers(self.embed(segment.tokens))

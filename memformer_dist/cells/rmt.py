@@ -78,7 +78,7 @@ class Rmt(RewrittenCell[RmtState, RmtFeatures]):
 
     def advance(self, segment: Segment, state: RmtState) -> tuple[RmtFeatures, RmtState]:
         memory = self.disturbed(self.start(state.memory, segment.reset | segment.reset_memory))
-        tokens = self.embed(segment)
+        tokens = self.embed(segment.tokens)
         slots, size = self.config.slots, self.segment_length
         read = memory.to(tokens.dtype)
         mask = segment_mask(segment.length, size, before=slots, after=slots)

@@ -263,7 +263,7 @@ class Titans(LayersCell[TitansState, TitansFeatures]):
         fresh = segment.reset | segment.reset_memory
         memory = torch.stack([start(x, fresh) for start, x in zip(self.starts, state.memory.unbind(1))], 1)
         momentum, tail = (torch.where(fresh[:, None, None, None], 0, x) for x in (state.momentum, state.tail))
-        hidden = self.embed(segment)
+        hidden = self.embed(segment.tokens)
         again = self.config.checkpoint_layers
         layers: list[tuple[Tensor, ...]] = []  # what each read, its memory, its momentum, its tail
         for number, mixer in enumerate(self.mixers):

@@ -187,7 +187,7 @@ class TransformerXL(LayersCell[TransformerXLState, TransformerXLFeatures]):
 
     def advance(self, segment: Segment, state: TransformerXLState) -> tuple[TransformerXLFeatures, TransformerXLState]:
         memory, filled = emptied(state, segment.reset | segment.reset_memory)
-        hidden = self.embed(segment)
+        hidden = self.embed(segment.tokens)
         sight = self._sight(self._rows(torch.zeros_like(filled[:1]), self.segment_length), filled)
         waves = sinusoids(self.room, hidden)
         inputs = []
